@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Make .venv with the tested versions, or leave it alone if it is up to date.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The path is part of the hash since an editable install points to the directory it was made from.
+hash=$({ pwd && cat pyproject.toml constraints.txt; } | sha256sum)
+stamp=.venv/.installed
+if [[ -f $stamp && $(<"$stamp") == "$hash" ]]; then
+    exit 0
+fi
+
+echo "Installing into .venv ..."
+[[ -x .venv/bin/python ]] || python3 -m venv .venv
+# Twice quiet: errors only, without a warning for each index that lacks a package.
+pip=(.venv/bin/python -m pip install -q -q -c constraints.txt)
+# Exact, as a range would fetch gigabytes of CUDA build although a CPU wheel may be on disk.
+"${pip[@]}" torch==2.13.0
+"${pip[@]}" -e '.[test,quality]'
+echo "$hash" > "$stamp"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run the tests; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+.venv/bin/python -m pytest -n 2 "$@"

@@ -1,0 +1,64 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""BAGEL for transformers: importing this package registers it with the library's Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from .cache_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from .checkpoint_bagel import WEIGHT_RENAMINGS
+from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from .image_processing_bagel import BagelImageProcessor
+from .modeling_bagel import (
+    BagelForConditionalGeneration,
+    BagelModel,
+    BagelOutput,
+    BagelPreTrainedModel,
+    BagelTextModel,
+    BagelVisionModel,
+)
+from .processing_bagel import BagelProcessor
+
+
+__version__ = "0.1.0"
+
+
+def _register() -> None:
+    for config in (BagelConfig, BagelTextConfig, BagelVisionConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(BagelConfig, BagelModel, exist_ok=True)
+    AutoModelForImageTextToText.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
+    AutoImageProcessor.register(BagelConfig, image_processor_classes={"pil": BagelImageProcessor}, exist_ok=True)
+    AutoProcessor.register(BagelConfig, BagelProcessor, exist_ok=True)
+    register_checkpoint_conversion_mapping(
+        BagelConfig.model_type, [WeightRenaming(*pair) for pair in WEIGHT_RENAMINGS], overwrite=True
+    )
+
+
+_register()
+
+__all__ = [
+    "BagelConfig",
+    "BagelForConditionalGeneration",
+    "BagelImageProcessor",
+    "BagelModel",
+    "BagelOutput",
+    "BagelPreTrainedModel",
+    "BagelProcessor",
+    "BagelTextConfig",
+    "BagelTextModel",
+    "BagelVisionConfig",
+    "BagelVisionModel",
+    "PrefixBuffer",
+    "PrefixCache",
+    "PrefixLane",
+    "fork_cache",
+]

@@ -1,0 +1,205 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""BAGEL configuration. Its defaults are the published 7B model; it reads the published JSON files as they are."""
+
+import os
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, Qwen2Config
+
+from .published_bagel import PUBLISHED_KEYS, correct_published_config, is_published_config, rename_published_keys
+
+
+@strict
+class BagelTextConfig(Qwen2Config):
+    r"""
+    Configuration of the language model: Qwen2 whose every layer has a second set of weights for image latents.
+
+    Args:
+        qk_norm (`bool`, *optional*, defaults to `True`):
+            Whether queries and keys pass an RMSNorm per head before the rotary embedding.
+        visual_gen (`bool`, *optional*, defaults to `True`):
+            Whether the second set of weights (`*_moe_gen`) exists. [`BagelConfig.visual_gen`] decides it.
+
+    All other arguments are those of [`Qwen2Config`]; the defaults are Qwen2.5-7B's.
+    """
+
+    model_type = "bagel_text"
+    base_config_key = "text_config"
+    default_theta = 1_000_000.0
+    base_model_tp_plan = {
+        **Qwen2Config.base_model_tp_plan,
+        "layers.*.self_attn.q_proj_moe_gen": "colwise",
+        "layers.*.self_attn.k_proj_moe_gen": "colwise",
+        "layers.*.self_attn.v_proj_moe_gen": "colwise",
+        "layers.*.self_attn.o_proj_moe_gen": "rowwise",
+        "layers.*.mlp_moe_gen.gate_proj": "colwise",
+        "layers.*.mlp_moe_gen.up_proj": "colwise",
+        "layers.*.mlp_moe_gen.down_proj": "rowwise",
+    }
+    base_model_fsdp_plan = {**Qwen2Config.base_model_fsdp_plan, "norm_moe_gen": "keep_full_weight"}
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    max_position_embeddings: int = 32768
+    bos_token_id: int | None = 151644
+    eos_token_id: int | list[int] | None = 151645
+    pad_token_id: int | None = 151643
+    qk_norm: bool = True
+    visual_gen: bool = True
+
+    def validate_architecture(self) -> None:
+        """Part of the `@strict` validation."""
+        super().validate_architecture()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+
+
+@strict
+class BagelVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of the SigLIP tower that reads packed patches of images of any size.
+
+    Args:
+        image_size (`int`, *optional*, defaults to 980):
+            Side in pixels of the largest image of the learned position table, which has
+            `(image_size // patch_size) ** 2` rows.
+
+    All other arguments are those of [`SiglipVisionConfig`]. `num_hidden_layers` is what the weights have: 26.
+    """
+
+    model_type = "bagel_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 980
+    patch_size: int = 14
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+
+    def validate_architecture(self) -> None:
+        """Part of the `@strict` validation."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) of the vision tower must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+
+
+@strict
+class BagelConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`BagelForConditionalGeneration`]. `BagelConfig()` is ByteDance-Seed/BAGEL-7B-MoT.
+
+    Args:
+        text_config (`BagelTextConfig` or `dict`, *optional*): The language model.
+        vision_config (`BagelVisionConfig` or `dict`, *optional*): The tower that sees.
+        visual_gen (`bool`, *optional*, defaults to `True`):
+            Whether the half that draws exists (`*_moe_gen`, `vae2llm`, `llm2vae`, `time_embedder`,
+            `latent_pos_embed`). `from_pretrained(..., visual_gen=False)` loads the understanding half only.
+        visual_und (`bool`, *optional*, defaults to `True`):
+            Whether the half that sees exists (`vision_tower`, `connector`, `vit_pos_embed`).
+        latent_channels (`int`, *optional*, defaults to 16): Channels of the VAE latents.
+        latent_downsample (`int`, *optional*, defaults to 8): Pixels per latent cell and side.
+        latent_patch_size (`int`, *optional*, defaults to 2): Latent cells per token and side.
+        max_latent_size (`int`, *optional*, defaults to 64): Side of the position table of latent tokens.
+        vit_max_num_patch_per_side (`int`, *optional*, defaults to 70): Side of the position table of ViT tokens.
+        interpolate_pos (`bool`, *optional*, defaults to `False`):
+            Whether patch positions are spread over the whole table by buckets instead of counted from its corner.
+        timestep_shift (`float`, *optional*, defaults to 1.0): Shift of the timesteps in training.
+        frequency_embedding_size (`int`, *optional*, defaults to 256): Width of the sinusoids of a timestep.
+        connector_act (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`): Activation of the ViT connector.
+        image_token_id (`int`, *optional*, defaults to 151655): Placeholder of a ViT token (`<|image_pad|>`).
+        latent_token_id (`int`, *optional*, defaults to 151654): Placeholder of a latent token (`<|vision_pad|>`).
+        vision_start_token_id (`int`, *optional*, defaults to 151652): Marker before an image block.
+        vision_end_token_id (`int`, *optional*, defaults to 151653): Marker after an image block.
+
+    Example:
+
+    ```python
+    >>> from transformers_bagel import BagelConfig
+
+    >>> BagelConfig().text_config.num_hidden_layers
+    28
+    ```
+    """
+
+    model_type = "bagel"
+    sub_configs_defaults = {"text_config": BagelTextConfig, "vision_config": BagelVisionConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: BagelTextConfig | dict | None = None
+    vision_config: BagelVisionConfig | dict | None = None
+    visual_gen: bool = True
+    visual_und: bool = True
+    latent_channels: int = 16
+    latent_downsample: int = 8
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    vit_max_num_patch_per_side: int = 70
+    interpolate_pos: bool = False
+    timestep_shift: float | int = 1.0
+    frequency_embedding_size: int = 256
+    connector_act: str = "gelu_pytorch_tanh"
+    image_token_id: int = 151655
+    latent_token_id: int = 151654
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        published = {key: kwargs.pop(key) for key in PUBLISHED_KEYS if key in kwargs}
+        for key, value in rename_published_keys(published).items():
+            setattr(self, key, value)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the `@strict` validation."""
+        if self.frequency_embedding_size % 2:
+            raise ValueError(f"`frequency_embedding_size` must be even, got {self.frequency_embedding_size}.")
+        if not (self.visual_gen or self.visual_und):
+            raise ValueError("`visual_gen` and `visual_und` are both False: a BAGEL model needs one of its halves.")
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent token and side."""
+        return self.latent_downsample * self.latent_patch_size
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers per latent token: `latent_patch_size ** 2 * latent_channels`."""
+        return self.latent_patch_size**2 * self.latent_channels
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Like the parent's; a published `config.json` is corrected from the weights and the tokenizer beside it."""
+        hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "subfolder") if key in kwargs}
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_published_config(config_dict):
+            config_dict = correct_published_config(config_dict, pretrained_model_name_or_path, **hub_kwargs)
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BagelConfig":
+        """Like the parent's. `AutoConfig` comes here with the raw JSON, and with the path as `name_or_path`."""
+        if is_published_config(config_dict) and kwargs.get("name_or_path"):
+            config_dict = correct_published_config(config_dict, kwargs["name_or_path"])
+        return super().from_dict(config_dict, **kwargs)
+
+
+__all__ = ["BagelConfig", "BagelTextConfig", "BagelVisionConfig"]

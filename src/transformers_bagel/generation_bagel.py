@@ -1,0 +1,200 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""What `generate()` must know about BAGEL: positions inside images, masks of blocks, and a cache that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .sequence_bagel import (
+    IMAGE_TOKEN,
+    LATENT_TOKEN,
+    blocks_per_row,
+    image_block_ids,
+    rope_positions,
+    token_types_from_ids,
+)
+
+
+LATENT_INPUTS = ("latents", "latent_grid_hw", "timesteps")
+
+
+class BagelGenerationMixin(GenerationMixin):
+    """[`GenerationMixin`] for sequences whose images take one rope position each."""
+
+    def adjust_generation_fn(
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Load the generation config; the special tokens are the tokenizer's, whatever the JSON says (point 6)."""
+        super().adjust_generation_fn(
+            generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
+        )
+        if generation_config is None:
+            self._set_special_tokens()
+
+    def _set_special_tokens(self) -> None:
+        text_config = self.config.get_text_config()
+        self.generation_config.bos_token_id = text_config.bos_token_id
+        self.generation_config.pad_token_id = text_config.pad_token_id
+        stops = self.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        if text_config.eos_token_id not in stops:
+            self.generation_config.eos_token_id = text_config.eos_token_id
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        has_images = any(model_kwargs.get(key) is not None for key in ("pixel_values", "mm_encoder_outputs", "latents"))
+        if generation_config.prefill_chunk_size is not None and has_images:
+            raise ValueError(
+                f"`prefill_chunk_size={generation_config.prefill_chunk_size}` would cut through an image, whose tokens "
+                "must be seen together. Leave `prefill_chunk_size` unset for prompts with images."
+            )
+        return generation_config, model_kwargs
+
+    def _full_token_types(
+        self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if mm_token_type_ids is not None or input_ids is None or input_ids.is_floating_point():
+            return mm_token_type_ids
+        return token_types_from_ids(input_ids, self.config.image_token_id, self.config.latent_token_id)
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        input_ids = model_kwargs.get("input_ids")
+        if input_ids is None or input_ids.shape[1] == 0:
+            input_ids = inputs_tensor
+        types = self._full_token_types(input_ids, model_kwargs.get("mm_token_type_ids"))
+        attention_mask = model_kwargs.get("attention_mask")
+        cache: Cache | None = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        full_length = past + 1 if attention_mask is None else attention_mask.shape[1]
+        if types is None or (past and types.shape[1] < full_length):
+            if getattr(cache, "holds_image_blocks", False) or (past and types is not None and bool(types.any())):
+                raise ValueError(
+                    "To continue from `past_key_values` that hold images, pass the whole conversation "
+                    "(`input_ids` and `mm_token_type_ids` of full length), or `position_ids`."
+                )
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        position_ids = rope_positions(types, attention_mask)
+        self.model.check_position_range(position_ids)
+        return position_ids
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Like the parent's; images that the cache already holds are not fed again."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        fed = model_inputs.get("input_ids")
+        fed_length = (model_inputs["inputs_embeds"] if fed is None else fed).shape[1]
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for key in LATENT_INPUTS:
+                model_inputs.pop(key, None)
+        elif fed_length < input_ids.shape[1]:
+            types = self._full_token_types(input_ids, kwargs.get("mm_token_type_ids"))
+            _drop_cached_images(model_inputs, types, input_ids.shape[1] - fed_length)
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        packed = {key: model_kwargs.pop(key) for key in LATENT_INPUTS if model_kwargs.get(key) is not None}
+        if packed and expand_size > 1:
+            types = self._full_token_types(input_ids, model_kwargs.get("mm_token_type_ids"))
+            per_row = blocks_per_row(types, LATENT_TOKEN)
+            images = list(range(int(per_row.sum())))
+            rows = torch.tensor(images).split(per_row.tolist())
+            repeated = torch.cat([row.repeat(expand_size) for row in rows])
+            pieces = packed["latents"].split(packed["latent_grid_hw"].prod(-1).tolist())
+            packed["latents"] = torch.cat([pieces[index] for index in repeated.tolist()])
+            for key in ("latent_grid_hw", "timesteps"):
+                packed[key] = packed[key][repeated.to(packed[key].device)]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | packed
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Mask of a forward with a static cache; the blocks follow from the token types."""
+        blocks = None
+        if mm_token_type_ids is not None and mm_token_type_ids.shape[1] > 1:
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            blocks = torch.nn.functional.pad(image_block_ids(mm_token_type_ids), (past, 0), value=-1)
+        return create_causal_mask(
+            config.get_text_config(),
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            position_ids=None,
+            block_sequence_ids=blocks,
+        )
+
+
+def _drop_cached_images(model_inputs: dict[str, Any], types: torch.Tensor | None, cached: int) -> None:
+    """Remove from the inputs of a forward the images whose blocks lie in the first `cached` tokens."""
+    if types is None:
+        return
+    image_outputs = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+    if image_outputs is not None:
+        keep = _blocks_left(types, IMAGE_TOKEN, cached)
+        features = [features for features, kept in zip(image_outputs.pooler_output, keep, strict=True) if kept]
+        image = BaseModelOutputWithPooling(pooler_output=tuple(features)) if features else None
+        model_inputs["mm_encoder_outputs"] = {"image": image}
+    if model_inputs.get("latents") is not None:
+        keep = _blocks_left(types, LATENT_TOKEN, cached)
+        pieces = model_inputs["latents"].split(model_inputs["latent_grid_hw"].prod(-1).tolist())
+        kept = [piece for piece, kept in zip(pieces, keep, strict=True) if kept]
+        if not kept:
+            for key in LATENT_INPUTS:
+                model_inputs.pop(key, None)
+            return
+        model_inputs["latents"] = torch.cat(kept)
+        for key in ("latent_grid_hw", "timesteps"):
+            model_inputs[key] = model_inputs[key][torch.tensor(keep, device=model_inputs[key].device)]
+
+
+def _blocks_left(types: torch.Tensor, kind: int, cached: int) -> list[bool]:
+    """For each image of one kind, row by row: whether its block lies behind the first `cached` tokens."""
+    total, before = blocks_per_row(types, kind).tolist(), blocks_per_row(types[:, :cached], kind).tolist()
+    return [index >= seen for count, seen in zip(total, before, strict=True) for index in range(count)]

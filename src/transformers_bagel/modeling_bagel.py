@@ -1,0 +1,1194 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""BAGEL: a Qwen2 language model whose every layer has a second expert for image latents, and a SigLIP tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2MLP,
+    Qwen2RMSNorm,
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.siglip.modeling_siglip import SiglipMLP
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling
+from transformers.utils.generic import (
+    can_return_tuple,
+    get_max_seqlen,
+    is_flash_attention_requested,
+    merge_with_config_defaults,
+)
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_bagel import PrefixCache, PrefixLane
+from .checkpoint_bagel import check_checkpoint_files, ignored_weights
+from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from .generation_bagel import BagelGenerationMixin
+from .sequence_bagel import (
+    IMAGE_TOKEN,
+    LATENT_TOKEN,
+    TEXT_TOKEN,
+    Routing,
+    attention_runs,
+    image_block_ids,
+    noised_blocks,
+    packed_mask_function,
+    patch_grid_ids,
+    rope_positions,
+    route,
+    token_types_from_ids,
+)
+
+
+@dataclass
+class BagelModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    Output of [`BagelTextModel`] and [`BagelModel`].
+
+    Args:
+        velocity (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`, *optional*):
+            Flow from data to noise at every latent token, packed like `latents`.
+        latent_hidden_states (`torch.FloatTensor` of shape `(latent_tokens, hidden_size)`, *optional*):
+            Output of the last layer at the latent tokens, before the final norm.
+    """
+
+    velocity: torch.FloatTensor | None = None
+    latent_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class BagelOutput(ModelOutput):
+    r"""
+    Output of [`BagelForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): Sum of `ce_loss` and `mse_loss`.
+        ce_loss (`torch.FloatTensor` of shape `()`, *optional*): Cross-entropy, mean over the text targets.
+        mse_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Squared error of the velocity, mean over the numbers of the noised latent tokens.
+        logits (`torch.FloatTensor` of shape `(batch, tokens, vocab_size)`, *optional*):
+            Scores of the next token. `None` when only latents were passed.
+        velocity (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`, *optional*):
+            Flow from data to noise at every latent token, packed like `latents`.
+        latent_hidden_states (`torch.FloatTensor` of shape `(latent_tokens, hidden_size)`, *optional*):
+            Output of the last layer at the latent tokens, before the final norm.
+        past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): Of each layer, with `output_hidden_states=True`.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): Of each layer, with `output_attentions=True`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ce_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    velocity: torch.FloatTensor | None = None
+    latent_hidden_states: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+
+
+class BagelAttention(nn.Module):
+    """Grouped-query attention over one sequence, whose tokens are projected by one of two experts each."""
+
+    def __init__(self, config: BagelTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        for suffix, exists in (("", True), ("_moe_gen", config.visual_gen)):
+            for name, heads in (
+                ("q_proj", config.num_attention_heads),
+                ("k_proj", config.num_key_value_heads),
+                ("v_proj", config.num_key_value_heads),
+            ):
+                projection = nn.Linear(config.hidden_size, heads * self.head_dim) if exists else None
+                self.add_module(name + suffix, projection)
+            output = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+            self.add_module("o_proj" + suffix, output if exists else None)
+            for name in ("q_norm", "k_norm"):
+                norm = Qwen2RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm and exists else None
+                self.add_module(name + suffix, norm)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | PrefixCache | None = None,
+        routing: Routing | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = route(routing, hidden_states, self.q_proj, self.q_proj_moe_gen).view(heads_shape)
+        key = route(routing, hidden_states, self.k_proj, self.k_proj_moe_gen).view(heads_shape)
+        value = route(routing, hidden_states, self.v_proj, self.v_proj_moe_gen).view(heads_shape)
+
+        if routing is not None:
+            # Generation passes normalise and rotate in float32 (published behaviour, point 28).
+            query, key = query.float(), key.float()
+        if self.q_norm is not None:
+            query = route(routing, query, self.q_norm, self.q_norm_moe_gen)
+            key = route(routing, key, self.k_norm, self.k_norm_moe_gen)
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-2)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+
+        attend = self._attend_blocks if isinstance(past_key_values, PrefixCache) else self._attend_sequence
+        attn_output, attn_weights = attend(query, key, value, attention_mask, past_key_values, routing, **kwargs)
+        return route(routing, attn_output, self.o_proj, self.o_proj_moe_gen), attn_weights
+
+    def _attend_sequence(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        routing: Routing | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if routing is not None:
+            query, key, value = (routing.to_sequence(states) for states in (query, key, value))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attn_output, attn_weights = self._attention(query, key, value, attention_mask, **kwargs)
+        return attn_output if routing is None else routing.to_stream(attn_output), attn_weights
+
+    def _attend_blocks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        past_key_values: PrefixCache,
+        routing: Routing,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, None]:
+        query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
+        markers, latents = [], []
+        for lane_idx, pieces in enumerate(routing.block_slices()):
+            lane_key, lane_value = past_key_values.extend(
+                self.layer_idx, lane_idx, [key[:, :, piece] for piece in pieces], [value[:, :, piece] for piece in pieces]
+            )
+            lane_query = torch.cat([query[:, :, piece] for piece in pieces], dim=2)
+            lane_output, _ = self._attention(lane_query, lane_key, lane_value, attention_mask, **kwargs)
+            markers.append(lane_output[0, :2])
+            latents.append(lane_output[0, 2:])
+        return torch.cat(markers + latents), None
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return attn_output.flatten(-2), attn_weights
+
+
+class BagelDecoderLayer(GradientCheckpointingLayer):
+    """A Qwen2 layer with a second set of weights for the latent tokens."""
+
+    def __init__(self, config: BagelTextConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = BagelAttention(config, layer_idx)
+        self.mlp = Qwen2MLP(config)
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_moe_gen: Qwen2MLP | None = None
+        self.input_layernorm_moe_gen: Qwen2RMSNorm | None = None
+        self.post_attention_layernorm_moe_gen: Qwen2RMSNorm | None = None
+        if config.visual_gen:
+            self.mlp_moe_gen = Qwen2MLP(config)
+            self.input_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.post_attention_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | PrefixCache | None = None,
+        routing: Routing | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`, or `(tokens, hidden)` with a routing)
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, shaped like the stream.
+            attention_mask (`torch.Tensor` or `BlockMask`, *optional*): Mask in the attention's own format.
+            past_key_values (`Cache` or `PrefixCache`, *optional*): What came before; a `PrefixCache` does not grow.
+            routing (`Routing`, *optional*): Expert of every token; without it all take the understanding expert.
+
+        Returns:
+            `torch.Tensor` of the shape of `hidden_states`.
+        """
+        residual = hidden_states
+        hidden_states = route(routing, hidden_states, self.input_layernorm, self.input_layernorm_moe_gen)
+        hidden_states, _ = self.self_attn(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            routing=routing,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = route(
+            routing, hidden_states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen
+        )
+        return residual + route(routing, hidden_states, self.mlp, self.mlp_moe_gen)
+
+
+class BagelVisionAttention(nn.Module):
+    """Attention among the patches of each image of a packed row."""
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        kwargs |= {
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            "is_causal": False,
+        }
+        if is_flash_attention_requested(self.config):
+            max_seqlen = get_max_seqlen(cu_seqlens, self.config)
+            attn_output, attn_weights = attention_interface(
+                self,
+                query,
+                key,
+                value,
+                None,
+                cu_seq_lens_q=cu_seqlens,
+                cu_seq_lens_k=cu_seqlens,
+                max_length_q=max_seqlen,
+                max_length_k=max_seqlen,
+                **kwargs,
+            )
+        else:
+            lengths = cu_seqlens.diff().tolist()
+            images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+            outputs = [attention_interface(self, *image, None, **kwargs) for image in images]
+            attn_output = torch.cat([output for output, _ in outputs], dim=1)
+            # One map an image, of unequal sizes: they can be returned when there is one.
+            attn_weights = outputs[0][1] if len(outputs) == 1 else None
+        return self.out_proj(attn_output[0].flatten(-2)), attn_weights
+
+
+class BagelVisionEncoderLayer(GradientCheckpointingLayer):
+    """A SigLIP layer over packed images."""
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = BagelVisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """`(patches, hidden)` -> `(patches, hidden)`; `cu_seqlens` holds the borders of the images."""
+        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), cu_seqlens, **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class BagelVisionEmbeddings(nn.Module):
+    """A linear patch embedding over `(row, column, channel)` values and a learned position table."""
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """`(patches, patch_dim)` -> `(patches, hidden)`."""
+        embeddings = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        return embeddings + self.position_embedding(position_ids)
+
+
+class BagelVisionEncoder(nn.Module):
+    """The layers of the tower."""
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([BagelVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """`(patches, hidden)` -> `(patches, hidden)`."""
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cu_seqlens, **kwargs)
+        return hidden_states
+
+
+class BagelConnector(nn.Module):
+    """Two-layer projection of ViT features to the language model's width."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.activation_fn = ACT2FN[config.connector_act]
+        self.fc2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(patches, vision_hidden)` -> `(patches, hidden)`."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+def timestep_frequencies(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
+    """Cosines, then sines, of raw timesteps in [0, 1]; longest period 1e4 (published behaviour, point 12).
+
+    `(images,)` -> `(images, dim)`, float32.
+    """
+    exponents = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
+    angles = timesteps.float()[:, None] * torch.exp(-torch.log(torch.tensor(1e4)) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class BagelTimestepEmbedder(nn.Module):
+    """Two-layer projection of the sinusoids of a timestep."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.frequency_embedding_size = config.frequency_embedding_size
+        self.linear_1 = nn.Linear(config.frequency_embedding_size, config.text_config.hidden_size)
+        self.act = nn.SiLU()
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """`(images,)` in [0, 1] -> `(images, hidden)`."""
+        frequencies = timestep_frequencies(timesteps, self.frequency_embedding_size)
+        return self.linear_2(self.act(self.linear_1(frequencies.to(self.linear_1.weight.dtype))))
+
+
+class BagelPositionEmbedding(nn.Module):
+    """A frozen 2-D sin-cos table of `side * side` rows; the first half of a row tells the column (point 10)."""
+
+    def __init__(self, side: int, hidden_size: int):
+        super().__init__()
+        self.side = side
+        # A buffer, because `from_pretrained` would make a frozen parameter trainable.
+        self.pos_embed = nn.Buffer(torch.zeros(side * side, hidden_size))
+
+    def table(self) -> torch.Tensor:
+        """The table's values, `(side * side, hidden_size)`, for a model that is not loaded from a checkpoint."""
+        quarter = self.pos_embed.shape[1] // 4
+        omega = 1e4 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+        row, column = torch.meshgrid(torch.arange(self.side), torch.arange(self.side), indexing="ij")
+        angles = torch.stack([column, row], dim=-1).reshape(-1, 2, 1) * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """`(tokens,)` -> `(tokens, hidden)`."""
+        return self.pos_embed[position_ids]
+
+
+class BagelPreTrainedModel(PreTrainedModel):
+    """What all BAGEL classes share: capabilities, initialisation, strict loading."""
+
+    config_class = BagelConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": BagelDecoderLayer, "attentions": BagelAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BagelPositionEmbedding):
+            if module.pos_embed.device.type != "meta":
+                init.copy_(module.pos_embed, module.table())
+        elif isinstance(module, BagelModel) and module.llm2vae is not None:
+            # A new model's velocity starts at zero (point 37).
+            init.zeros_(module.llm2vae.weight)
+            init.zeros_(module.llm2vae.bias)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict[str, torch.Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ) -> Any:
+        # Names and shapes are compared from the files' headers, before the first tensor is read.
+        if state_dict is None and load_config.hf_quantizer is None:
+            check_checkpoint_files(model, checkpoint_files or [], load_config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
+class BagelVisionModel(BagelPreTrainedModel):
+    """The SigLIP tower over packed patches: attention stays inside each image, no pooling head, no rope (point 11)."""
+
+    config_class = BagelVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": BagelVisionEncoderLayer, "attentions": BagelVisionAttention}
+
+    def __init__(self, config: BagelVisionConfig):
+        super().__init__(config)
+        self.embeddings = BagelVisionEmbeddings(config)
+        self.encoder = BagelVisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_hw: torch.LongTensor,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`): Packed patches.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of patches of each image.
+            position_ids (`torch.LongTensor` of shape `(patches,)`, *optional*):
+                Rows of the position table; `row * side + column` by default.
+        """
+        if position_ids is None:
+            position_ids = patch_grid_ids(image_grid_hw, self.config.image_size // self.config.patch_size)
+        lengths = image_grid_hw.prod(-1)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        hidden_states = self.embeddings(pixel_values, position_ids)
+        hidden_states = self.encoder(hidden_states, cu_seqlens.to(hidden_states.device), **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(hidden_states))
+
+
+class BagelTextModel(BagelPreTrainedModel):
+    """The language model with two experts in every layer."""
+
+    config_class = BagelTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: BagelTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.visual_gen else None
+        self.rotary_emb = Qwen2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | PrefixCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        block_sequence_ids: torch.LongTensor | None = None,
+        and_mask_function: Callable | None = None,
+        routing: Routing | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Token ids; or pass `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*):
+                0 at padding, `(batch, past + tokens)`; or a mask already in the attention's own format.
+            position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Rope positions.
+            past_key_values (`Cache` or `PrefixCache`, *optional*): What came before; a `PrefixCache` does not grow.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`, *optional*): Embeddings.
+            use_cache (`bool`, *optional*): Whether to return a cache.
+            block_sequence_ids (`torch.LongTensor` of shape `(batch, past + tokens)`, *optional*):
+                Image block of each token, -1 for causal text.
+            and_mask_function (`Callable`, *optional*): Further restriction of the mask outside the blocks.
+            routing (`Routing`, *optional*): Expert of each token.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+
+        if isinstance(past_key_values, PrefixCache):
+            kwargs["is_causal"] = False
+        else:
+            # Rope positions repeat inside a block: the mask must not be guessed from them.
+            attention_mask = create_causal_mask(
+                self.config,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                position_ids=None,
+                and_mask_function=and_mask_function,
+                block_sequence_ids=block_sequence_ids,
+            )
+
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        if routing is not None:
+            hidden_states = routing.to_stream(hidden_states)
+            position_embeddings = tuple(
+                routing.to_stream(part.expand(*routing.shape, -1)) for part in position_embeddings
+            )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                routing=routing,
+                **kwargs,
+            )
+        latent_hidden_states = None if routing is None else hidden_states[routing.num_und :]
+        hidden_states = route(routing, hidden_states, self.norm, self.norm_moe_gen)
+        return BagelModelOutputWithPast(
+            last_hidden_state=hidden_states if routing is None else routing.to_sequence(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            latent_hidden_states=latent_hidden_states,
+        )
+
+
+class BagelModel(BagelPreTrainedModel):
+    """The language model, the tower that sees, and the layers between latents and tokens; no head."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__(config)
+        config.text_config.visual_gen = config.visual_gen
+        hidden_size = config.text_config.hidden_size
+        self.language_model = BagelTextModel._from_config(config.text_config)
+
+        self.vision_tower: BagelVisionModel | None = None
+        self.connector: BagelConnector | None = None
+        self.vit_pos_embed: BagelPositionEmbedding | None = None
+        if config.visual_und:
+            self.vision_tower = BagelVisionModel._from_config(config.vision_config)
+            self.connector = BagelConnector(config)
+            self.vit_pos_embed = BagelPositionEmbedding(config.vit_max_num_patch_per_side, hidden_size)
+
+        self.time_embedder: BagelTimestepEmbedder | None = None
+        self.vae2llm: nn.Linear | None = None
+        self.llm2vae: nn.Linear | None = None
+        self.latent_pos_embed: BagelPositionEmbedding | None = None
+        if config.visual_gen:
+            self.time_embedder = BagelTimestepEmbedder(config)
+            self.vae2llm = nn.Linear(config.latent_dim, hidden_size)
+            self.llm2vae = nn.Linear(hidden_size, config.latent_dim)
+            self.latent_pos_embed = BagelPositionEmbedding(config.max_latent_size, hidden_size)
+        self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_hw: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """ViT tokens of packed images, ready for the language model, in `pooler_output`.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`): Packed patches.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of patches of each image.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `pooler_output` is a tuple with a `(patches, hidden)` tensor an image.
+        """
+        if self.vision_tower is None:
+            raise ValueError(
+                "`pixel_values` were passed to a model without its seeing half (`visual_und=False`). Load it with "
+                "`visual_und=True`."
+            )
+        position_ids = patch_grid_ids(
+            image_grid_hw, self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
+        ).to(pixel_values.device)
+        outputs = self.vision_tower(
+            pixel_values, image_grid_hw, position_ids=position_ids, return_dict=True, **kwargs
+        )
+        features = self.connector(outputs.last_hidden_state)
+        features = features + self.vit_pos_embed(position_ids.to(features.device)).to(features.dtype)
+        outputs.pooler_output = features.split(image_grid_hw.prod(-1).tolist())
+        return outputs
+
+    def embed_latents(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, latent_grid_hw: torch.LongTensor
+    ) -> torch.Tensor:
+        """Tokens of packed latents: projection + timestep + position.
+
+        Args:
+            latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`): Packed latents of all images.
+            timesteps (`torch.Tensor` of shape `(images,)`): In [0, 1]; 0 is clean.
+            latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of tokens of each image.
+
+        Returns:
+            `torch.Tensor` of shape `(latent_tokens, hidden)`.
+        """
+        position_ids = patch_grid_ids(latent_grid_hw, self.config.max_latent_size, self.config.interpolate_pos)
+        lengths = latent_grid_hw.prod(-1).to(latents.device)
+        if position_ids.numel() != latents.shape[0]:
+            raise ValueError(
+                f"`latents` has {latents.shape[0]} tokens, but `latent_grid_hw` describes {position_ids.numel()}."
+            )
+        embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype))
+        time = self.time_embedder(timesteps.to(latents.device)).repeat_interleave(
+            lengths, dim=0, output_size=latents.shape[0]
+        )
+        return embeds + time + self.latent_pos_embed(position_ids.to(latents.device))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | PrefixCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
+        latent_grid_hw: torch.LongTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        latent_hidden_states: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        """See [`BagelForConditionalGeneration.forward`]."""
+        if latent_hidden_states is not None:
+            return self._velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
+        if (latents is not None) and self.vae2llm is None:
+            raise ValueError(
+                "`latents` were passed to a model without its drawing half (`visual_gen=False`). Load it with "
+                "`visual_gen=True`."
+            )
+        if latents is not None and (latent_grid_hw is None or timesteps is None):
+            raise ValueError("`latents` needs `latent_grid_hw` and `timesteps` beside it.")
+        if input_ids is None and inputs_embeds is None:
+            if latents is None or position_ids is None:
+                raise ValueError(
+                    "Pass `input_ids` or `inputs_embeds`; or, for a denoising step, `latents` with `latent_grid_hw`, "
+                    "`timesteps` and `position_ids`."
+                )
+            return self._denoise(
+                latents, latent_grid_hw, timesteps, position_ids, past_key_values, attention_mask, **kwargs
+            )
+        return self._forward_sequence(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            pixel_values,
+            image_grid_hw,
+            latents,
+            latent_grid_hw,
+            timesteps,
+            mm_token_type_ids,
+            document_ids,
+            mm_encoder_outputs,
+            **kwargs,
+        )
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        latent_grid_hw: torch.LongTensor,
+        timesteps: torch.Tensor,
+        position_ids: torch.LongTensor,
+        past_key_values: Cache | PrefixCache | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        lengths = latent_grid_hw.prod(-1).tolist()
+        routing = Routing.from_blocks(lengths)
+        embeds = self.embed_latents(latents, timesteps, latent_grid_hw)
+        markers = torch.tensor(
+            [self.config.vision_start_token_id, self.config.vision_end_token_id], device=latents.device
+        )
+        markers = self.get_input_embeddings()(markers).repeat(len(lengths), 1)
+        position_ids = position_ids.flatten().to(latents.device)
+        counts = torch.tensor(lengths, device=latents.device)
+        position_ids = torch.cat(
+            [position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts, output_size=sum(lengths))]
+        )
+        if past_key_values is None:
+            past_key_values = PrefixCache([PrefixLane(buffer=None)] * len(lengths))
+        elif isinstance(past_key_values, Cache):
+            past_key_values = PrefixCache.from_cache(past_key_values, max(lengths) + 2, attention_mask)
+        if len(past_key_values) != len(lengths):
+            raise ValueError(
+                f"`past_key_values` has {len(past_key_values)} rows, but `latent_grid_hw` describes {len(lengths)} "
+                "images."
+            )
+        outputs = self.language_model(
+            inputs_embeds=torch.cat([markers.to(embeds.dtype), embeds]).unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            past_key_values=past_key_values,
+            use_cache=False,
+            routing=routing,
+            **kwargs,
+        )
+        outputs.last_hidden_state = None
+        return self._velocity(outputs)
+
+    def _forward_sequence(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: torch.FloatTensor | None,
+        use_cache: bool | None,
+        pixel_values: torch.Tensor | None,
+        image_grid_hw: torch.LongTensor | None,
+        latents: torch.Tensor | None,
+        latent_grid_hw: torch.LongTensor | None,
+        timesteps: torch.Tensor | None,
+        mm_token_type_ids: torch.LongTensor | None,
+        document_ids: torch.LongTensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        token_types = self._token_types(
+            input_ids, mm_token_type_ids, has_images=not (pixel_values is None and image_outputs is None and latents is None)
+        )
+        if token_types is not None:
+            num_images = 0 if image_grid_hw is None else int(image_grid_hw.prod(-1).sum())
+            if image_outputs is not None:
+                num_images = sum(len(features) for features in image_outputs.pooler_output)
+            num_latents = 0 if latents is None else latents.shape[0]
+            _check_placeholders(token_types, IMAGE_TOKEN, num_images, "pixel_values")
+            _check_placeholders(token_types, LATENT_TOKEN, num_latents, "latents")
+
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        noised = None
+        if latents is not None:
+            # Which latent tokens carry noise, in the order of the sequence.
+            per_token = (timesteps > 0).repeat_interleave(latent_grid_hw.prod(-1).to(timesteps.device))
+            noised = torch.zeros_like(token_types, dtype=torch.bool)
+            noised = noised.masked_scatter(token_types == LATENT_TOKEN, per_token.to(noised.device))
+        if position_ids is None:
+            position_ids = self._default_position_ids(
+                input_ids, inputs_embeds, token_types, attention_mask, noised, document_ids, past_key_values
+            )
+        if position_ids is not None and position_ids.shape[-1] > 1 and not is_torchdynamo_compiling():
+            self.check_position_range(position_ids)
+
+        if inputs_embeds is None:
+            ids = input_ids if token_types is None else input_ids.masked_fill(token_types != TEXT_TOKEN, 0)
+            inputs_embeds = self.get_input_embeddings()(ids)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, image_grid_hw, return_dict=True, **kwargs)
+        if image_outputs is not None:
+            features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter((token_types == IMAGE_TOKEN).unsqueeze(-1), features)
+        routing = None
+        if latents is not None:
+            embeds = self.embed_latents(latents, timesteps, latent_grid_hw).to(inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter((token_types == LATENT_TOKEN).unsqueeze(-1), embeds)
+            routing = Routing.from_token_types(token_types)
+
+        block_sequence_ids = and_mask_function = None
+        if token_types is not None:
+            block_sequence_ids = torch.nn.functional.pad(image_block_ids(token_types), (int(past), 0), value=-1)
+        packed = document_ids is not None or (noised is not None and bool(noised.any()))
+        if packed:
+            hidden = torch.zeros_like(position_ids.expand(inputs_embeds.shape[:2]), dtype=torch.bool)
+            if noised is not None:
+                hidden = noised_blocks(token_types, noised)
+            documents = torch.zeros_like(hidden, dtype=torch.long) if document_ids is None else document_ids
+            if past:
+                raise ValueError("`document_ids` and noised `latents` inside a sequence cannot follow a filled cache.")
+            and_mask_function = packed_mask_function(hidden, documents)
+
+        if is_flash_attention_requested(self.config.text_config) and (packed or block_sequence_ids is not None):
+            if packed or (attention_mask is not None and not attention_mask.all()):
+                raise ValueError(
+                    "Flash attention takes no mask of image blocks beside padding, `document_ids` or noised latents. "
+                    'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
+                )
+            return self._forward_runs(
+                inputs_embeds, position_ids, past_key_values, use_cache, token_types, latents is not None, **kwargs
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            block_sequence_ids=block_sequence_ids,
+            and_mask_function=and_mask_function,
+            routing=routing,
+            **kwargs,
+        )
+        if token_types is not None and outputs.past_key_values is not None:
+            outputs.past_key_values.holds_image_blocks = True
+        return self._velocity(outputs)
+
+    def _forward_runs(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.LongTensor,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        token_types: torch.LongTensor,
+        has_latents: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        """Flash attention takes no block mask: feed the sequence run by run, each causal or bidirectional."""
+        cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
+        position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        hidden, latent_hidden = [], []
+        for start, stop, is_block in attention_runs(token_types):
+            types = token_types[:, start:stop]
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds[:, start:stop],
+                position_ids=position_ids[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                routing=Routing.from_token_types(types) if has_latents else None,
+                **({"is_causal": False} if is_block else {}),
+                **kwargs,
+            )
+            hidden.append(outputs.last_hidden_state)
+            if has_latents:
+                latent_hidden.append(outputs.latent_hidden_states.unflatten(0, (inputs_embeds.shape[0], -1)))
+        cache.holds_image_blocks = True
+        return self._velocity(
+            BagelModelOutputWithPast(
+                last_hidden_state=torch.cat(hidden, dim=1),
+                past_key_values=cache if use_cache is not False else None,
+                latent_hidden_states=torch.cat(latent_hidden, dim=1).flatten(0, 1) if has_latents else None,
+            )
+        )
+
+    def check_position_range(self, position_ids: torch.LongTensor) -> None:
+        """
+        Raises:
+            ValueError: if a rope position lies outside the range that the model knows.
+        """
+        limit = self.config.text_config.max_position_embeddings
+        last = int(position_ids.max())
+        if last >= limit:
+            raise ValueError(
+                f"The context takes {last + 1} rope positions, but the model knows {limit} "
+                "(`max_position_embeddings`). Shorten the prompt."
+            )
+
+    def _velocity(self, outputs: BagelModelOutputWithPast) -> BagelModelOutputWithPast:
+        if outputs.latent_hidden_states is not None:
+            outputs.velocity = self.llm2vae(self.language_model.norm_moe_gen(outputs.latent_hidden_states))
+        return outputs
+
+    def _token_types(
+        self, input_ids: torch.LongTensor | None, mm_token_type_ids: torch.LongTensor | None, has_images: bool
+    ) -> torch.LongTensor | None:
+        """Type of each token, or `None` for a sequence of text alone."""
+        if mm_token_type_ids is None and input_ids is not None:
+            if not has_images and (input_ids.shape[1] == 1 or is_torchdynamo_compiling()):
+                return None
+            mm_token_type_ids = token_types_from_ids(
+                input_ids, self.config.image_token_id, self.config.latent_token_id
+            )
+        if mm_token_type_ids is None:
+            if has_images:
+                raise ValueError("`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand.")
+            return None
+        if not has_images and (
+            mm_token_type_ids.shape[1] == 1 or is_torchdynamo_compiling() or not mm_token_type_ids.any()
+        ):
+            return None
+        return mm_token_type_ids
+
+    def _default_position_ids(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        token_types: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        noised: torch.Tensor | None,
+        document_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.LongTensor | None:
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past_key_values is not None and past:
+            if getattr(past_key_values, "holds_image_blocks", False) or token_types is not None:
+                raise ValueError(
+                    "`position_ids` must be passed to continue a sequence with images: an image takes one position, "
+                    "whatever its number of tokens."
+                )
+            return None
+        if token_types is None:
+            if document_ids is None and (attention_mask is None or attention_mask.ndim != 2):
+                return None
+            sequence = inputs_embeds[..., 0] if input_ids is None else input_ids
+            token_types = torch.zeros_like(sequence, dtype=torch.long)
+        two_dimensional = attention_mask is not None and attention_mask.ndim == 2
+        return rope_positions(token_types, attention_mask if two_dimensional else None, noised, document_ids)
+
+
+def _check_placeholders(token_types: torch.LongTensor, kind: int, num_tokens: int, argument: str) -> None:
+    if is_torchdynamo_compiling():
+        return
+    placeholders = int((token_types == kind).sum())
+    if placeholders != num_tokens:
+        raise ValueError(
+            f"The sequence has {placeholders} placeholders for `{argument}`, but `{argument}` holds {num_tokens} tokens."
+            " Pass exactly the images that the text refers to."
+        )
+
+
+class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
+    """BAGEL with its two heads: next-token scores for text, velocities for image latents."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # The loss of the latents is normalised here, by its own count.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: BagelConfig):
+        super().__init__(config)
+        self.model = BagelModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See [`BagelModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | PrefixCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hw: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
+        latent_grid_hw: torch.LongTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        noise: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        latent_hidden_states: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelOutput:
+        r"""
+        Text, seeing, drawing and training go through this one method.
+
+        A sequence is described by `input_ids` with placeholders, and `pixel_values` and `latents` in the order of
+        their placeholders. Without `input_ids` and `inputs_embeds` it is a **denoising step**: `latents` are blocks
+        of their own, one a row of `past_key_values`, which is read and not grown.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Token ids.
+            attention_mask (`torch.Tensor` of shape `(batch, past + tokens)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                Rope positions; needed after a cache that holds images. For a denoising step `(images,)`: the next
+                position of each row.
+            past_key_values (`Cache` or `PrefixCache`, *optional*): What came before.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return `past_key_values`.
+            pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`, *optional*):
+                Packed ViT patches, values in (row, column, channel) order.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of ViT patches.
+            latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
+                Packed VAE latents, values in (row, column, channel) order. Clean ones if `noise` is passed.
+            latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of latent tokens.
+            timesteps (`torch.Tensor` of shape `(images,)`, *optional*):
+                Noise level of each latent image in [0, 1]; 0 is clean, a condition.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                0 text, 1 ViT placeholder, 4 latent placeholder; read off `input_ids` by default.
+            document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                Sample of each token of a packed row; attention never crosses samples.
+            noise (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
+                Training: mixed into `latents` by `timesteps`; the target of the velocity is `noise - latents`.
+            labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                Training: token ids where a token is to be predicted from those before it, -100 elsewhere.
+            latent_hidden_states (`torch.Tensor` of shape `(latent_tokens, hidden_size)`, *optional*):
+                Instead of everything else: apply only the velocity head to a last layer's output (TaylorSeer).
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute the scores of that many last tokens only; 0 means all.
+            mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed before.
+
+        Returns:
+            [`BagelOutput`]
+
+        Raises:
+            ValueError: if placeholders and images do not match, or if an image or the context is too large.
+
+        Example:
+
+        ```python
+        >>> inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+        ...                                        return_dict=True, return_tensors="pt")
+        >>> logits = model(**inputs).logits
+        ```
+        """
+        clean = latents
+        if noise is not None:
+            if latents is None or timesteps is None or latent_grid_hw is None:
+                raise ValueError("`noise` needs `latents`, `latent_grid_hw` and `timesteps` beside it.")
+            level = timesteps.repeat_interleave(latent_grid_hw.prod(-1).to(timesteps.device)).unsqueeze(-1)
+            latents = (1 - level) * clean + level * noise
+        outputs: BagelModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            image_grid_hw=image_grid_hw,
+            latents=latents,
+            latent_grid_hw=latent_grid_hw,
+            timesteps=timesteps,
+            mm_token_type_ids=mm_token_type_ids,
+            document_ids=document_ids,
+            latent_hidden_states=latent_hidden_states,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = None
+        if outputs.last_hidden_state is not None:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = ce_loss = mse_loss = None
+        if labels is not None:
+            ce_loss = loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        if noise is not None:
+            mse_loss = flow_matching_loss(outputs.velocity, clean, noise, level)
+            loss = mse_loss if loss is None else loss + mse_loss
+        return BagelOutput(
+            loss=loss,
+            ce_loss=ce_loss,
+            mse_loss=mse_loss,
+            logits=logits,
+            velocity=outputs.velocity,
+            latent_hidden_states=outputs.latent_hidden_states,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def flow_matching_loss(
+    velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the velocity at the noised tokens; zero, with a graph, if there are none (point 31).
+
+    Args:
+        velocity, clean, noise (`torch.Tensor` of shape `(latent_tokens, latent_dim)`)
+        level (`torch.Tensor` of shape `(latent_tokens, 1)`): Timestep of each token; 0 is a condition.
+    """
+    noised = (level > 0).float()
+    squared = (velocity.float() - (noise - clean).float()).square() * noised
+    return squared.sum() / (noised.sum() * velocity.shape[-1]).clamp(min=1)
+
+
+__all__ = [
+    "BagelForConditionalGeneration",
+    "BagelModel",
+    "BagelModelOutputWithPast",
+    "BagelOutput",
+    "BagelPreTrainedModel",
+    "BagelTextModel",
+    "BagelVisionModel",
+]

@@ -1,0 +1,276 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""From a conversation to the inputs of the model."""
+
+import os
+import re
+from typing import Any
+
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
+from transformers.utils import cached_file
+
+from .configuration_bagel import BagelConfig
+from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
+from .published_bagel import SPECIAL_TOKENS
+from .sequence_bagel import LATENT_TOKEN
+
+
+UNDERSTANDING_THINK_PROMPT = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
+    "answer here"
+)
+GENERATION_THINK_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
+    "image here"
+)
+
+
+def _jinja_string(text: str) -> str:
+    return "'" + text.replace("\n", "\\n") + "'"
+
+
+# A segment has no role and no newline (published behaviour, points 1-3). `generation_mode="image"` gives each image
+# twice, as latents and as ViT tokens: a condition for drawing.
+CHAT_TEMPLATE = (
+    "{%- set start, end = '<|im_start|>', '<|im_end|>' -%}"
+    "{%- set vit = '<|vision_start|><|image_pad|><|vision_end|>' -%}"
+    "{%- set vae = '<|vision_start|><|vision_pad|><|vision_end|>' -%}"
+    "{%- set draws = generation_mode is defined and generation_mode == 'image' -%}"
+    "{%- if think is defined and think -%}"
+    "{%- if draws -%}{{- start + " + _jinja_string(GENERATION_THINK_PROMPT) + " + end -}}"
+    "{%- else -%}{{- start + " + _jinja_string(UNDERSTANDING_THINK_PROMPT) + " + end -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{{- start + message['content'] + end -}}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{- start + part['text'] + end -}}"
+    "{%- elif draws -%}{{- vae + vit -}}"
+    "{%- else -%}{{- vit -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- start -}}{%- endif -%}"
+)
+
+ROLES = ("system", "user", "assistant")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+
+class BagelProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: BagelImageProcessorKwargs
+
+
+class BagelProcessor(ProcessorMixin):
+    r"""
+    Turns conversations, or text with placeholders and images, into the inputs of [`BagelForConditionalGeneration`].
+
+    Args:
+        image_processor ([`BagelImageProcessor`]): Reads the images.
+        tokenizer ([`Qwen2Tokenizer`]): Reads the text.
+        chat_template (`str`, *optional*): Another template than BAGEL's own.
+    """
+
+    valid_processor_kwargs = BagelProcessorKwargs
+    text_kwargs = {"padding": True, "padding_side": "left"}
+    return_mm_token_type_ids = True
+    skip_tensor_conversion = ["vae_pixel_values"]
+
+    def __init__(
+        self,
+        image_processor: BagelImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+    ):
+        # The embeddings of placeholders are never read, so a tokenizer without them may be given new ones.
+        absent = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
+        if absent:
+            tokenizer.add_special_tokens({"additional_special_tokens": absent}, replace_extra_special_tokens=False)
+        tokenizer.padding_side = "left"
+        tokenizer.pad_token = SPECIAL_TOKENS["pad_token_id"]
+        self.image_token = SPECIAL_TOKENS["image_token_id"]
+        self.latent_token = SPECIAL_TOKENS["latent_token_id"]
+        self.vision_start_token = SPECIAL_TOKENS["vision_start_token_id"]
+        self.vision_end_token = SPECIAL_TOKENS["vision_end_token_id"]
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.latent_token_id = tokenizer.convert_tokens_to_ids(self.latent_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        processor_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        image_kwargs = {
+            key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
+        }
+        if _has_image_settings(pretrained_model_name_or_path, **kwargs):
+            image_processor = BagelImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, **kwargs, **image_kwargs
+            )
+        else:
+            # The published layout has no image settings: the published sizes, and the patches of its config.json.
+            config = BagelConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            published = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
+            image_processor = BagelImageProcessor(**(published | image_kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [image_processor, tokenizer]
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[BagelProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images (*optional*):
+                The images of all texts, in the order of their placeholders: one, a list, or a list of lists.
+            text (`str` or `list[str]`):
+                Segments with their markers. `<|vision_start|><|image_pad|><|vision_end|>` stands for an image that
+                is seen; `<|vision_start|><|vision_pad|><|vision_end|>` before it asks for its latents too.
+            kwargs: Arguments of the tokenizer and of [`BagelImageProcessor`], e.g. `return_tensors="pt"`.
+
+        Returns:
+            [`BatchFeature`]: `input_ids`, `attention_mask`, `mm_token_type_ids` of shape `(batch, tokens)`, left
+            padded; with images `pixel_values` `(patches, patch_dim)` and `image_grid_hw` `(images, 2)`; and, if
+            latents are asked for, `vae_pixel_values`, a list with a `(3, height, width)` tensor an image.
+
+        Raises:
+            ValueError: if the placeholders and the images differ in number.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        num_latents = sum(sample.count(self.latent_token) for sample in texts if isinstance(sample, str))
+        num_images = sum(sample.count(self.image_token) for sample in texts if isinstance(sample, str))
+        if num_latents not in (0, num_images):
+            raise ValueError(
+                f"`text` has {num_latents} {self.latent_token} and {num_images} {self.image_token}: an image that is "
+                "a condition for drawing needs one of each."
+            )
+        for sample in texts:
+            self._check_markers(sample)
+        if num_latents:
+            kwargs["return_vae_pixel_values"] = True
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _check_markers(self, text: Any) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"`text` must be a string or a list of strings, got a `{type(text).__name__}`.")
+        for token in (self.image_token, self.latent_token):
+            wrapped = text.count(self.vision_start_token + token + self.vision_end_token)
+            if wrapped != text.count(token):
+                raise ValueError(
+                    f"`text` has a {token} without its markers. Write it as "
+                    f"{self.vision_start_token}{token}{self.vision_end_token}."
+                )
+
+    def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        processed, replacements = super()._process_images(images, **kwargs)
+        stride = self.image_processor.vae_stride
+        self_latents = [
+            self.latent_token * ((pixels.shape[1] // stride) * (pixels.shape[2] // stride))
+            for pixels in processed.get("vae_pixel_values", [])
+        ]
+        if self_latents:
+            # One replacement serves both placeholders of an image; `get_text_with_replacements` parts them.
+            replacements = [f"{vae}{vit}" for vae, vit in zip(self_latents, replacements, strict=True)]
+        return processed, replacements
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of the ViT tokens of an image."""
+        return self.image_token * int(image_inputs["image_grid_hw"][image_idx].prod())
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: list[str] | None = None,
+        videos_replacements: list[str] | None = None,
+        audio_replacements: list[str] | None = None,
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """Like the parent's, for the placeholders of the latents and of the ViT tokens."""
+        replacements = images_replacements or []
+        vit = [replacement.replace(self.latent_token, "") for replacement in replacements]
+        text, offsets = super().get_text_with_replacements(text, vit)
+        vae = iter([replacement.replace(self.image_token, "") for replacement in replacements])
+        return [re.sub(re.escape(self.latent_token), lambda _: next(vae), sample) for sample in text], offsets
+
+    def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
+        """0 for text, 1 for ViT placeholders, 4 for latent placeholders."""
+        types = super().create_mm_token_type_ids(input_ids)
+        return [
+            [LATENT_TOKEN if token == self.latent_token_id else kind for token, kind in zip(row, kinds, strict=True)]
+            for row, kinds in zip(input_ids, types, strict=True)
+        ]
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """
+        Like [`ProcessorMixin.apply_chat_template`], with two more arguments.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): Messages of one conversation, or of several.
+            chat_template (`str`, *optional*): Another template.
+            think (`bool`, *optional*, defaults to `False`): Ask for a reasoning, or a plan, first.
+            generation_mode (`str`, *optional*, defaults to `"text"`):
+                `"text"` to answer; `"image"` to draw, which gives every image also as latents.
+            kwargs: Arguments of [`ProcessorMixin.apply_chat_template`].
+
+        Raises:
+            ValueError: if a message has no content, or an unknown role or part.
+        """
+        generation_mode = kwargs.get("generation_mode", "text")
+        if generation_mode not in ("text", "image"):
+            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
+        check_conversation(conversation)
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "mm_token_type_ids"]
+
+
+def check_conversation(conversation: Any, name: str = "conversation") -> None:
+    """
+    Raises:
+        TypeError: if it is not a list of messages, or a list of such lists.
+        ValueError: if it is empty, or if a message has no content, or an unknown role or part.
+    """
+    if not isinstance(conversation, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list of messages, got a `{type(conversation).__name__}`.")
+    if len(conversation) == 0:
+        raise ValueError(f"`{name}` is empty: pass at least one message.")
+    for message in conversation:
+        if isinstance(message, (list, tuple)):
+            check_conversation(message, name)
+            continue
+        if not isinstance(message, dict) or message.get("content") is None:
+            raise ValueError(f"`{name}` holds a message without content: {message!r}. Pass `role` and `content`.")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
+        for part in [] if isinstance(message["content"], str) else message["content"]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                continue
+            if kind in ("image", "image_url") and any(part.get(key) is not None for key in IMAGE_KEYS):
+                continue
+            raise ValueError(
+                f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
+                f"'image': ...}}: {part!r}."
+            )
+
+
+def _has_image_settings(path: str | os.PathLike, **kwargs: Any) -> bool:
+    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs}
+    subfolder = kwargs.get("subfolder", "")
+    return any(
+        cached_file(path, name, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        for name in ("processor_config.json", "preprocessor_config.json")
+    )
+
+
+__all__ = ["BagelProcessor", "BagelProcessorKwargs"]

@@ -1,0 +1,235 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""BAGEL's sequence, described once: from the type of every token follow blocks, positions, routing and mask.
+
+A sequence is a row of segments. Text is causal. An image is a block of `N + 2` tokens (start marker, N patches, end
+marker) which sees everything before it and all of itself, and which takes a single rope position. Latent patches go
+through the generation expert (`*_moe_gen`); everything else, markers included, through the understanding expert.
+Source: published behaviour, points 1-10 and 31-33.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+# Values of `mm_token_type_ids`. The library reserves 1 for images, 2 for videos and 3 for audio.
+TEXT_TOKEN = 0
+IMAGE_TOKEN = 1
+LATENT_TOKEN = 4
+
+
+def token_types_from_ids(input_ids: torch.Tensor, image_token_id: int, latent_token_id: int) -> torch.Tensor:
+    """Type of every token, read off its placeholder id. `(batch, tokens)` -> `(batch, tokens)`."""
+    types = torch.full_like(input_ids, TEXT_TOKEN)
+    types = types.masked_fill(input_ids == image_token_id, IMAGE_TOKEN)
+    return types.masked_fill(input_ids == latent_token_id, LATENT_TOKEN)
+
+
+def image_block_ids(token_types: torch.Tensor) -> torch.Tensor:
+    """Number the image blocks of each row, markers included; text is -1. `(batch, tokens)` -> `(batch, tokens)`.
+
+    Two patches runs are never adjacent, because each block has its own two markers.
+    """
+    patches = token_types != TEXT_TOKEN
+    before = torch.nn.functional.pad(patches, (1, 0))[:, :-1]
+    after = torch.nn.functional.pad(patches, (0, 1))[:, 1:]
+    # A block opens at its start marker, the token before the first patch, or at the patch itself in column 0.
+    opens = after & ~patches
+    opens[:, 0] |= patches[:, 0]
+    block = opens.cumsum(-1) - 1
+    return torch.where(patches | before | after, block, -1)
+
+
+def blocks_per_row(token_types: torch.Tensor, kind: int) -> torch.Tensor:
+    """Number of image blocks of one kind in each row. `(batch, tokens)` -> `(batch,)`."""
+    patches = token_types == kind
+    return (patches & ~torch.nn.functional.pad(patches, (1, 0))[:, :-1]).sum(-1)
+
+
+def rope_positions(
+    token_types: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    noised: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rope position of every token: a text token advances it by one, an image block as a whole by one.
+
+    A noised block does not advance it: the clean copy that follows stands at the same position (points 8 and 33).
+
+    Args:
+        token_types (`torch.LongTensor` of shape `(batch, tokens)`): Text, image or latent.
+        attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): 0 at padding, which takes no position.
+        noised (`torch.BoolTensor` of shape `(batch, tokens)`, *optional*): Latent tokens that carry noise.
+        document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+            Sample of every token of a packed row; positions start again with each sample.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, tokens)`.
+    """
+    patches = token_types != TEXT_TOKEN
+    closes = torch.nn.functional.pad(patches, (1, 0))[:, :-1] & ~patches
+    advance = torch.where(image_block_ids(token_types) < 0, 1, 0)
+    if noised is None:
+        advance = advance.masked_fill(closes, 1)
+    else:
+        advance = advance.masked_fill(closes & ~torch.nn.functional.pad(noised, (1, 0))[:, :-1], 1)
+    if attention_mask is not None:
+        advance = advance.masked_fill(attention_mask == 0, 0)
+    positions = advance.cumsum(-1) - advance
+    if document_ids is not None:
+        first = torch.ones_like(document_ids, dtype=torch.bool)
+        first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        positions = positions - positions.masked_fill(~first, 0).cummax(-1).values
+    return positions
+
+
+def packed_mask_function(hidden_from_others: torch.Tensor, document_ids: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The part of the training mask that is neither causality nor the blocks (point 32).
+
+    A key is visible outside its own block unless it carries noise or belongs to another sample.
+
+    Args:
+        hidden_from_others (`torch.BoolTensor` of shape `(batch, tokens)`): Keys of noised blocks, markers included.
+        document_ids (`torch.LongTensor` of shape `(batch, tokens)`): Sample of every token.
+    """
+
+    def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return ~hidden_from_others[batch, key] & (document_ids[batch, query] == document_ids[batch, key])
+
+    return visible
+
+
+def noised_blocks(token_types: torch.Tensor, noised: torch.Tensor) -> torch.Tensor:
+    """Extend the noised latent tokens to whole blocks, markers included. `(batch, tokens)` -> `(batch, tokens)`."""
+    blocks = image_block_ids(token_types)
+    # Slot 0 collects the text tokens (block -1), which are never noised.
+    tokens_with_noise = torch.zeros(blocks.shape[0], blocks.shape[1] + 1, dtype=torch.long, device=blocks.device)
+    tokens_with_noise.scatter_add_(1, blocks + 1, noised.long())
+    return (tokens_with_noise.gather(1, blocks + 1) > 0) & (blocks >= 0)
+
+
+def patch_grid_ids(grid_hw: torch.Tensor, side: int, interpolate: bool = False) -> torch.Tensor:
+    """Rows of a `side * side` position table for packed patch grids (point 10).
+
+    Args:
+        grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of each grid.
+        side (`int`): Side of the table.
+        interpolate (`bool`): Spread each grid over the whole table by buckets, instead of `row * side + column`.
+
+    Returns:
+        `torch.LongTensor` of shape `(sum of rows * columns,)`.
+
+    Raises:
+        ValueError: if a grid is larger than the table and is not interpolated.
+    """
+    ids = []
+    for rows, columns in grid_hw.tolist():
+        if max(rows, columns) > side and not interpolate:
+            raise ValueError(
+                f"An image of {rows} x {columns} patches (height x width) is larger than the position table of "
+                f"{side} x {side}. Make the image smaller."
+            )
+        row, column = _axis_ids(rows, side, interpolate), _axis_ids(columns, side, interpolate)
+        ids.append((row[:, None] * side + column).flatten())
+    return torch.cat(ids).to(grid_hw.device)
+
+
+def _axis_ids(count: int, side: int, interpolate: bool) -> torch.Tensor:
+    if not interpolate:
+        return torch.arange(count)
+    # float32 boundaries and right-open buckets: the published rounding decides at the edges.
+    boundaries = torch.arange(1 / side, 1.0, 1 / side)
+    return torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / count), boundaries, right=True)
+
+
+@dataclass
+class Routing:
+    """Which tokens take which expert, and where they stand.
+
+    Inside the decoder layers a stream with latents is flat, `(tokens, hidden)`, understanding tokens first, so that
+    each expert works on one contiguous slice. Only attention needs the order of the sequence back.
+
+    Attributes:
+        num_und (`int`): How many tokens, from the front of the stream, take the understanding expert.
+        order (`torch.LongTensor` of shape `(batch * tokens,)`, *optional*):
+            Place in the flattened sequence of each token of the stream; `None` if the stream is attended as it is.
+        inverse (`torch.LongTensor` of shape `(batch * tokens,)`, *optional*): The inverse of `order`.
+        shape (`tuple[int, int]`): `(batch, tokens)` of the sequence.
+        block_lengths (`tuple[int, ...]`): Latent tokens of each block of a denoising stream, see `from_blocks`.
+    """
+
+    num_und: int
+    shape: tuple[int, int]
+    order: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
+    block_lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def from_token_types(cls, token_types: torch.Tensor) -> Routing:
+        """Routing of a sequence of shape `(batch, tokens)` by the types of its tokens."""
+        latent = token_types.flatten() == LATENT_TOKEN
+        und, gen = (~latent).nonzero().squeeze(-1), latent.nonzero().squeeze(-1)
+        order = torch.cat([und, gen])
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return cls(num_und=und.numel(), shape=tuple(token_types.shape), order=order, inverse=inverse)
+
+    @classmethod
+    def from_blocks(cls, block_lengths: Sequence[int]) -> Routing:
+        """Routing of noised blocks alone: the markers of all blocks, then the latents of all blocks.
+
+        All tokens of a block stand at one rope position and see each other, so their order is free; this one needs
+        no index at all.
+        """
+        num_markers = 2 * len(block_lengths)
+        return cls(num_markers, (1, num_markers + sum(block_lengths)), block_lengths=tuple(block_lengths))
+
+    def block_slices(self) -> Iterator[tuple[slice, slice]]:
+        """Where the markers and the latents of each block stand in a denoising stream."""
+        start = self.num_und
+        for index, length in enumerate(self.block_lengths):
+            yield slice(2 * index, 2 * index + 2), slice(start, start + length)
+            start += length
+
+    def to_stream(self, sequence: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, ...)` in the order of the sequence -> `(batch * tokens, ...)` in the order of the stream."""
+        sequence = sequence.flatten(0, 1)
+        return sequence if self.order is None else sequence.index_select(0, self.order)
+
+    def to_sequence(self, stream: torch.Tensor) -> torch.Tensor:
+        """`(batch * tokens, ...)` in the order of the stream -> `(batch, tokens, ...)` in the order of the sequence."""
+        if self.inverse is not None:
+            stream = stream.index_select(0, self.inverse)
+        return stream.unflatten(0, self.shape)
+
+
+def route(
+    routing: Routing | None,
+    hidden_states: torch.Tensor,
+    und: Callable[[torch.Tensor], torch.Tensor],
+    gen: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """Send each token through its expert. Without latents (`routing=None`) the stream keeps its shape."""
+    if routing is None:
+        return und(hidden_states)
+    split = routing.num_und
+    return torch.cat([und(hidden_states[:split]), gen(hidden_states[split:])])
+
+
+def attention_runs(token_types: torch.Tensor) -> list[tuple[int, int, bool]]:
+    """Cut a sequence into runs `(start, stop, is_block)` of one kind of attention: causal text, or one image block.
+
+    Raises:
+        ValueError: if the rows of the batch are cut differently.
+    """
+    blocks = image_block_ids(token_types)
+    if not (blocks == blocks[:1]).all():
+        raise ValueError(
+            "Flash attention takes no block mask, and the rows of this batch have their images at different places. "
+            'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
+        )
+    ids = blocks[0].tolist()
+    starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
+    return [(start, stop, ids[start] >= 0) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
