@@ -1,0 +1,27 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""BAGEL for diffusers: importing this package registers it with the library's loaders."""
+
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+from .guidance import BagelGuidance
+from .pipeline_bagel import BagelPipeline
+from .pipeline_output import BagelPipelineOutput
+from .taylorseer import TaylorSeerConfig
+
+
+__version__ = "0.1.0"
+
+
+def _register() -> None:
+    # A Hub repository names the modules of its components; diffusers loads those that are listed here only.
+    methods = ["save_pretrained", "from_pretrained"]
+    LOADABLE_CLASSES.setdefault("transformers_bagel.modeling_bagel", {"PreTrainedModel": methods})
+    LOADABLE_CLASSES.setdefault("transformers_bagel.processing_bagel", {"ProcessorMixin": methods})
+    ALL_IMPORTABLE_CLASSES.update({"PreTrainedModel": methods, "ProcessorMixin": methods})
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("bagel", BagelPipeline)
+
+
+_register()
+
+__all__ = ["BagelGuidance", "BagelPipeline", "BagelPipelineOutput", "TaylorSeerConfig"]

@@ -1,0 +1,939 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Draw and edit with BAGEL: contexts, guidance, flow matching, decoding."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import BatchFeature, DynamicCache
+from transformers.utils import cached_file
+
+from transformers_bagel import (
+    BagelForConditionalGeneration,
+    BagelProcessor,
+    PrefixBuffer,
+    PrefixCache,
+    PrefixLane,
+    fork_cache,
+)
+from transformers_bagel.image_processing_bagel import patchify
+from transformers_bagel.processing_bagel import check_conversation
+from transformers_bagel.sequence_bagel import rope_positions
+
+from .guidance import EDITING, RENORM_TYPES, TEXT_TO_IMAGE, BagelGuidance
+from .pipeline_output import BagelPipelineOutput
+from .published import VAE_FILE, load_published_vae
+from .taylorseer import TaylorSeerConfig, TaylorSeerState
+
+
+if is_torch_xla_available():
+    import torch_xla.core.xla_model as xm
+
+    XLA_AVAILABLE = True
+else:
+    XLA_AVAILABLE = False
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# diffusers' names for reading a posterior, and the plain words for the second one.
+VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
+
+ImageInput = PIL.Image.Image | np.ndarray | torch.Tensor | str
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_bagel import BagelPipeline
+
+        >>> pipe = BagelPipeline.from_pretrained("ByteDance-Seed/BAGEL-7B-MoT", dtype=torch.bfloat16).to("cuda")
+        >>> image = pipe("a red circle on a white background").images[0]
+        >>> image = pipe("make the circle green", image=image).images[0]
+        >>> image.save("green.png")
+        ```
+"""
+
+
+@dataclass
+class BagelContext:
+    """What one image is drawn from: the first `length` tokens of a cache, and the next rope position."""
+
+    cache: DynamicCache | None
+    length: int
+    next_position: int
+
+
+@dataclass
+class _Row:
+    """One image in the making: its size in tokens, its guidance, and the lane of each of its contexts."""
+
+    grid: tuple[int, int]
+    guidance: BagelGuidance
+    lanes: dict[str, int]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass
+class _Lanes:
+    """All contexts of a call, as lanes of one denoising batch; the TaylorSeer states live and die with it."""
+
+    cache: PrefixCache
+    positions: torch.Tensor
+    states: list[TaylorSeerState] | None
+
+
+class BagelPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for text-to-image generation and image editing with BAGEL.
+
+    Args:
+        transformer ([`BagelForConditionalGeneration`]):
+            The model. The pipeline uses it through `forward` and `generate` only.
+        vae ([`AutoencoderKL`]): FLUX's VAE.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]): With `shift=3.0` as published.
+        processor ([`BagelProcessor`]): Reads prompts, messages and images.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: BagelForConditionalGeneration,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        processor: BagelProcessor,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, processor=processor)
+        config = getattr(getattr(self, "transformer", None), "config", None)
+        self.latent_patch_size = config.latent_patch_size if config is not None else 2
+        self.vae_scale_factor = config.latent_stride if config is not None else 16
+        self.latent_dim = config.latent_dim if config is not None else 64
+        self.max_latent_size = config.max_latent_size if config is not None else 64
+        self.interpolate_pos = config.interpolate_pos if config is not None else False
+        self.default_sample_size = min(1024, self.max_latent_size * self.vae_scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, resample="bicubic")
+        self._taylorseer: TaylorSeerConfig | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BagelPipeline":
+        r"""
+        Load a pipeline from a Hub repository or a directory, in diffusers' layout or in the published one.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or directory.
+            kwargs: As in [`DiffusionPipeline.from_pretrained`]: `dtype`, `device_map`, `revision`, components by name.
+
+        Raises:
+            OSError: if there is no checkpoint.
+        """
+        hub_kwargs = {
+            key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs
+        }
+        if os.path.isdir(pretrained_model_name_or_path) and not os.listdir(pretrained_model_name_or_path):
+            raise OSError(f"The directory '{pretrained_model_name_or_path}' is empty: it holds no checkpoint.")
+        missing = {"_raise_exceptions_for_missing_entries": False}
+        if cached_file(pretrained_model_name_or_path, "model_index.json", **hub_kwargs, **missing):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        has_vae = cached_file(pretrained_model_name_or_path, VAE_FILE, **hub_kwargs, **missing)
+        if not has_vae and "vae" not in kwargs:
+            raise OSError(
+                f"'{pretrained_model_name_or_path}' holds neither model_index.json (diffusers' layout) nor {VAE_FILE} "
+                "(the published layout): it is no BAGEL pipeline. Pass the folder of a checkpoint."
+            )
+        return cls._from_published(pretrained_model_name_or_path, hub_kwargs, **kwargs)
+
+    @classmethod
+    def _from_published(
+        cls, path: str | os.PathLike, hub_kwargs: dict[str, Any], **kwargs: Any
+    ) -> "BagelPipeline":
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        components = {name: kwargs.pop(name) for name in ("transformer", "vae", "scheduler", "processor") if name in kwargs}
+        device_map = kwargs.pop("device_map", None)
+        kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
+        if kwargs:
+            raise TypeError(
+                f"{', '.join(sorted(kwargs))}: unknown for the published layout. Load the components with their own "
+                "`from_pretrained` and pass them by name."
+            )
+        if "transformer" not in components:
+            components["transformer"] = BagelForConditionalGeneration.from_pretrained(
+                path,
+                dtype=dtypes.get("transformer", dtypes.get("default")) or torch.float32,
+                device_map=device_map,
+                **hub_kwargs,
+            )
+        if "vae" not in components:
+            vae_dtype = dtypes.get("vae", dtypes.get("default")) or torch.float32
+            components["vae"] = load_published_vae(path, vae_dtype, **hub_kwargs)
+            if device_map is not None:
+                components["vae"] = components["vae"].to(components["transformer"].device)
+        if "scheduler" not in components:
+            # Published shift (point 19).
+            components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if "processor" not in components:
+            components["processor"] = BagelProcessor.from_pretrained(path, **hub_kwargs)
+        return cls(**components)
+
+    def enable_taylorseer(self, interval: int = 3, warmup_steps: int = 5, max_order: int = 6) -> None:
+        """
+        Predict the model's output on most steps instead of computing it, which changes the images a little.
+
+        Args:
+            interval (`int`, defaults to 3): After the warm-up, one step in `interval` is computed.
+            warmup_steps (`int`, defaults to 5): First steps, which are all computed.
+            max_order (`int`, defaults to 6): Highest order of the Taylor expansion.
+        """
+        self._taylorseer = TaylorSeerConfig(interval, warmup_steps, max_order)
+
+    def disable_taylorseer(self) -> None:
+        """Compute every step again."""
+        self._taylorseer = None
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        image: Any,
+        messages: list | None,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        sigmas: list[float] | None,
+        guidance_scale: float,
+        image_guidance_scale: float | None,
+        cfg_interval: tuple[float, float] | None,
+        cfg_renorm_type: str | None,
+        cfg_renorm_min: float,
+        max_think_tokens: int,
+        temperature: float,
+        num_images_per_prompt: int,
+        vae_sample_mode: str,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+    ) -> None:
+        """Raise a `ValueError` or `TypeError` for arguments that cannot work, before anything is computed."""
+        if callback_on_step_end_tensor_inputs is not None and not all(
+            name in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs
+        ):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
+                f"{[k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]}"
+            )
+        if prompt is not None and messages is not None:
+            raise ValueError("`prompt` and `messages` were both passed. Put the prompt into the messages.")
+        if prompt is None and messages is None:
+            raise ValueError("Pass `prompt`, or `messages` for anything interleaved.")
+        if messages is not None and image is not None:
+            raise ValueError("`image` and `messages` were both passed. Put the images into the messages.")
+        if messages is not None:
+            check_conversation(messages, "messages")
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
+                raise TypeError(f"`prompt` must be a string or a list of strings, got {type(prompt).__name__}.")
+            if not prompts:
+                raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
+        for name, value in (("height", height), ("width", width)):
+            self._check_size(name, value)
+        _check_whole_number("num_inference_steps", num_inference_steps, 1)
+        _check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        # One step feeds the start token; the last step's token is not kept.
+        _check_whole_number("max_think_tokens", max_think_tokens, 2)
+        if sigmas is not None and (len(sigmas) == 0 or not all(0 < sigma <= 1 for sigma in sigmas)):
+            raise ValueError(f"`sigmas` must be noise levels in (0, 1], before the shift, got {sigmas}.")
+        for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+        if cfg_interval is not None and (len(cfg_interval) != 2 or not 0 <= cfg_interval[0] <= cfg_interval[1]):
+            raise ValueError(
+                f"`cfg_interval` must be (low, high) with 0 <= low <= high, got {tuple(cfg_interval)}: guidance is on "
+                "for noise levels low < t <= high."
+            )
+        if cfg_renorm_type is not None and cfg_renorm_type not in RENORM_TYPES:
+            raise ValueError(f"`cfg_renorm_type` must be one of {', '.join(RENORM_TYPES)}, got {cfg_renorm_type!r}.")
+        if not 0 <= cfg_renorm_min <= 1:
+            raise ValueError(f"`cfg_renorm_min` must be in [0, 1], got {cfg_renorm_min!r}.")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {temperature!r}. For greedy text: `do_sample=False`.")
+        if vae_sample_mode not in VAE_SAMPLE_MODES:
+            raise ValueError(
+                f"`vae_sample_mode` must be one of {', '.join(VAE_SAMPLE_MODES)}, got {vae_sample_mode!r}."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+    def _check_size(self, name: str, value: int | None) -> None:
+        if value is None:
+            return
+        _check_whole_number(name, value, 1)
+        if value % self.vae_scale_factor:
+            raise ValueError(f"`{name}` must be a multiple of {self.vae_scale_factor}, got {value}.")
+        limit = self.max_latent_size * self.vae_scale_factor
+        if value > limit and not self.interpolate_pos:
+            raise ValueError(
+                f"`{name}` must be at most {limit}, got {value}: the model's position table ends at "
+                f"{self.max_latent_size} tokens a side."
+            )
+
+    def prepare_conversations(
+        self, prompt: str | list[str] | None, image: Any, messages: list | None
+    ) -> list[list[dict[str, Any]]]:
+        """One conversation for each prompt: its images, then its text. Messages pass through."""
+        if messages is not None:
+            return messages if isinstance(messages[0], (list, tuple)) else [messages]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if image is None:
+            images: list[list[Any]] = [[] for _ in prompts]
+        elif not isinstance(image, (list, tuple)):
+            images = [[image] for _ in prompts]
+        elif isinstance(prompt, str) and not any(isinstance(item, (list, tuple)) for item in image):
+            images = [list(image)]
+        elif all(isinstance(item, (list, tuple)) for item in image):
+            images = [list(item) for item in image]
+        else:
+            raise ValueError(
+                "`image` must be a list of lists, the images of each prompt, when `prompt` is a list of prompts."
+            )
+        if len(images) != len(prompts):
+            raise ValueError(f"`image` holds images of {len(images)} prompts, but `prompt` holds {len(prompts)}.")
+        return [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": item} for item in items] + [{"type": "text", "text": text}],
+                }
+            ]
+            for items, text in zip(images, prompts, strict=True)
+        ]
+
+    def preprocess(self, conversation: list[dict[str, Any]], think: bool) -> BatchFeature:
+        """Model inputs of one conversation as a condition for drawing, see [`BagelProcessor`]."""
+        inputs = self.processor.apply_chat_template(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            think=think,
+            generation_mode="image",
+        )
+        limit = self.max_latent_size * self.vae_scale_factor
+        for pixels in inputs.get("vae_pixel_values", []):
+            if max(pixels.shape[1:]) > limit and not self.interpolate_pos:
+                raise ValueError(
+                    f"`image` is resized to {pixels.shape[2]} x {pixels.shape[1]} pixels (width x height), but the "
+                    f"model's position table ends at {limit}. Lower `vae_size` of the processor."
+                )
+        return inputs
+
+    def encode_image(
+        self, pixels: torch.Tensor, generator: torch.Generator | None = None, vae_sample_mode: str = "sample"
+    ) -> torch.Tensor:
+        """
+        Packed latents of one preprocessed image.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(3, height, width)`): In [-1, 1].
+            generator (`torch.Generator`, *optional*): For the sample of the posterior.
+            vae_sample_mode (`str`): `"sample"`, or `"argmax"` for the posterior's mean.
+
+        Returns:
+            `torch.Tensor` of shape `(tokens, latent_dim)`, float32.
+        """
+        posterior = self.vae.encode(pixels.unsqueeze(0).to(self._execution_device, self.vae.dtype)).latent_dist
+        latents = posterior.sample(generator) if VAE_SAMPLE_MODES[vae_sample_mode] == "sample" else posterior.mode()
+        latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return patchify(latents[0].float(), self.latent_patch_size)
+
+    def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int], output_type: str) -> Any:
+        """
+        Images of packed latents of one size.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): Packed latents.
+            grid (`tuple[int, int]`): Rows and columns of tokens.
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`.
+        """
+        patch = self.latent_patch_size
+        cells = latents.unflatten(1, grid).unflatten(-1, (patch, patch, -1)).permute(0, 5, 1, 3, 2, 4)
+        cells = cells.flatten(4, 5).flatten(2, 3)
+        cells = cells / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        images = self.vae.decode(cells.to(self._execution_device, self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(images.float(), output_type=output_type)
+
+    def prefill(self, inputs: BatchFeature, latents: list[torch.Tensor]) -> BagelContext:
+        """Context of one conversation: all its texts and images in one forward."""
+        cache = DynamicCache(config=self.transformer.config.text_config)
+        token_types = inputs["mm_token_type_ids"]
+        if token_types.shape[1] == 0:
+            return BagelContext(None, 0, 0)
+        position_ids = rope_positions(token_types)
+        arguments = self._model_inputs(inputs)
+        if latents:
+            stride = self.vae_scale_factor
+            grids = [(pixels.shape[1] // stride, pixels.shape[2] // stride) for pixels in inputs["vae_pixel_values"]]
+            arguments |= {
+                "latents": torch.cat(latents).to(self._execution_device),
+                "latent_grid_hw": torch.tensor(grids),
+                "timesteps": torch.zeros(len(latents), device=self._execution_device),
+            }
+        self.transformer(
+            **arguments,
+            position_ids=position_ids.to(self._execution_device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._transformer_kwargs,
+        )
+        return BagelContext(cache, cache.get_seq_length(), int(position_ids[0, -1]) + 1)
+
+    def think(
+        self,
+        inputs: BatchFeature,
+        context: BagelContext,
+        max_think_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[str, BagelContext]:
+        """
+        Let the model write a plan, and add it to a context.
+
+        Args:
+            inputs (`BatchFeature`): What the context was made from.
+            context (`BagelContext`): The context, whose cache is extended.
+            max_think_tokens (`int`): Decoding steps, the one that feeds the start token included.
+            do_sample, temperature: Of the text.
+            generator (`torch.Generator`, *optional*): Its seed rules the sampled text.
+
+        Returns:
+            The plan, and the context with it.
+        """
+        tokenizer = self.processor.tokenizer
+        start, end = "<|im_start|>", "<|im_end|>"
+        prompt = torch.cat([inputs["input_ids"], torch.tensor([[tokenizer.convert_tokens_to_ids(start)]])], dim=1)
+        types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 1))
+        sampling = {"do_sample": True, "temperature": temperature} if do_sample else {"do_sample": False}
+        with _seeded(generator if do_sample else None, self._execution_device):
+            sequence = self.transformer.generate(
+                input_ids=prompt.to(self._execution_device),
+                mm_token_type_ids=types.to(self._execution_device),
+                attention_mask=torch.ones_like(prompt).to(self._execution_device),
+                past_key_values=fork_cache(context.cache),
+                max_new_tokens=max_think_tokens - 1,
+                **sampling,
+            )
+        plan = tokenizer.decode(sequence[0, prompt.shape[1] :].tolist())
+        plan = plan.split(end)[0].split(start)[0]
+        ids = torch.tensor([tokenizer(start + plan + end)["input_ids"]])
+        position_ids = context.next_position + torch.arange(ids.shape[1]).unsqueeze(0)
+        self.transformer(
+            input_ids=ids.to(self._execution_device),
+            position_ids=position_ids.to(self._execution_device),
+            past_key_values=context.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._transformer_kwargs,
+        )
+        length = context.length + ids.shape[1]
+        return plan, BagelContext(context.cache, length, context.next_position + ids.shape[1])
+
+    def prepare_contexts(
+        self,
+        conversation: list[dict[str, Any]],
+        inputs: BatchFeature,
+        latents: list[torch.Tensor],
+        guidance: BagelGuidance,
+        think: bool,
+        max_think_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, BagelContext], str | None]:
+        """
+        The contexts that guidance compares, and the plan if there is one (published behaviour, points 14-16).
+
+        `full` is everything; `no_text` the same before the last text, unless an image follows it; `no_image` all
+        texts but the plan. A context that equals `full` is the same object, and its velocity is not computed twice.
+        """
+        prompt = full = self.prefill(inputs, latents)
+        plan = None
+        if think:
+            plan, full = self.think(inputs, prompt, max_think_tokens, do_sample, temperature, generator)
+        contexts = {"full": full}
+        if guidance.text_scale > 1:
+            tail = self._tokens_of_last_text(conversation)
+            contexts["no_text"] = (
+                full
+                if tail == 0 and full is prompt
+                else BagelContext(full.cache, prompt.length - tail, prompt.next_position - tail)
+            )
+            contexts["no_image"] = full
+            if guidance.image_scale > 1 and (latents or think):
+                contexts["no_image"] = self.prefill(self._inputs_without_images(conversation, think), [])
+        return contexts, plan
+
+    def _tokens_of_last_text(self, conversation: list[dict[str, Any]]) -> int:
+        """Tokens of the text that ends a conversation; 0 if an image ends it."""
+        last = _parts(conversation)[-1]
+        if last["type"] != "text":
+            return 0
+        return len(self.processor.tokenizer(f"<|im_start|>{last['text']}<|im_end|>")["input_ids"])
+
+    def _inputs_without_images(self, conversation: list[dict[str, Any]], think: bool) -> BatchFeature:
+        texts = [part for part in _parts(conversation) if part["type"] == "text"]
+        if not texts and not think:
+            empty = torch.zeros(1, 0, dtype=torch.long)
+            return BatchFeature({"input_ids": empty, "mm_token_type_ids": empty})
+        return self.preprocess([{"role": "user", "content": texts}], think)
+
+    def _model_inputs(self, inputs: BatchFeature) -> dict[str, Any]:
+        names = ("input_ids", "mm_token_type_ids", "pixel_values", "image_grid_hw")
+        return {name: inputs[name].to(self._execution_device) for name in names if name in inputs}
+
+    def prepare_latents(
+        self,
+        grids: list[tuple[int, int]],
+        generators: list[torch.Generator | None],
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Initial noise, `(batch, tokens, latent_dim)` in float32, zero behind the tokens of the smaller images.
+
+        It is drawn on the generator's device, the CPU by default, in packed order, one image after the other (point
+        21): a batch starts from the noise of its single runs.
+        """
+        if latents is not None:
+            return latents.to(self._execution_device).clone()
+        counts = [rows * columns for rows, columns in grids]
+        noise = torch.zeros(len(grids), max(counts), self.latent_dim)
+        for index, (count, generator) in enumerate(zip(counts, generators, strict=True)):
+            noise[index, :count] = randn_tensor((count, self.latent_dim), generator=generator, dtype=torch.float32)
+        return noise.to(self._execution_device)
+
+    def _check_latents(self, latents: torch.Tensor | None, grids: list[tuple[int, int]]) -> None:
+        if latents is None:
+            return
+        shape = (len(grids), max(rows * columns for rows, columns in grids), self.latent_dim)
+        if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+            given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` must be packed noise of shape {shape} (batch, tokens, latent_dim), got {given}.")
+        if latents.dtype != torch.float32:
+            raise ValueError(f"`latents` must be float32, got {latents.dtype}. Pass `latents.float()`.")
+
+    def _prepare_lanes(
+        self, contexts: list[dict[str, BagelContext]], grids: list[tuple[int, int]], guidance: list[BagelGuidance]
+    ) -> tuple[_Lanes, list[_Row]]:
+        """Lay the prefixes of all contexts into buffers, each once, and give every image its lanes in them."""
+        lanes: list[PrefixLane] = []
+        positions: list[int] = []
+        rows: list[_Row] = []
+        buffers: dict[int, PrefixBuffer] = {}
+
+        def add(lane: PrefixLane, context: BagelContext) -> int:
+            lanes.append(lane)
+            positions.append(context.next_position)
+            return len(lanes) - 1
+
+        def buffer_of(context: BagelContext, room: int, common: int | None = None) -> PrefixBuffer | None:
+            if context.cache is None:
+                return None
+            key = id(context.cache)
+            if key not in buffers:
+                buffers[key] = PrefixBuffer.from_cache(context.cache, room, common=common)
+            return buffers[key]
+
+        for sample, grid, how in zip(contexts, grids, guidance, strict=True):
+            room = grid[0] * grid[1] + 2
+            full, no_text, no_image = sample["full"], sample.get("no_text"), sample.get("no_image")
+            buffer = buffer_of(full, room, no_text.length if no_text is not None else None)
+            row = {"full": add(PrefixLane(buffer), full)}
+            if no_text is not None and no_image is not None:
+                row["no_text"] = row["full"]
+                if no_text is not full:
+                    # The tokens that only the full context has stand first in the buffer.
+                    row["no_text"] = add(PrefixLane(buffer, full.length - no_text.length), no_text)
+                row["no_image"] = row["full"]
+                if no_image is not full:
+                    row["no_image"] = add(PrefixLane(buffer_of(no_image, room)), no_image)
+            rows.append(_Row(grid, how, row))
+        states = None if self._taylorseer is None else [TaylorSeerState(self._taylorseer) for _ in lanes]
+        return _Lanes(PrefixCache(lanes), torch.tensor(positions), states), rows
+
+    def _predict_velocity(
+        self, latents: torch.Tensor, timestep: torch.Tensor, rows: list[_Row], lanes: _Lanes
+    ) -> torch.Tensor:
+        """Guided velocity of all images, `(batch, tokens, latent_dim)` in float32."""
+        branches, owner = [], {}
+        for index, row in enumerate(rows):
+            guidance = row.guidance.with_text_scale(self._guidance_scale)
+            needed = {name: row.lanes[name] for name in guidance.branches(timestep) if name in row.lanes}
+            branches.append((guidance, needed))
+            owner |= dict.fromkeys(needed.values(), index)
+        active = sorted(owner)
+        if lanes.states is None:
+            computed, skipped = active, []
+        else:
+            due = {lane: lanes.states[lane].advance() for lane in active}
+            computed = [lane for lane in active if due[lane]]
+            skipped = [lane for lane in active if not due[lane]]
+
+        velocities: dict[int, torch.Tensor] = {}
+        if computed:
+            images = [owner[lane] for lane in computed]
+            counts = [rows[index].num_tokens for index in images]
+            outputs = self.transformer(
+                latents=torch.cat([latents[index, :count] for index, count in zip(images, counts, strict=True)]),
+                latent_grid_hw=torch.tensor([rows[index].grid for index in images]),
+                timesteps=timestep.expand(len(images)).to(latents.device),
+                position_ids=lanes.positions[computed],
+                past_key_values=lanes.cache.select(computed),
+                **self._transformer_kwargs,
+            )
+            velocities |= dict(zip(computed, outputs.velocity.split(counts), strict=True))
+            if lanes.states is not None:
+                for lane, features in zip(computed, outputs.latent_hidden_states.split(counts), strict=True):
+                    lanes.states[lane].update(features)
+        if skipped and lanes.states is not None:
+            features = [lanes.states[lane].predict() for lane in skipped]
+            outputs = self.transformer(latent_hidden_states=torch.cat(features))
+            velocities |= dict(zip(skipped, outputs.velocity.split([len(item) for item in features]), strict=True))
+
+        velocity = torch.zeros_like(latents)
+        for index, (row, (guidance, needed)) in enumerate(zip(rows, branches, strict=True)):
+            velocity[index, : row.num_tokens] = guidance({name: velocities[lane] for name, lane in needed.items()})
+        return velocity
+
+    @property
+    def _transformer_kwargs(self) -> dict[str, Any]:
+        return dict(self._attention_kwargs or {})
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ImageInput | list[ImageInput] | list[list[ImageInput]] | None = None,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 49,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 4.0,
+        image_guidance_scale: float | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        cfg_renorm_type: str | None = None,
+        cfg_renorm_min: float = 0.0,
+        think: bool = False,
+        max_think_tokens: int = 1024,
+        do_sample: bool = False,
+        temperature: float = 0.3,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        vae_sample_mode: str = "sample",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the library's signature
+    ) -> BagelPipelineOutput | tuple:
+        r"""
+        Function invoked when calling the pipeline for generation.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to draw, or how to change the image. If not defined, pass `messages`.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a list or list of lists of them, *optional*):
+                Images to start from: one for every prompt, a list with several of one prompt, or a list with the list
+                of each prompt.
+            messages (`list[dict]` or `list[list[dict]]`, *optional*):
+                Chat messages with texts and images in any order, instead of `prompt` and `image`.
+            height (`int`, *optional*):
+                Height of the drawing in pixels, a multiple of 16. By default 1024, or that of the last image given.
+            width (`int`, *optional*):
+                Width of the drawing in pixels, a multiple of 16. By default 1024, or that of the last image given.
+            num_inference_steps (`int`, *optional*, defaults to 49):
+                Number of denoising steps. The published `num_timesteps=N` takes N - 1 of them.
+            sigmas (`list[float]`, *optional*):
+                Noise levels of the steps before the scheduler's shift, decreasing, without the final 0.
+            guidance_scale (`float`, *optional*, defaults to 4.0):
+                Weight of the last text against the context before it. At most 1 turns all guidance off.
+            image_guidance_scale (`float`, *optional*):
+                Weight of the images against the context without them. At most 1 turns it off. By default 1.0, or 2.0
+                with images.
+            cfg_interval (`tuple[float, float]`, *optional*):
+                Guidance is on for noise levels `low < t <= high`. By default (0.4, 1.0), or (0.0, 1.0) with images.
+            cfg_renorm_type (`str`, *optional*):
+                `"global"`, `"channel"` or `"text_channel"`: what is scaled back to the unguided length. By default
+                `"global"`, or `"text_channel"` with images.
+            cfg_renorm_min (`float`, *optional*, defaults to 0.0):
+                Smallest factor of that scaling.
+            think (`bool`, *optional*, defaults to `False`):
+                Whether the model writes a plan first, returned in `texts`.
+            max_think_tokens (`int`, *optional*, defaults to 1024):
+                Decoding steps of the plan, the one that feeds the start token included.
+            do_sample (`bool`, *optional*, defaults to `False`):
+                Whether the plan is sampled instead of greedy.
+            temperature (`float`, *optional*, defaults to 0.3):
+                Temperature of a sampled plan.
+            num_images_per_prompt (`int`, *optional*, defaults to 1):
+                Number of images for each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the result deterministic; a list holds one for each image.
+            latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`, *optional*):
+                Packed float32 noise to start from.
+            vae_sample_mode (`str`, *optional*, defaults to `"sample"`):
+                Whether images given are encoded as a `"sample"` of the posterior, or as its mean (`"argmax"`).
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for packed latents.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`BagelPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                Passed on to the attention layers of the transformer.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(self, step, timestep, callback_kwargs)` after each step; what it returns replaces
+                the tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                Tensors that the callback gets.
+
+        Examples:
+
+        Returns:
+            [`BagelPipelineOutput`] or `tuple`: the images, and the plans or `None`.
+
+        Raises:
+            ValueError: for arguments that cannot work, and if the latents become infinite or NaN.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. Check inputs
+        self.check_inputs(
+            prompt,
+            image,
+            messages,
+            height,
+            width,
+            num_inference_steps,
+            sigmas,
+            guidance_scale,
+            image_guidance_scale,
+            cfg_interval,
+            cfg_renorm_type,
+            cfg_renorm_min,
+            max_think_tokens,
+            temperature,
+            num_images_per_prompt,
+            vae_sample_mode,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        conversations = self.prepare_conversations(prompt, image, messages)
+        batch_size = len(conversations) * num_images_per_prompt
+        generators = _generators(generator, batch_size)
+        inputs = [self.preprocess(conversation, think) for conversation in conversations]
+        grids = [self._grid(item, height, width) for item in inputs for _ in range(num_images_per_prompt)]
+        self._check_latents(latents, grids)
+        for item in inputs:
+            self._check_context(item)
+
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+
+        # 2. Prepare the contexts, and then the noise: the generator is used in this order
+        contexts: list[dict[str, BagelContext]] = []
+        guidance: list[BagelGuidance] = []
+        texts: list[str] = []
+        for index, (conversation, item) in enumerate(zip(conversations, inputs, strict=True)):
+            own_generator = generators[index * num_images_per_prompt]
+            preset = EDITING if "vae_pixel_values" in item else TEXT_TO_IMAGE
+            how = replace(
+                preset,
+                text_scale=guidance_scale,
+                image_scale=preset.image_scale if image_guidance_scale is None else image_guidance_scale,
+                interval=preset.interval if cfg_interval is None else tuple(cfg_interval),
+                renorm_type=cfg_renorm_type or preset.renorm_type,
+                renorm_min=cfg_renorm_min,
+            )
+            image_latents = [
+                self.encode_image(pixels, own_generator, vae_sample_mode) for pixels in item.get("vae_pixel_values", [])
+            ]
+            branch_contexts, plan = self.prepare_contexts(
+                conversation, item, image_latents, how, think, max_think_tokens, do_sample, temperature, own_generator
+            )
+            contexts += [branch_contexts] * num_images_per_prompt
+            guidance += [how] * num_images_per_prompt
+            texts += [plan or ""] * num_images_per_prompt
+        lanes, rows = self._prepare_lanes(contexts, grids, guidance)
+        del contexts
+        latents = self.prepare_latents(grids, generators, latents)
+
+        # 3. Prepare timesteps: the scheduler shifts them once
+        if sigmas is None:
+            sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        takes_sigmas = "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler,
+            num_inference_steps,
+            self._execution_device,
+            **({"sigmas": sigmas} if takes_sigmas else {}),
+        )
+        num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
+        self._num_timesteps = len(timesteps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+
+        # 4. Denoising loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                velocity = self._predict_velocity(latents, self._noise_level(i, t), rows, lanes)
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+
+                if not torch.isfinite(latents).all():
+                    self.maybe_free_model_hooks()
+                    raise ValueError(
+                        f"The latents are NaN or infinite after step {i} of {len(timesteps)} (noise level "
+                        f"{float(self._noise_level(i, t)):.3f}). Try float32 or bfloat16, or a lower `guidance_scale`."
+                    )
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+                if XLA_AVAILABLE:
+                    xm.mark_step()
+        self._current_timestep = None
+
+        # 5. Decode
+        images = self._outputs(latents, rows, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, texts if think else None)
+        return BagelPipelineOutput(images=images, texts=texts if think else None)
+
+    def _outputs(self, latents: torch.Tensor, rows: list[_Row], output_type: str) -> Any:
+        if len({row.grid for row in rows}) == 1:
+            return latents if output_type == "latent" else self.decode_latents(latents, rows[0].grid, output_type)
+        images = []
+        for row, row_latents in zip(rows, latents, strict=True):
+            row_latents = row_latents[: row.num_tokens]
+            if output_type == "latent":
+                images.append(row_latents)
+            else:
+                images.append(self.decode_latents(row_latents.unsqueeze(0), row.grid, output_type)[0])
+        return images
+
+    def _noise_level(self, index: int, timestep: torch.Tensor) -> torch.Tensor:
+        """Noise level in [0, 1] of a step, exact where the scheduler knows it."""
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            return self.scheduler.sigmas[index].float()
+        return timestep.float() / self.scheduler.config.num_train_timesteps
+
+    def _grid(self, inputs: BatchFeature, height: int | None, width: int | None) -> tuple[int, int]:
+        """Rows and columns of tokens of a drawing: as asked for, else like the last image, else the default size."""
+        default = (self.default_sample_size, self.default_sample_size)
+        if "vae_pixel_values" in inputs:
+            default = tuple(inputs["vae_pixel_values"][-1].shape[1:])
+        return (height or default[0]) // self.vae_scale_factor, (width or default[1]) // self.vae_scale_factor
+
+    def _check_context(self, inputs: BatchFeature) -> None:
+        limit = self.transformer.config.text_config.max_position_embeddings
+        needed = int(rope_positions(inputs["mm_token_type_ids"])[0, -1]) + 2
+        if needed > limit:
+            raise ValueError(
+                f"The prompt takes {needed - 1} rope positions and the drawing one more, but the model knows {limit} "
+                "(`max_position_embeddings`). Shorten the prompt."
+            )
+
+
+def _parts(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The texts and images of a conversation, in a row."""
+    parts: list[dict[str, Any]] = []
+    for message in conversation:
+        content = message["content"]
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return parts
+
+
+def _check_whole_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def _generators(
+    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
+) -> list[torch.Generator | None]:
+    if not isinstance(generator, (list, tuple)):
+        return [generator] * batch_size
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)}, but {batch_size} images were asked for. Pass one for each."
+        )
+    return list(generator)
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Sample text under a generator's seed without touching the global random state."""
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(generator.initial_seed())
+        yield

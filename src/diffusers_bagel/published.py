@@ -1,0 +1,76 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The published repository layout: no `model_index.json`, and the VAE as `ae.safetensors`."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+
+
+VAE_FILE = "ae.safetensors"
+
+
+def load_published_vae(
+    path: str | os.PathLike, dtype: torch.dtype | None = None, **hub_kwargs: Any
+) -> AutoencoderKL:
+    """The VAE of the published layout as diffusers' [`AutoencoderKL`].
+
+    Args:
+        path (`str`): Directory or Hub id.
+        dtype (`torch.dtype`, *optional*): Of the weights; the file's by default.
+        hub_kwargs: `revision`, `token`, `cache_dir` of the download.
+
+    Raises:
+        OSError: if the file is missing or truncated.
+        ValueError: if it is not the VAE of BAGEL.
+    """
+    file = cached_file(path, VAE_FILE, **hub_kwargs)
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise OSError(
+            f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
+        ) from error
+    if "encoder.conv_in.weight" not in weights:
+        raise ValueError(f"'{file}' is not a BAGEL VAE: it has no tensor encoder.conv_in.weight.")
+    config = vae_config(weights)
+    vae = AutoencoderKL.from_config(config)
+    try:
+        vae.load_state_dict(convert_ldm_vae_checkpoint(weights, config), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"'{file}' is not a whole BAGEL VAE: {error}") from error
+    return vae.eval() if dtype is None else vae.eval().to(dtype)
+
+
+def vae_config(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Arguments of [`AutoencoderKL`], read off the shapes of the published tensors.
+
+    Scale and shift are FLUX's (published behaviour, point 22); the file does not hold them.
+    """
+    levels = _count(weights, r"encoder\.down\.(\d+)\.")
+    widths = [weights[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    return {
+        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "out_channels": weights["decoder.conv_out.weight"].shape[0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": widths,
+        "layers_per_block": _count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": weights["encoder.conv_out.weight"].shape[0] // 2,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+    }
+
+
+def _count(weights: dict[str, torch.Tensor], pattern: str) -> int:
+    return len({match.group(1) for name in weights if (match := re.match(pattern, name))})
