@@ -1,8 +1,8 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """BAGEL for diffusers: importing this package registers it with the library's loaders."""
 
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+from transformers.utils import logging as transformers_logging
 
 from .guidance import BagelGuidance
 from .pipeline_bagel import BagelPipeline
@@ -19,6 +19,12 @@ def _register() -> None:
     LOADABLE_CLASSES.setdefault("transformers_bagel.modeling_bagel", {"PreTrainedModel": methods})
     LOADABLE_CLASSES.setdefault("transformers_bagel.processing_bagel", {"ProcessorMixin": methods})
     ALL_IMPORTABLE_CLASSES.update({"PreTrainedModel": methods, "ProcessorMixin": methods})
+    # This imports every pipeline, and transformers would warn about torchvision, which some of them want.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    transformers_logging.set_verbosity(verbosity)
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("bagel", BagelPipeline)
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.pipelines.z_image.pipeline_z_image import retrieve_timesteps
 from diffusers.utils import is_torch_xla_available, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import BatchFeature, DynamicCache
@@ -161,12 +161,12 @@ class BagelPipeline(DiffusionPipeline):
         return cls._from_published(pretrained_model_name_or_path, hub_kwargs, **kwargs)
 
     @classmethod
-    def _from_published(
-        cls, path: str | os.PathLike, hub_kwargs: dict[str, Any], **kwargs: Any
-    ) -> "BagelPipeline":
+    def _from_published(cls, path: str | os.PathLike, hub_kwargs: dict[str, Any], **kwargs: Any) -> "BagelPipeline":
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
-        components = {name: kwargs.pop(name) for name in ("transformer", "vae", "scheduler", "processor") if name in kwargs}
+        components = {
+            name: kwargs.pop(name) for name in ("transformer", "vae", "scheduler", "processor") if name in kwargs
+        }
         device_map = kwargs.pop("device_map", None)
         kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
         if kwargs:
@@ -296,7 +296,9 @@ class BagelPipeline(DiffusionPipeline):
         if not 0 <= cfg_renorm_min <= 1:
             raise ValueError(f"`cfg_renorm_min` must be in [0, 1], got {cfg_renorm_min!r}.")
         if not temperature > 0:
-            raise ValueError(f"`temperature` must be positive, got {temperature!r}. For greedy text: `do_sample=False`.")
+            raise ValueError(
+                f"`temperature` must be positive, got {temperature!r}. For greedy text: `do_sample=False`."
+            )
         if vae_sample_mode not in VAE_SAMPLE_MODES:
             raise ValueError(
                 f"`vae_sample_mode` must be one of {', '.join(VAE_SAMPLE_MODES)}, got {vae_sample_mode!r}."
@@ -558,7 +560,9 @@ class BagelPipeline(DiffusionPipeline):
         shape = (len(grids), max(rows * columns for rows, columns in grids), self.latent_dim)
         if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
             given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"`latents` must be packed noise of shape {shape} (batch, tokens, latent_dim), got {given}.")
+            raise ValueError(
+                f"`latents` must be packed noise of shape {shape} (batch, tokens, latent_dim), got {given}."
+            )
         if latents.dtype != torch.float32:
             raise ValueError(f"`latents` must be float32, got {latents.dtype}. Pass `latents.float()`.")
 
@@ -803,7 +807,8 @@ class BagelPipeline(DiffusionPipeline):
                 renorm_min=cfg_renorm_min,
             )
             image_latents = [
-                self.encode_image(pixels, own_generator, vae_sample_mode) for pixels in item.get("vae_pixel_values", [])
+                self.encode_image(pixels, own_generator, vae_sample_mode)
+                for pixels in item.get("vae_pixel_values", [])
             ]
             branch_contexts, plan = self.prepare_contexts(
                 conversation, item, image_latents, how, think, max_think_tokens, do_sample, temperature, own_generator
@@ -816,14 +821,13 @@ class BagelPipeline(DiffusionPipeline):
         latents = self.prepare_latents(grids, generators, latents)
 
         # 3. Prepare timesteps: the scheduler shifts them once
-        if sigmas is None:
-            sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.tensor(sigmas)
         takes_sigmas = "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler,
             num_inference_steps,
             self._execution_device,
-            **({"sigmas": sigmas} if takes_sigmas else {}),
+            **({"sigmas": levels.float().numpy()} if takes_sigmas else {}),
         )
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
         self._num_timesteps = len(timesteps)

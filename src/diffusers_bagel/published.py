@@ -16,9 +16,7 @@ from transformers.utils import cached_file
 VAE_FILE = "ae.safetensors"
 
 
-def load_published_vae(
-    path: str | os.PathLike, dtype: torch.dtype | None = None, **hub_kwargs: Any
-) -> AutoencoderKL:
+def load_published_vae(path: str | os.PathLike, dtype: torch.dtype | None = None, **hub_kwargs: Any) -> AutoencoderKL:
     """The VAE of the published layout as diffusers' [`AutoencoderKL`].
 
     Args:
@@ -40,12 +38,14 @@ def load_published_vae(
     if "encoder.conv_in.weight" not in weights:
         raise ValueError(f"'{file}' is not a BAGEL VAE: it has no tensor encoder.conv_in.weight.")
     config = vae_config(weights)
-    vae = AutoencoderKL.from_config(config)
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    converted = {name: tensor.to(dtype) for name, tensor in convert_ldm_vae_checkpoint(weights, config).items()}
     try:
-        vae.load_state_dict(convert_ldm_vae_checkpoint(weights, config), strict=True)
+        vae.load_state_dict(converted, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"'{file}' is not a whole BAGEL VAE: {error}") from error
-    return vae.eval() if dtype is None else vae.eval().to(dtype)
+    return vae.eval()
 
 
 def vae_config(weights: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -59,7 +59,9 @@ class PrefixBuffer:
             buffer[:, :, length - common : length] = states[:, :, :common]
             return buffer
 
-        return cls([place(layer.keys) for layer in cache.layers], [place(layer.values) for layer in cache.layers], length)
+        return cls(
+            [place(layer.keys) for layer in cache.layers], [place(layer.values) for layer in cache.layers], length
+        )
 
 
 @dataclass
@@ -119,9 +121,7 @@ class PrefixCache:
         return views[0], views[1]
 
     @classmethod
-    def from_cache(
-        cls, cache: Cache, room: int, attention_mask: torch.Tensor | None = None
-    ) -> PrefixCache:
+    def from_cache(cls, cache: Cache, room: int, attention_mask: torch.Tensor | None = None) -> PrefixCache:
         """One lane for each row of a filled cache; left padding is left out.
 
         Args:

@@ -55,7 +55,9 @@ class BagelGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        has_images = any(model_kwargs.get(key) is not None for key in ("pixel_values", "mm_encoder_outputs", "latents"))
+        has_images = any(
+            model_kwargs.get(key) is not None for key in ("pixel_values", "mm_encoder_outputs", "latents")
+        )
         if generation_config.prefill_chunk_size is not None and has_images:
             raise ValueError(
                 f"`prefill_chunk_size={generation_config.prefill_chunk_size}` would cut through an image, whose tokens "

@@ -224,9 +224,7 @@ class BagelImageProcessor(PilBackend):
             features["vae_pixel_values"] = vae_pixels
         return features
 
-    def get_number_of_image_patches(
-        self, height: int, width: int, images_kwargs: dict[str, Any] | None = None
-    ) -> int:
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Number of ViT tokens of an image of `height` x `width` pixels."""
         settings = {name: getattr(self, name) for name in self.valid_kwargs.__annotations__} | (images_kwargs or {})
         if settings["resize_before_vit"]:

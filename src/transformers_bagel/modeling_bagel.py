@@ -189,7 +189,10 @@ class BagelAttention(nn.Module):
         markers, latents = [], []
         for lane_idx, pieces in enumerate(routing.block_slices()):
             lane_key, lane_value = past_key_values.extend(
-                self.layer_idx, lane_idx, [key[:, :, piece] for piece in pieces], [value[:, :, piece] for piece in pieces]
+                self.layer_idx,
+                lane_idx,
+                [key[:, :, piece] for piece in pieces],
+                [value[:, :, piece] for piece in pieces],
             )
             lane_query = torch.cat([query[:, :, piece] for piece in pieces], dim=2)
             lane_output, _ = self._attention(lane_query, lane_key, lane_value, attention_mask, **kwargs)
@@ -681,9 +684,7 @@ class BagelModel(BagelPreTrainedModel):
         position_ids = patch_grid_ids(
             image_grid_hw, self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
         ).to(pixel_values.device)
-        outputs = self.vision_tower(
-            pixel_values, image_grid_hw, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        outputs = self.vision_tower(pixel_values, image_grid_hw, position_ids=position_ids, return_dict=True, **kwargs)
         features = self.connector(outputs.last_hidden_state)
         features = features + self.vit_pos_embed(position_ids.to(features.device)).to(features.dtype)
         outputs.pooler_output = features.split(image_grid_hw.prod(-1).tolist())
@@ -833,7 +834,9 @@ class BagelModel(BagelPreTrainedModel):
     ) -> BagelModelOutputWithPast:
         image_outputs = (mm_encoder_outputs or {}).get("image")
         token_types = self._token_types(
-            input_ids, mm_token_type_ids, has_images=not (pixel_values is None and image_outputs is None and latents is None)
+            input_ids,
+            mm_token_type_ids,
+            has_images=not (pixel_values is None and image_outputs is None and latents is None),
         )
         if token_types is not None:
             num_images = 0 if image_grid_hw is None else int(image_grid_hw.prod(-1).sum())
@@ -975,7 +978,9 @@ class BagelModel(BagelPreTrainedModel):
             )
         if mm_token_type_ids is None:
             if has_images:
-                raise ValueError("`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand.")
+                raise ValueError(
+                    "`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand."
+                )
             return None
         if not has_images and (
             mm_token_type_ids.shape[1] == 1 or is_torchdynamo_compiling() or not mm_token_type_ids.any()

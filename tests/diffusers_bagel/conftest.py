@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.conftest import CHECKPOINT
 
 from diffusers_bagel import BagelPipeline
+from tests.conftest import CHECKPOINT
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from tests.conftest import CASES, golden_image, max_error
 
 

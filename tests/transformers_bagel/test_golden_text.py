@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import CASES, golden_image, max_error
 from transformers import DynamicCache
 
+from tests.conftest import CASES, golden_image, max_error
 from transformers_bagel.sequence_bagel import patch_grid_ids, rope_positions
 
 
@@ -47,7 +47,9 @@ def test_vision_tower_and_connector(model, processor, golden):
     images = processor.image_processor(golden_image(CASES["vae_case"]), return_tensors="pt")
     assert max_error(images["pixel_values"], golden["vit.patches"]) <= 1e-6
     grid = images["image_grid_hw"]
-    assert patch_grid_ids(grid, model.config.vit_max_num_patch_per_side).tolist() == golden["vit.position_ids"].tolist()
+    assert (
+        patch_grid_ids(grid, model.config.vit_max_num_patch_per_side).tolist() == golden["vit.position_ids"].tolist()
+    )
     with torch.no_grad():
         outputs = model.get_image_features(**images)
     assert max_error(outputs.last_hidden_state, golden["vit.features"]) <= 1e-4

@@ -1,0 +1,123 @@
+"""The commands that a newcomer tries first."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from diffusers_bagel.__main__ import main
+from tests.conftest import CHECKPOINT, golden_image
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pipe, tmp_path_factory) -> str:
+    """The tiny model in diffusers' layout, with image sizes that it can take."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    golden_image("square").save(tmp_path / "in.png")
+    return str(tmp_path / "in.png")
+
+
+def test_draw_writes_the_picture_and_shows_progress(checkpoint, tmp_path, capsys):
+    output = tmp_path / "out.png"
+    arguments = ["draw", "a red circle", "-o", str(output), "--model", checkpoint, "--steps", "2", "--height", "64"]
+    assert main(arguments) == 0
+    assert PIL.Image.open(output).size == (128, 64)
+    captured = capsys.readouterr()
+    assert "2/2" in captured.err
+    assert "out.png: 128 x 64" in captured.out
+
+
+def test_the_seed_decides_the_picture(checkpoint, tmp_path):
+    pictures = []
+    for seed in ("1", "1", "2"):
+        output = tmp_path / f"{len(pictures)}.png"
+        main(["draw", "x", "-o", str(output), "--model", checkpoint, "--steps", "1", "--seed", seed])
+        pictures.append(np.asarray(PIL.Image.open(output)))
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_edit_takes_one_or_several_pictures(checkpoint, picture, tmp_path):
+    output = tmp_path / "out.png"
+    assert main(["edit", picture, "bluer", "-o", str(output), "--model", checkpoint, "--steps", "1"]) == 0
+    assert PIL.Image.open(output).size == (64, 64)
+    output.unlink()
+    assert main(["edit", picture, picture, "join", "-o", str(output), "--model", checkpoint, "--steps", "1"]) == 0
+    assert output.exists()
+
+
+def test_think_shows_the_plan(checkpoint, tmp_path, capsys, pipe, monkeypatch):
+    monkeypatch.setattr(
+        "diffusers_bagel.BagelPipeline.think", lambda self, inputs, context, *rest: ("a plan", context)
+    )
+    output = tmp_path / "out.png"
+    assert main(["draw", "x", "-o", str(output), "--model", checkpoint, "--steps", "1", "--think"]) == 0
+    assert "a plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("think", [[], ["--think"]])
+def test_ask_streams_the_answer(checkpoint, picture, think, capsys):
+    arguments = ["ask", picture, "what is it?", "--model", checkpoint, "--max-new-tokens", "5", *think]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_ask_reads_the_published_layout_with_half_the_weights(capsys, tmp_path):
+    # Without image settings the tiny model cannot take the published sizes: a sentence, not a trace.
+    golden_image("square").save(tmp_path / "in.png")
+    assert main(["ask", str(tmp_path / "in.png"), "what?", "--model", str(CHECKPOINT)]) == 2
+    assert "position table" in capsys.readouterr().err
+
+
+def test_chat_remembers_turns_and_pictures(checkpoint, picture, capsys, monkeypatch):
+    lines = ["hello", f"/image {picture}", "what is it?", "/image nowhere.png", "/dance", "/new", "again", "/quit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", "--model", checkpoint, "--max-new-tokens", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "the picture 'nowhere.png' cannot be read" in out
+    assert "known commands" in out
+    assert out.count("> ") == len(lines)
+
+
+def test_chat_ends_with_its_input(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["chat", "--model", checkpoint]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["draw", "x", "--model", "./nowhere"], "'./nowhere' is no folder"),
+        (["draw", "x", "--model", "{empty}"], "no BAGEL checkpoint could be loaded"),
+        (["ask", "{picture}", "x", "--model", "{empty}"], "no BAGEL checkpoint could be loaded"),
+        (["chat", "--model", "someone/nothing"], "no BAGEL checkpoint could be loaded from the Hub repository"),
+        (["draw", "x", "--model", "{checkpoint}", "-o", "out"], "--output must end in the name of an image format"),
+        (["draw", "x", "--model", "{checkpoint}", "-o", "nowhere/out.png"], "which does not exist"),
+        (["draw", "x", "--model", "{checkpoint}", "--height", "50"], "`height` must be a multiple of 16"),
+        (["draw", "x", "--model", "{checkpoint}", "--steps", "0"], "`num_inference_steps` must be at least 1"),
+        (["draw", "x", "--model", "{checkpoint}", "--device", "abacus"], "--device 'abacus' cannot be used here"),
+        (["edit", "nowhere.png", "x", "--model", "{checkpoint}"], "the picture 'nowhere.png' cannot be read"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message, checkpoint, picture, tmp_path, capsys, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(empty)
+    names = {"empty": str(empty), "checkpoint": checkpoint, "picture": picture}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(empty.iterdir())

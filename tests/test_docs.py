@@ -1,0 +1,52 @@
+"""Every Python snippet of the documentation runs, on the tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_bagel import BagelPipeline
+from tests.conftest import CHECKPOINT, golden_image, load_processor
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """The published layout, with the image settings that the tiny model needs beside it."""
+    folder = tmp_path_factory.mktemp("published")
+    for file in CHECKPOINT.iterdir():
+        (folder / file.name).symlink_to(file)
+    load_processor().image_processor.save_pretrained(folder)
+    return str(folder)
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The snippets are written for a GPU.
+    to = DiffusionPipeline.to
+    monkeypatch.setattr(
+        DiffusionPipeline, "to", lambda self, device, **kw: to(self, "cpu" if device == "cuda" else device, **kw)
+    )
+    offload = DiffusionPipeline.enable_model_cpu_offload
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda self: offload(self, device="cpu"))
+    golden_image("wide").save("cat.png")
+    variables: dict = {"__name__": "snippet"}
+    for snippet in snippets(page):
+        code = snippet.replace("ByteDance-Seed/BAGEL-7B-MoT", checkpoint)
+        exec(compile(code, f"{page.name}", "exec"), variables)
+    for value in variables.values():
+        if isinstance(value, BagelPipeline):
+            value.remove_all_hooks()
+    assert torch.is_grad_enabled()
