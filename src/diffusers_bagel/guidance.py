@@ -5,6 +5,7 @@ Source: published behaviour, points 16-19.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -73,9 +74,9 @@ class BagelGuidance:
         length, guided_length = lengths
         return guided * (length / (guided_length + 1e-8)).clamp(min=self.renorm_min, max=1.0)
 
-    def with_text_scale(self, text_scale: float) -> "BagelGuidance":
-        """The same guidance with another weight of the text."""
-        return self if text_scale == self.text_scale else replace(self, text_scale=text_scale)
+    def with_changes(self, **changes: Any) -> "BagelGuidance":
+        """The same guidance with other values; those that are `None` stay."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
 TEXT_TO_IMAGE = BagelGuidance(4.0, 1.0, (0.4, 1.0), "global", 0.0)

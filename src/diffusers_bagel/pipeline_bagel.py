@@ -5,8 +5,8 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -51,7 +51,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # diffusers' names for reading a posterior, and the plain words for the second one.
 VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
 
-ImageInput = PIL.Image.Image | np.ndarray | torch.Tensor | str
+ImageInput: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor | str
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -144,7 +144,7 @@ class BagelPipeline(DiffusionPipeline):
         Raises:
             OSError: if there is no checkpoint.
         """
-        hub_kwargs = {
+        hub_kwargs: dict[str, Any] = {
             key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs
         }
         if os.path.isdir(pretrained_model_name_or_path) and not os.listdir(pretrained_model_name_or_path):
@@ -261,6 +261,28 @@ class BagelPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
                 f"{[k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]}"
             )
+        self._check_prompt(prompt, image, messages)
+        for name, value in (("height", height), ("width", width)):
+            self._check_size(name, value)
+        _check_whole_number("num_inference_steps", num_inference_steps, 1)
+        _check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        # One step feeds the start token; the last step's token is not kept.
+        _check_whole_number("max_think_tokens", max_think_tokens, 2)
+        if sigmas is not None and (len(sigmas) == 0 or not all(0 < sigma <= 1 for sigma in sigmas)):
+            raise ValueError(f"`sigmas` must be noise levels in (0, 1], before the shift, got {sigmas}.")
+        self._check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+        if not temperature > 0:
+            raise ValueError(
+                f"`temperature` must be positive, got {temperature!r}. For greedy text: `do_sample=False`."
+            )
+        if vae_sample_mode not in VAE_SAMPLE_MODES:
+            raise ValueError(
+                f"`vae_sample_mode` must be one of {', '.join(VAE_SAMPLE_MODES)}, got {vae_sample_mode!r}."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+    def _check_prompt(self, prompt: Any, image: Any, messages: Any) -> None:
         if prompt is not None and messages is not None:
             raise ValueError("`prompt` and `messages` were both passed. Put the prompt into the messages.")
         if prompt is None and messages is None:
@@ -275,17 +297,18 @@ class BagelPipeline(DiffusionPipeline):
                 raise TypeError(f"`prompt` must be a string or a list of strings, got {type(prompt).__name__}.")
             if not prompts:
                 raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
-        for name, value in (("height", height), ("width", width)):
-            self._check_size(name, value)
-        _check_whole_number("num_inference_steps", num_inference_steps, 1)
-        _check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
-        # One step feeds the start token; the last step's token is not kept.
-        _check_whole_number("max_think_tokens", max_think_tokens, 2)
-        if sigmas is not None and (len(sigmas) == 0 or not all(0 < sigma <= 1 for sigma in sigmas)):
-            raise ValueError(f"`sigmas` must be noise levels in (0, 1], before the shift, got {sigmas}.")
-        for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+
+    def _check_guidance(
+        self,
+        guidance_scale: float,
+        image_guidance_scale: float | None,
+        cfg_interval: tuple[float, float] | None,
+        cfg_renorm_type: str | None,
+        cfg_renorm_min: float,
+    ) -> None:
+        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            if scale is not None and not 0 <= scale < float("inf"):
+                raise ValueError(f"`{name}` must be a number of at least 0, got {scale!r}.")
         if cfg_interval is not None and (len(cfg_interval) != 2 or not 0 <= cfg_interval[0] <= cfg_interval[1]):
             raise ValueError(
                 f"`cfg_interval` must be (low, high) with 0 <= low <= high, got {tuple(cfg_interval)}: guidance is on "
@@ -295,16 +318,6 @@ class BagelPipeline(DiffusionPipeline):
             raise ValueError(f"`cfg_renorm_type` must be one of {', '.join(RENORM_TYPES)}, got {cfg_renorm_type!r}.")
         if not 0 <= cfg_renorm_min <= 1:
             raise ValueError(f"`cfg_renorm_min` must be in [0, 1], got {cfg_renorm_min!r}.")
-        if not temperature > 0:
-            raise ValueError(
-                f"`temperature` must be positive, got {temperature!r}. For greedy text: `do_sample=False`."
-            )
-        if vae_sample_mode not in VAE_SAMPLE_MODES:
-            raise ValueError(
-                f"`vae_sample_mode` must be one of {', '.join(VAE_SAMPLE_MODES)}, got {vae_sample_mode!r}."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
 
     def _check_size(self, name: str, value: int | None) -> None:
         if value is None:
@@ -609,9 +622,10 @@ class BagelPipeline(DiffusionPipeline):
         self, latents: torch.Tensor, timestep: torch.Tensor, rows: list[_Row], lanes: _Lanes
     ) -> torch.Tensor:
         """Guided velocity of all images, `(batch, tokens, latent_dim)` in float32."""
-        branches, owner = [], {}
+        branches: list[tuple[BagelGuidance, dict[str, int]]] = []
+        owner: dict[int, int] = {}
         for index, row in enumerate(rows):
-            guidance = row.guidance.with_text_scale(self._guidance_scale)
+            guidance = row.guidance.with_changes(text_scale=self._guidance_scale)
             needed = {name: row.lanes[name] for name in guidance.branches(timestep) if name in row.lanes}
             branches.append((guidance, needed))
             owner |= dict.fromkeys(needed.values(), index)
@@ -797,13 +811,11 @@ class BagelPipeline(DiffusionPipeline):
         texts: list[str] = []
         for index, (conversation, item) in enumerate(zip(conversations, inputs, strict=True)):
             own_generator = generators[index * num_images_per_prompt]
-            preset = EDITING if "vae_pixel_values" in item else TEXT_TO_IMAGE
-            how = replace(
-                preset,
+            how = (EDITING if "vae_pixel_values" in item else TEXT_TO_IMAGE).with_changes(
                 text_scale=guidance_scale,
-                image_scale=preset.image_scale if image_guidance_scale is None else image_guidance_scale,
-                interval=preset.interval if cfg_interval is None else tuple(cfg_interval),
-                renorm_type=cfg_renorm_type or preset.renorm_type,
+                image_scale=image_guidance_scale,
+                interval=cfg_interval,
+                renorm_type=cfg_renorm_type,
                 renorm_min=cfg_renorm_min,
             )
             image_latents = [

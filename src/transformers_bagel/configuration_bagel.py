@@ -7,7 +7,13 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
-from .published_bagel import PUBLISHED_KEYS, correct_published_config, is_published_config, rename_published_keys
+from .published_bagel import (
+    PUBLISHED_KEYS,
+    correct_published_config,
+    has_published_parts,
+    is_published_config,
+    rename_published_keys,
+)
 
 
 @strict
@@ -44,7 +50,7 @@ class BagelTextConfig(Qwen2Config):
     intermediate_size: int = 18944
     num_hidden_layers: int = 28
     num_attention_heads: int = 28
-    num_key_value_heads: int | None = 4
+    num_key_value_heads: int = 4
     max_position_embeddings: int = 32768
     bos_token_id: int | None = 151644
     eos_token_id: int | list[int] | None = 151645
@@ -190,6 +196,14 @@ class BagelConfig(PreTrainedConfig):
         """Like the parent's; a published `config.json` is corrected from the weights and the tokenizer beside it."""
         hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "subfolder") if key in kwargs}
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            # The first published repositories have llm_config.json and vit_config.json, and no config.json.
+            if not has_published_parts(pretrained_model_name_or_path, **hub_kwargs):
+                raise OSError(
+                    f"'{pretrained_model_name_or_path}' has no config.json: it holds no BAGEL checkpoint. Pass the "
+                    "folder or the Hub id of one."
+                )
+            config_dict = {"llm_config": None}
         if is_published_config(config_dict):
             config_dict = correct_published_config(config_dict, pretrained_model_name_or_path, **hub_kwargs)
         return config_dict, kwargs

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import cached_file
 
 from .sequence_bagel import (
     IMAGE_TOKEN,
@@ -36,9 +37,18 @@ class BagelGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> None:
         """Load the generation config; the special tokens are the tokenizer's, whatever the JSON says (point 6)."""
-        super().adjust_generation_fn(
-            generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
-        )
+        names = ("cache_dir", "token", "revision", "subfolder", "local_files_only")
+        hub_kwargs = {name: kwargs[name] for name in names if name in kwargs} | {
+            "_raise_exceptions_for_missing_entries": False
+        }
+        files = ("generation_config.json", "config.json")
+        if any(cached_file(pretrained_model_name_or_path, file, **hub_kwargs) for file in files):
+            super().adjust_generation_fn(
+                generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
+            )
+        else:
+            # The first published repositories have neither.
+            self.generation_config = generation_config or GenerationConfig.from_model_config(self.config)
         if generation_config is None:
             self._set_special_tokens()
 

@@ -22,7 +22,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 
-class BagelImageProcessorKwargs(ImagesKwargs, total=False):
+class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """
     patch_size (`int`, *optional*, defaults to 14):
         Side of a ViT patch in pixels.

@@ -43,10 +43,7 @@ from .sequence_bagel import (
     LATENT_TOKEN,
     TEXT_TOKEN,
     Routing,
-    attention_runs,
-    image_block_ids,
-    noised_blocks,
-    packed_mask_function,
+    SequenceLayout,
     patch_grid_ids,
     rope_positions,
     route,
@@ -153,8 +150,13 @@ class BagelAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-2)
         query, key = query.to(value.dtype), key.to(value.dtype)
 
-        attend = self._attend_blocks if isinstance(past_key_values, PrefixCache) else self._attend_sequence
-        attn_output, attn_weights = attend(query, key, value, attention_mask, past_key_values, routing, **kwargs)
+        if isinstance(past_key_values, PrefixCache):
+            attn_output = self._attend_blocks(query, key, value, past_key_values, routing, **kwargs)
+            attn_weights = None
+        else:
+            attn_output, attn_weights = self._attend_sequence(
+                query, key, value, attention_mask, past_key_values, routing, **kwargs
+            )
         return route(routing, attn_output, self.o_proj, self.o_proj_moe_gen), attn_weights
 
     def _attend_sequence(
@@ -180,11 +182,12 @@ class BagelAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: None,
         past_key_values: PrefixCache,
-        routing: Routing,
+        routing: Routing | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, None]:
+    ) -> torch.Tensor:
+        if routing is None:
+            raise ValueError("A `PrefixCache` is for noised blocks alone; pass a `Cache` for a sequence.")
         query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
         markers, latents = [], []
         for lane_idx, pieces in enumerate(routing.block_slices()):
@@ -195,10 +198,10 @@ class BagelAttention(nn.Module):
                 [value[:, :, piece] for piece in pieces],
             )
             lane_query = torch.cat([query[:, :, piece] for piece in pieces], dim=2)
-            lane_output, _ = self._attention(lane_query, lane_key, lane_value, attention_mask, **kwargs)
+            lane_output, _ = self._attention(lane_query, lane_key, lane_value, None, **kwargs)
             markers.append(lane_output[0, :2])
             latents.append(lane_output[0, 2:])
-        return torch.cat(markers + latents), None
+        return torch.cat(markers + latents)
 
     def _attention(
         self,
@@ -227,6 +230,11 @@ class BagelAttention(nn.Module):
 class BagelDecoderLayer(GradientCheckpointingLayer):
     """A Qwen2 layer with a second set of weights for the latent tokens."""
 
+    # None in a model without its drawing half.
+    mlp_moe_gen: Any
+    input_layernorm_moe_gen: Any
+    post_attention_layernorm_moe_gen: Any
+
     def __init__(self, config: BagelTextConfig, layer_idx: int):
         super().__init__()
         self.hidden_size = config.hidden_size
@@ -234,9 +242,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         self.mlp = Qwen2MLP(config)
         self.input_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp_moe_gen: Qwen2MLP | None = None
-        self.input_layernorm_moe_gen: Qwen2RMSNorm | None = None
-        self.post_attention_layernorm_moe_gen: Qwen2RMSNorm | None = None
+        self.mlp_moe_gen = self.input_layernorm_moe_gen = self.post_attention_layernorm_moe_gen = None
         if config.visual_gen:
             self.mlp_moe_gen = Qwen2MLP(config)
             self.input_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -391,9 +397,11 @@ class BagelConnector(nn.Module):
 
     def __init__(self, config: BagelConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        vision_config: Any = config.vision_config
+        hidden_size = config.get_text_config().hidden_size
+        self.fc1 = nn.Linear(vision_config.hidden_size, hidden_size)
         self.activation_fn = ACT2FN[config.connector_act]
-        self.fc2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(patches, vision_hidden)` -> `(patches, hidden)`."""
@@ -416,9 +424,10 @@ class BagelTimestepEmbedder(nn.Module):
     def __init__(self, config: BagelConfig):
         super().__init__()
         self.frequency_embedding_size = config.frequency_embedding_size
-        self.linear_1 = nn.Linear(config.frequency_embedding_size, config.text_config.hidden_size)
+        hidden_size = config.get_text_config().hidden_size
+        self.linear_1 = nn.Linear(config.frequency_embedding_size, hidden_size)
         self.act = nn.SiLU()
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """`(images,)` in [0, 1] -> `(images, hidden)`."""
@@ -453,7 +462,7 @@ class BagelPreTrainedModel(PreTrainedModel):
 
     config_class = BagelConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
@@ -464,7 +473,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": BagelDecoderLayer, "attentions": BagelAttention}
+    _can_record_outputs: Any = {"hidden_states": BagelDecoderLayer, "attentions": BagelAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -542,7 +551,9 @@ class BagelTextModel(BagelPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([BagelDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.visual_gen else None
+        self.norm_moe_gen: Any = None
+        if config.visual_gen:
+            self.norm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -583,7 +594,7 @@ class BagelTextModel(BagelPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
 
         if isinstance(past_key_values, PrefixCache):
@@ -628,24 +639,29 @@ class BagelTextModel(BagelPreTrainedModel):
 class BagelModel(BagelPreTrainedModel):
     """The language model, the tower that sees, and the layers between latents and tokens; no head."""
 
+    # Each is None in a model without its half.
+    vision_tower: Any
+    connector: Any
+    vit_pos_embed: Any
+    time_embedder: Any
+    vae2llm: Any
+    llm2vae: Any
+    latent_pos_embed: Any
+
     def __init__(self, config: BagelConfig):
         super().__init__(config)
-        config.text_config.visual_gen = config.visual_gen
-        hidden_size = config.text_config.hidden_size
-        self.language_model = BagelTextModel._from_config(config.text_config)
+        text_config = config.get_text_config()
+        text_config.visual_gen = config.visual_gen
+        hidden_size = text_config.hidden_size
+        self.language_model = BagelTextModel._from_config(text_config)
 
-        self.vision_tower: BagelVisionModel | None = None
-        self.connector: BagelConnector | None = None
-        self.vit_pos_embed: BagelPositionEmbedding | None = None
+        self.vision_tower = self.connector = self.vit_pos_embed = None
         if config.visual_und:
             self.vision_tower = BagelVisionModel._from_config(config.vision_config)
             self.connector = BagelConnector(config)
             self.vit_pos_embed = BagelPositionEmbedding(config.vit_max_num_patch_per_side, hidden_size)
 
-        self.time_embedder: BagelTimestepEmbedder | None = None
-        self.vae2llm: nn.Linear | None = None
-        self.llm2vae: nn.Linear | None = None
-        self.latent_pos_embed: BagelPositionEmbedding | None = None
+        self.time_embedder = self.vae2llm = self.llm2vae = self.latent_pos_embed = None
         if config.visual_gen:
             self.time_embedder = BagelTimestepEmbedder(config)
             self.vae2llm = nn.Linear(config.latent_dim, hidden_size)
@@ -676,7 +692,7 @@ class BagelModel(BagelPreTrainedModel):
         Returns:
             [`BaseModelOutputWithPooling`]: `pooler_output` is a tuple with a `(patches, hidden)` tensor an image.
         """
-        if self.vision_tower is None:
+        if not self.config.visual_und:
             raise ValueError(
                 "`pixel_values` were passed to a model without its seeing half (`visual_und=False`). Load it with "
                 "`visual_und=True`."
@@ -738,7 +754,7 @@ class BagelModel(BagelPreTrainedModel):
         """See [`BagelForConditionalGeneration.forward`]."""
         if latent_hidden_states is not None:
             return self._velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
-        if (latents is not None) and self.vae2llm is None:
+        if latents is not None and not self.config.visual_gen:
             raise ValueError(
                 "`latents` were passed to a model without its drawing half (`visual_gen=False`). Load it with "
                 "`visual_gen=True`."
@@ -833,100 +849,136 @@ class BagelModel(BagelPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        token_types = self._token_types(
-            input_ids,
-            mm_token_type_ids,
-            has_images=not (pixel_values is None and image_outputs is None and latents is None),
-        )
-        if token_types is not None:
-            num_images = 0 if image_grid_hw is None else int(image_grid_hw.prod(-1).sum())
-            if image_outputs is not None:
-                num_images = sum(len(features) for features in image_outputs.pooler_output)
-            num_latents = 0 if latents is None else latents.shape[0]
-            _check_placeholders(token_types, IMAGE_TOKEN, num_images, "pixel_values")
-            _check_placeholders(token_types, LATENT_TOKEN, num_latents, "latents")
-
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        noised = None
+        has_images = not (pixel_values is None and image_outputs is None and latents is None)
+        token_types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, has_images)
+        layout = None
         if latents is not None:
-            # Which latent tokens carry noise, in the order of the sequence.
-            per_token = (timesteps > 0).repeat_interleave(latent_grid_hw.prod(-1).to(timesteps.device))
-            noised = torch.zeros_like(token_types, dtype=torch.bool)
-            noised = noised.masked_scatter(token_types == LATENT_TOKEN, per_token.to(noised.device))
+            layout = SequenceLayout.from_latents(token_types, timesteps, latent_grid_hw, document_ids)
+        elif token_types is not None:
+            layout = SequenceLayout(token_types, None, document_ids)
         if position_ids is None:
-            position_ids = self._default_position_ids(
-                input_ids, inputs_embeds, token_types, attention_mask, noised, document_ids, past_key_values
-            )
+            position_ids = self._default_position_ids(layout, input_ids, attention_mask, past_key_values)
         if position_ids is not None and position_ids.shape[-1] > 1 and not is_torchdynamo_compiling():
             self.check_position_range(position_ids)
 
+        inputs_embeds = self._embed_sequence(
+            layout,
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_grid_hw,
+            latents,
+            latent_grid_hw,
+            timesteps,
+            image_outputs,
+            **kwargs,
+        )
+        if layout is None:
+            return self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        has_latents = latents is not None
+        if is_flash_attention_requested(self.config.get_text_config()):
+            outputs = self._forward_runs(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, layout, has_latents, **kwargs
+            )
+        else:
+            outputs = self._forward_masked(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, layout, has_latents, **kwargs
+            )
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.holds_image_blocks = True
+        return self._velocity(outputs)
+
+    def _embed_sequence(
+        self,
+        layout: SequenceLayout | None,
+        input_ids: Any,
+        inputs_embeds: torch.FloatTensor | None,
+        pixel_values: torch.Tensor | None,
+        image_grid_hw: torch.LongTensor | None,
+        latents: torch.Tensor | None,
+        latent_grid_hw: torch.LongTensor | None,
+        timesteps: torch.Tensor | None,
+        image_outputs: BaseModelOutputWithPooling | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Embeddings of a sequence, `(batch, tokens, hidden)`, with its images in place of their placeholders."""
+        if layout is None:
+            return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        types = layout.token_types
+        num_patches = 0 if image_grid_hw is None else int(image_grid_hw.prod(-1).sum())
+        if image_outputs is not None:
+            num_patches = sum(len(features) for features in image_outputs.pooler_output)
+        _check_placeholders(types, IMAGE_TOKEN, num_patches, "pixel_values")
+        _check_placeholders(types, LATENT_TOKEN, 0 if latents is None else len(latents), "latents")
         if inputs_embeds is None:
-            ids = input_ids if token_types is None else input_ids.masked_fill(token_types != TEXT_TOKEN, 0)
-            inputs_embeds = self.get_input_embeddings()(ids)
+            # The ids of placeholders are never looked up: a tokenizer may have given them any number.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(types != TEXT_TOKEN, 0))
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, image_grid_hw, return_dict=True, **kwargs)
         if image_outputs is not None:
             features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter((token_types == IMAGE_TOKEN).unsqueeze(-1), features)
-        routing = None
+            inputs_embeds = inputs_embeds.masked_scatter((types == IMAGE_TOKEN).unsqueeze(-1), features)
         if latents is not None:
-            embeds = self.embed_latents(latents, timesteps, latent_grid_hw).to(inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter((token_types == LATENT_TOKEN).unsqueeze(-1), embeds)
-            routing = Routing.from_token_types(token_types)
+            latent_embeds = self.embed_latents(latents, timesteps, latent_grid_hw).to(inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter((types == LATENT_TOKEN).unsqueeze(-1), latent_embeds)
+        return inputs_embeds
 
-        block_sequence_ids = and_mask_function = None
-        if token_types is not None:
-            block_sequence_ids = torch.nn.functional.pad(image_block_ids(token_types), (int(past), 0), value=-1)
-        packed = document_ids is not None or (noised is not None and bool(noised.any()))
-        if packed:
-            hidden = torch.zeros_like(position_ids.expand(inputs_embeds.shape[:2]), dtype=torch.bool)
-            if noised is not None:
-                hidden = noised_blocks(token_types, noised)
-            documents = torch.zeros_like(hidden, dtype=torch.long) if document_ids is None else document_ids
-            if past:
-                raise ValueError("`document_ids` and noised `latents` inside a sequence cannot follow a filled cache.")
-            and_mask_function = packed_mask_function(hidden, documents)
-
-        if is_flash_attention_requested(self.config.text_config) and (packed or block_sequence_ids is not None):
-            if packed or (attention_mask is not None and not attention_mask.all()):
-                raise ValueError(
-                    "Flash attention takes no mask of image blocks beside padding, `document_ids` or noised latents. "
-                    'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
-                )
-            return self._forward_runs(
-                inputs_embeds, position_ids, past_key_values, use_cache, token_types, latents is not None, **kwargs
-            )
-        outputs = self.language_model(
+    def _forward_masked(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        layout: SequenceLayout,
+        has_latents: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        """The whole sequence in one forward, under one mask."""
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if layout.is_packed and past:
+            raise ValueError("`document_ids` and noised `latents` inside a sequence cannot follow a filled cache.")
+        return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            block_sequence_ids=block_sequence_ids,
-            and_mask_function=and_mask_function,
-            routing=routing,
+            block_sequence_ids=layout.block_ids(past),
+            and_mask_function=layout.mask_function() if layout.is_packed else None,
+            routing=Routing.from_token_types(layout.token_types) if has_latents else None,
             **kwargs,
         )
-        if token_types is not None and outputs.past_key_values is not None:
-            outputs.past_key_values.holds_image_blocks = True
-        return self._velocity(outputs)
 
     def _forward_runs(
         self,
         inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         position_ids: torch.LongTensor,
         past_key_values: Cache | None,
         use_cache: bool | None,
-        token_types: torch.LongTensor,
+        layout: SequenceLayout,
         has_latents: bool,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """Flash attention takes no block mask: feed the sequence run by run, each causal or bidirectional."""
-        cache = DynamicCache(config=self.config.text_config) if past_key_values is None else past_key_values
+        if layout.is_packed or (attention_mask is not None and not attention_mask.all()):
+            raise ValueError(
+                "Flash attention takes no mask of image blocks beside padding, `document_ids` or noised latents. "
+                'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
+            )
+        cache = DynamicCache(config=self.config.get_text_config()) if past_key_values is None else past_key_values
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         hidden, latent_hidden = [], []
-        for start, stop, is_block in attention_runs(token_types):
-            types = token_types[:, start:stop]
+        for start, stop, is_block in layout.runs():
+            types = layout.token_types[:, start:stop]
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds[:, start:stop],
                 position_ids=position_ids[:, start:stop],
@@ -939,21 +991,60 @@ class BagelModel(BagelPreTrainedModel):
             hidden.append(outputs.last_hidden_state)
             if has_latents:
                 latent_hidden.append(outputs.latent_hidden_states.unflatten(0, (inputs_embeds.shape[0], -1)))
-        cache.holds_image_blocks = True
-        return self._velocity(
-            BagelModelOutputWithPast(
-                last_hidden_state=torch.cat(hidden, dim=1),
-                past_key_values=cache if use_cache is not False else None,
-                latent_hidden_states=torch.cat(latent_hidden, dim=1).flatten(0, 1) if has_latents else None,
-            )
+        return BagelModelOutputWithPast(
+            last_hidden_state=torch.cat(hidden, dim=1),
+            past_key_values=None if use_cache is False else cache,
+            latent_hidden_states=torch.cat(latent_hidden, dim=1).flatten(0, 1) if has_latents else None,
         )
+
+    def _token_types(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        mm_token_type_ids: torch.LongTensor | None,
+        document_ids: torch.LongTensor | None,
+        has_images: bool,
+    ) -> torch.LongTensor | None:
+        """Type of each token, or `None` for one sample of text alone."""
+        types = mm_token_type_ids
+        if types is None and input_ids is not None:
+            types = token_types_from_ids(input_ids, self.config.image_token_id, self.config.latent_token_id)
+        if types is None and document_ids is not None and not has_images:
+            types = torch.zeros_like(document_ids)
+        if types is None and has_images:
+            raise ValueError("`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand.")
+        if types is None or has_images or document_ids is not None:
+            return types
+        # A decoding step holds no image; asking the values would cost a synchronisation at every token.
+        if types.shape[1] == 1 or is_torchdynamo_compiling():
+            return None
+        return types if types.any() else None
+
+    def _default_position_ids(
+        self,
+        layout: SequenceLayout | None,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.LongTensor | None:
+        if past_key_values is not None and past_key_values.get_seq_length():
+            if getattr(past_key_values, "holds_image_blocks", False) or layout is not None:
+                raise ValueError(
+                    "`position_ids` must be passed to continue a sequence with images: an image takes one position, "
+                    "whatever its number of tokens."
+                )
+            return None
+        padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if layout is None:
+            return None if padding is None else rope_positions(torch.zeros_like(padding, dtype=torch.long), padding)
+        return layout.position_ids(padding)
 
     def check_position_range(self, position_ids: torch.LongTensor) -> None:
         """
         Raises:
             ValueError: if a rope position lies outside the range that the model knows.
         """
-        limit = self.config.text_config.max_position_embeddings
+        limit = self.config.get_text_config().max_position_embeddings
         last = int(position_ids.max())
         if last >= limit:
             raise ValueError(
@@ -965,54 +1056,6 @@ class BagelModel(BagelPreTrainedModel):
         if outputs.latent_hidden_states is not None:
             outputs.velocity = self.llm2vae(self.language_model.norm_moe_gen(outputs.latent_hidden_states))
         return outputs
-
-    def _token_types(
-        self, input_ids: torch.LongTensor | None, mm_token_type_ids: torch.LongTensor | None, has_images: bool
-    ) -> torch.LongTensor | None:
-        """Type of each token, or `None` for a sequence of text alone."""
-        if mm_token_type_ids is None and input_ids is not None:
-            if not has_images and (input_ids.shape[1] == 1 or is_torchdynamo_compiling()):
-                return None
-            mm_token_type_ids = token_types_from_ids(
-                input_ids, self.config.image_token_id, self.config.latent_token_id
-            )
-        if mm_token_type_ids is None:
-            if has_images:
-                raise ValueError(
-                    "`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand."
-                )
-            return None
-        if not has_images and (
-            mm_token_type_ids.shape[1] == 1 or is_torchdynamo_compiling() or not mm_token_type_ids.any()
-        ):
-            return None
-        return mm_token_type_ids
-
-    def _default_position_ids(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
-        token_types: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        noised: torch.Tensor | None,
-        document_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.LongTensor | None:
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past_key_values is not None and past:
-            if getattr(past_key_values, "holds_image_blocks", False) or token_types is not None:
-                raise ValueError(
-                    "`position_ids` must be passed to continue a sequence with images: an image takes one position, "
-                    "whatever its number of tokens."
-                )
-            return None
-        if token_types is None:
-            if document_ids is None and (attention_mask is None or attention_mask.ndim != 2):
-                return None
-            sequence = inputs_embeds[..., 0] if input_ids is None else input_ids
-            token_types = torch.zeros_like(sequence, dtype=torch.long)
-        two_dimensional = attention_mask is not None and attention_mask.ndim == 2
-        return rope_positions(token_types, attention_mask if two_dimensional else None, noised, document_ids)
 
 
 def _check_placeholders(token_types: torch.LongTensor, kind: int, num_tokens: int, argument: str) -> None:
@@ -1038,7 +1081,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
     def __init__(self, config: BagelConfig):
         super().__init__(config)
         self.model = BagelModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
         self.post_init()
 

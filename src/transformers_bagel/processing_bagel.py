@@ -61,7 +61,7 @@ ROLES = ("system", "user", "assistant")
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
-class BagelProcessorKwargs(ProcessingKwargs, total=False):
+class BagelProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     images_kwargs: BagelImageProcessorKwargs
 
 

@@ -41,6 +41,11 @@ def is_published_config(config_dict: dict[str, Any]) -> bool:
     return "text_config" not in config_dict and any(key in config_dict for key in PUBLISHED_KEYS)
 
 
+def has_published_parts(path: str | os.PathLike, **hub_kwargs: Any) -> bool:
+    """Whether a directory or repository has the published configuration of the language model in a file of its own."""
+    return _find(path, "llm_config.json", **hub_kwargs) is not None
+
+
 def rename_published_keys(published: dict[str, Any]) -> dict[str, Any]:
     """Turn `llm_config`, `vit_config` and `vae_config` into this package's configuration arguments.
 

@@ -86,31 +86,6 @@ def rope_positions(
     return positions
 
 
-def packed_mask_function(hidden_from_others: torch.Tensor, document_ids: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The part of the training mask that is neither causality nor the blocks (point 32).
-
-    A key is visible outside its own block unless it carries noise or belongs to another sample.
-
-    Args:
-        hidden_from_others (`torch.BoolTensor` of shape `(batch, tokens)`): Keys of noised blocks, markers included.
-        document_ids (`torch.LongTensor` of shape `(batch, tokens)`): Sample of every token.
-    """
-
-    def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return ~hidden_from_others[batch, key] & (document_ids[batch, query] == document_ids[batch, key])
-
-    return visible
-
-
-def noised_blocks(token_types: torch.Tensor, noised: torch.Tensor) -> torch.Tensor:
-    """Extend the noised latent tokens to whole blocks, markers included. `(batch, tokens)` -> `(batch, tokens)`."""
-    blocks = image_block_ids(token_types)
-    # Slot 0 collects the text tokens (block -1), which are never noised.
-    tokens_with_noise = torch.zeros(blocks.shape[0], blocks.shape[1] + 1, dtype=torch.long, device=blocks.device)
-    tokens_with_noise.scatter_add_(1, blocks + 1, noised.long())
-    return (tokens_with_noise.gather(1, blocks + 1) > 0) & (blocks >= 0)
-
-
 def patch_grid_ids(grid_hw: torch.Tensor, side: int, interpolate: bool = False) -> torch.Tensor:
     """Rows of a `side * side` position table for packed patch grids (point 10).
 
@@ -143,6 +118,89 @@ def _axis_ids(count: int, side: int, interpolate: bool) -> torch.Tensor:
     # float32 boundaries and right-open buckets: the published rounding decides at the edges.
     boundaries = torch.arange(1 / side, 1.0, 1 / side)
     return torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / count), boundaries, right=True)
+
+
+@dataclass
+class SequenceLayout:
+    """Everything that the types of the tokens decide, for one forward.
+
+    Attributes:
+        token_types (`torch.LongTensor` of shape `(batch, tokens)`): Text, image or latent.
+        noised (`torch.BoolTensor` of shape `(batch, tokens)`, *optional*): Latent tokens that carry noise.
+        document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Sample of each token of a packed row.
+    """
+
+    token_types: torch.Tensor
+    noised: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+
+    @classmethod
+    def from_latents(
+        cls,
+        token_types: torch.Tensor,
+        timesteps: torch.Tensor,
+        latent_grid_hw: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+    ) -> SequenceLayout:
+        """Layout with the noise of each latent image (its timestep, 0 is clean) spread over its tokens."""
+        noised = torch.zeros_like(token_types, dtype=torch.bool)
+        if bool((timesteps > 0).any()):
+            per_token = (timesteps > 0).repeat_interleave(latent_grid_hw.prod(-1).to(timesteps.device))
+            noised.masked_scatter_(token_types == LATENT_TOKEN, per_token.to(noised.device))
+            return cls(token_types, noised, document_ids)
+        return cls(token_types, None, document_ids)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether more than causality and blocks restricts the attention."""
+        return self.noised is not None or self.document_ids is not None
+
+    def position_ids(self, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Rope positions, `(batch, tokens)`, see [`rope_positions`]."""
+        return rope_positions(self.token_types, attention_mask, self.noised, self.document_ids)
+
+    def block_ids(self, past: int = 0) -> torch.Tensor:
+        """Image block of each token, -1 for text, `(batch, past + tokens)`; what a cache holds counts as text."""
+        return torch.nn.functional.pad(image_block_ids(self.token_types), (past, 0), value=-1)
+
+    def noised_blocks(self) -> torch.Tensor:
+        """Tokens of noised blocks, markers included, `(batch, tokens)`."""
+        blocks = image_block_ids(self.token_types)
+        if self.noised is None:
+            return torch.zeros_like(blocks, dtype=torch.bool)
+        # Slot 0 collects the text tokens (block -1), which are never noised.
+        counts = torch.zeros(blocks.shape[0], blocks.shape[1] + 1, dtype=torch.long, device=blocks.device)
+        counts.scatter_add_(1, blocks + 1, self.noised.long())
+        return (counts.gather(1, blocks + 1) > 0) & (blocks >= 0)
+
+    def mask_function(self) -> Callable[..., torch.Tensor]:
+        """The part of the mask that is neither causality nor the blocks (point 32).
+
+        A key is visible outside its own block unless it carries noise or belongs to another sample.
+        """
+        hidden = self.noised_blocks()
+        documents = torch.zeros_like(self.token_types) if self.document_ids is None else self.document_ids
+
+        def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return ~hidden[batch, key] & (documents[batch, query] == documents[batch, key])
+
+        return visible
+
+    def runs(self) -> list[tuple[int, int, bool]]:
+        """Runs `(start, stop, is_block)` of one kind of attention: causal text, or one image block.
+
+        Raises:
+            ValueError: if the rows of the batch are cut differently.
+        """
+        blocks = image_block_ids(self.token_types)
+        if not (blocks == blocks[:1]).all():
+            raise ValueError(
+                "Flash attention takes no block mask, and the rows of this batch have their images at different "
+                'places. Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
+            )
+        ids = blocks[0].tolist()
+        starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
+        return [(start, stop, ids[start] >= 0) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
 @dataclass
@@ -209,27 +267,10 @@ def route(
     routing: Routing | None,
     hidden_states: torch.Tensor,
     und: Callable[[torch.Tensor], torch.Tensor],
-    gen: Callable[[torch.Tensor], torch.Tensor] | None,
+    gen: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Send each token through its expert. Without latents (`routing=None`) the stream keeps its shape."""
     if routing is None:
         return und(hidden_states)
     split = routing.num_und
     return torch.cat([und(hidden_states[:split]), gen(hidden_states[split:])])
-
-
-def attention_runs(token_types: torch.Tensor) -> list[tuple[int, int, bool]]:
-    """Cut a sequence into runs `(start, stop, is_block)` of one kind of attention: causal text, or one image block.
-
-    Raises:
-        ValueError: if the rows of the batch are cut differently.
-    """
-    blocks = image_block_ids(token_types)
-    if not (blocks == blocks[:1]).all():
-        raise ValueError(
-            "Flash attention takes no block mask, and the rows of this batch have their images at different places. "
-            'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
-        )
-    ids = blocks[0].tolist()
-    starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
-    return [(start, stop, ids[start] >= 0) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]

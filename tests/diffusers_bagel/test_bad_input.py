@@ -22,6 +22,7 @@ from tests.transformers_bagel.test_bad_input import (
     REFUSED,
     SEEN,
     damage,
+    label,
 )
 
 
@@ -110,12 +111,6 @@ BAD_LISTS = {
     "long_second_prompt": ({"prompt": ["a", "abc " * 6000]}, "(?i)prompt.*max_position_embeddings"),
     "bad_second_image": (TWO | {"image": [[SQUARE], [Image.new("RGB", (0, 5))]]}, "`images?`"),
 }
-
-
-def label(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{tuple(value.shape)}-{value.dtype}"
-    return type(value).__name__ if isinstance(value, (np.ndarray, np.random.Generator)) else str(value)
 
 
 def draw(pipe: BagelPipeline, **kwargs) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import CASES, load_model, max_error
 from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
 from transformers_bagel.image_processing_bagel import patchify
-from transformers_bagel.sequence_bagel import LATENT_TOKEN, image_block_ids, noised_blocks, packed_mask_function
+from transformers_bagel.sequence_bagel import LATENT_TOKEN, SequenceLayout
 
 
 CASE = CASES["train"][0]
@@ -100,10 +100,9 @@ def test_mask_matches(row, golden):
     model, inputs, given = row
     ids = inputs["input_ids"]
     types = torch.where(ids == model.config.latent_token_id, LATENT_TOKEN, (ids == model.config.image_token_id).long())
-    noised = torch.zeros_like(ids, dtype=torch.bool)
-    noised[0, given["packed_vae_token_indexes"]] = given["packed_timesteps"].sigmoid() > 0
-    visible = packed_mask_function(noised_blocks(types, noised), inputs["document_ids"])
-    blocks = image_block_ids(types)[0]
+    layout = SequenceLayout.from_latents(types, inputs["timesteps"], inputs["latent_grid_hw"], inputs["document_ids"])
+    visible = layout.mask_function()
+    blocks = layout.block_ids()[0]
     index = torch.arange(ids.shape[1])
     query, key = index[:, None], index[None, :]
     mask = (query >= key) & visible(0, 0, query, key)
