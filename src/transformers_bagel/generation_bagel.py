@@ -15,6 +15,7 @@ from .sequence_bagel import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
     blocks_per_row,
+    check_placeholders,
     image_block_ids,
     rope_positions,
     token_types_from_ids,
@@ -73,6 +74,12 @@ class BagelGenerationMixin(GenerationMixin):
                 f"`prefill_chunk_size={generation_config.prefill_chunk_size}` would cut through an image, whose tokens "
                 "must be seen together. Leave `prefill_chunk_size` unset for prompts with images."
             )
+        names = ("pixel_values", "image_grid_hw", "latents", "latent_grid_hw", "timesteps")
+        # Before the images are encoded, which `generate` does ahead of the first forward.
+        self.model.check_image_inputs(*(model_kwargs.get(name) for name in names))
+        types = self._full_token_types(model_kwargs.get("input_ids"), model_kwargs.get("mm_token_type_ids"))
+        if model_kwargs.get("pixel_values") is not None and types is not None:
+            check_placeholders(types, IMAGE_TOKEN, len(model_kwargs["pixel_values"]), "pixel_values")
         return generation_config, model_kwargs
 
     def _full_token_types(
@@ -114,7 +121,13 @@ class BagelGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Like the parent's; images that the cache already holds are not fed again."""
+        """Like the parent's; an image is fed together with its placeholders, and once."""
+        types = self._full_token_types(input_ids, kwargs.get("mm_token_type_ids"))
+        if types is not None and types.shape[1] < input_ids.shape[1]:
+            # Assisted decoding lengthens the ids by its candidates, and not the types.
+            types = torch.nn.functional.pad(types, (0, input_ids.shape[1] - types.shape[1]))
+        if kwargs.get("mm_token_type_ids") is not None:
+            kwargs["mm_token_type_ids"] = types
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -126,12 +139,14 @@ class BagelGenerationMixin(GenerationMixin):
         )
         fed = model_inputs.get("input_ids")
         fed_length = (model_inputs["inputs_embeds"] if fed is None else fed).shape[1]
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for key in LATENT_INPUTS:
-                model_inputs.pop(key, None)
-        elif fed_length < input_ids.shape[1]:
-            types = self._full_token_types(input_ids, kwargs.get("mm_token_type_ids"))
-            _drop_cached_images(model_inputs, types, input_ids.shape[1] - fed_length)
+        images = {
+            name: kwargs[name] for name in ("mm_encoder_outputs", *LATENT_INPUTS) if kwargs.get(name) is not None
+        }
+        for name in images:
+            model_inputs.pop(name, None)
+        if images and types is not None and fed_length > 1 and types[:, -fed_length:].any():
+            # Also for an assistant, whose prefill the library does not count as a first iteration.
+            model_inputs |= _images_behind(images, types, types.shape[1] - fed_length)
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -183,27 +198,23 @@ class BagelGenerationMixin(GenerationMixin):
         )
 
 
-def _drop_cached_images(model_inputs: dict[str, Any], types: torch.Tensor | None, cached: int) -> None:
-    """Remove from the inputs of a forward the images whose blocks lie in the first `cached` tokens."""
-    if types is None:
-        return
-    image_outputs = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+def _images_behind(images: dict[str, Any], types: torch.Tensor, cached: int) -> dict[str, Any]:
+    """The encoded images and latents without those whose blocks lie in the first `cached` tokens."""
+    kept: dict[str, Any] = {}
+    image_outputs = images.get("mm_encoder_outputs", {}).get("image")
     if image_outputs is not None:
         keep = _blocks_left(types, IMAGE_TOKEN, cached)
         features = [features for features, kept in zip(image_outputs.pooler_output, keep, strict=True) if kept]
-        image = BaseModelOutputWithPooling(pooler_output=tuple(features)) if features else None
-        model_inputs["mm_encoder_outputs"] = {"image": image}
-    if model_inputs.get("latents") is not None:
+        if features:
+            kept["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}
+    if "latents" in images:
         keep = _blocks_left(types, LATENT_TOKEN, cached)
-        pieces = model_inputs["latents"].split(model_inputs["latent_grid_hw"].prod(-1).tolist())
-        kept = [piece for piece, kept in zip(pieces, keep, strict=True) if kept]
-        if not kept:
-            for key in LATENT_INPUTS:
-                model_inputs.pop(key, None)
-            return
-        model_inputs["latents"] = torch.cat(kept)
-        for key in ("latent_grid_hw", "timesteps"):
-            model_inputs[key] = model_inputs[key][torch.tensor(keep, device=model_inputs[key].device)]
+        pieces = images["latents"].split(images["latent_grid_hw"].prod(-1).tolist())
+        if any(keep):
+            kept["latents"] = torch.cat([piece for piece, kept in zip(pieces, keep, strict=True) if kept])
+            for name in ("latent_grid_hw", "timesteps"):
+                kept[name] = images[name][torch.tensor(keep, device=images[name].device)]
+    return kept
 
 
 def _blocks_left(types: torch.Tensor, kind: int, cached: int) -> list[bool]:

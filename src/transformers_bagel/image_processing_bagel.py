@@ -1,22 +1,24 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """One image processor for both of BAGEL's views of an image: the VAE's pixels and the ViT's patches."""
 
+import base64
+import io
+import os
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from huggingface_hub.utils import get_session, httpx
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401  diffusers looks it up here
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import to_pil_image
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
     ImageInput,
     PILImageResampling,
     SizeDict,
-    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
@@ -75,21 +77,76 @@ def resized_size(
     return width, height
 
 
+def open_image(source: str | os.PathLike) -> Image.Image:
+    """An image from a path, a URL, a data URI or base64 text, upright, with its transparency.
+
+    The library's own `load_image` drops the transparency before it can be pasted on white.
+
+    Raises:
+        ValueError: if `source` is none of these, or if the image is over Pillow's pixel limit.
+        OSError: if it cannot be read.
+    """
+    name = os.fspath(source)
+    try:
+        if name.startswith(("http://", "https://")):
+            response = get_session().get(name, follow_redirects=True)
+            response.raise_for_status()
+            image = Image.open(io.BytesIO(response.content))
+        elif os.path.exists(name):
+            image = Image.open(name)
+        else:
+            encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
+            image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
+        return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
+    except (ValueError, IndexError, UnidentifiedImageError) as error:
+        raise ValueError(
+            f"`images` holds {name[:100]!r}, which is no path, URL or base64 text of an image ({error})."
+        ) from error
+    except (OSError, SyntaxError, httpx.HTTPError) as error:
+        raise OSError(f"`images` holds {name[:100]!r}, which cannot be read: {error}") from error
+
+
+def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """An image from values in [0, 1] or 0 to 255, with 1, 3 or 4 channels first or last, or none.
+
+    Raises:
+        TypeError: if the values are no numbers.
+        ValueError: if the shape is not that of an image, or if values are out of range.
+    """
+    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if values.dtype.kind not in "buif":
+        raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
+    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[-1] not in (1, 3, 4)):
+        raise ValueError(
+            f"`images` holds an array of shape {tuple(array.shape)}; pass (height, width), or with 1, 3 or 4 channels "
+            "first or last."
+        )
+    top = 1 if values.dtype.kind in "bf" else 255
+    if not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(
+            f"`images` holds an array with values from {values.min()} to {values.max()}; pass integers from 0 to 255 "
+            "or numbers from 0 to 1."
+        )
+    pixels = (values * 255).round() if top == 1 else values
+    return Image.fromarray(pixels.astype(np.uint8).squeeze(-1) if values.shape[-1] == 1 else pixels.astype(np.uint8))
+
+
 def to_rgb(image: Any) -> Image.Image:
-    """A loaded RGB image from a PIL image, an array or a tensor; transparency is pasted on white.
+    """A loaded RGB image from a path, URL, PIL image, array or tensor; transparency is pasted on white.
 
     Raises:
         TypeError: if `image` is none of these.
         ValueError: if it has no pixels, or more than Pillow allows (`PIL.Image.MAX_IMAGE_PIXELS`).
         OSError: if its file is truncated.
     """
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        if image.ndim not in (2, 3) or 0 in image.shape:
-            raise ValueError(
-                f"`images` must hold images with pixels, got an array of shape {tuple(image.shape)}. Pass (height, "
-                "width, channels) or (channels, height, width)."
-            )
-        image = to_pil_image(image.cpu().numpy() if isinstance(image, torch.Tensor) else image)
+    if isinstance(image, (str, os.PathLike)):
+        image = open_image(image)
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        image = image_from_array(image)
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"`images` must hold PIL images, arrays, tensors, paths or URLs, got a `{type(image).__name__}`."
@@ -106,6 +163,8 @@ def to_rgb(image: Any) -> Image.Image:
         image.load()
     except (OSError, SyntaxError) as error:
         raise OSError(f"`images` holds an image whose file is truncated or broken: {error}.") from error
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"`images` holds an image that was closed: {error}.") from error
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -151,23 +210,23 @@ class BagelImageProcessor(PilBackend):
     model_input_names = ["pixel_values", "image_grid_hw"]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths and URLs; images that are there already pass through."""
-        try:
-            return super().fetch_images(image_url_or_urls)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
-        except UnidentifiedImageError as error:
-            raise ValueError(f"`images` names a file that is no image: {error}.") from error
+        """Load an image, or the images of a list or of a list of lists, see [`to_rgb`]."""
+        if not isinstance(image_url_or_urls, (list, tuple)):
+            return to_rgb(image_url_or_urls)
+        if any(isinstance(nested, (list, tuple)) for item in image_url_or_urls for nested in _items(item)):
+            raise ValueError("`images` is nested too deeply: pass an image, a list, or a list of lists.")
+        return [
+            [to_rgb(nested) for nested in item] if isinstance(item, (list, tuple)) else to_rgb(item)
+            for item in image_url_or_urls
+        ]
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         images = self.fetch_images(images)
-        flat = images if isinstance(images, (list, tuple)) else [images]
-        # Checked one by one first: the library's flattening names neither the argument nor the remedy.
-        for image in flat:
-            for nested in image if isinstance(image, (list, tuple)) else [image]:
-                if not isinstance(nested, (Image.Image, np.ndarray, torch.Tensor)):
-                    to_rgb(nested)
-        return self._preprocess([to_rgb(image) for image in make_flat_list_of_images(images)], *args, **kwargs)
+        flat = [image for item in _items(images) for image in _items(item)]
+        if not flat:
+            raise ValueError("`images` holds no image. Leave it out for text alone.")
+        _check_settings(kwargs)
+        return self._preprocess(flat, *args, **kwargs)
 
     def _preprocess(
         self,
@@ -242,6 +301,31 @@ class BagelImageProcessor(PilBackend):
             width, height, bounds["longest_edge"], bounds["shortest_edge"], patch_size, settings["max_pixels"]
         )
         return (width // patch_size) * (height // patch_size)
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if an image setting cannot be used.
+    """
+    for name in ("patch_size", "vae_stride", "max_pixels"):
+        value = settings[name]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+    for name in ("size", "vae_size"):
+        edges = [_edge(settings[name], edge) for edge in ("shortest_edge", "longest_edge")]
+        if not all(isinstance(edge, int) and edge >= 1 for edge in edges):
+            raise ValueError(
+                f"`{name}` must be like {{'shortest_edge': 224, 'longest_edge': 980}}, got {settings[name]!r}."
+            )
+
+
+def _edge(bounds: Any, name: str) -> Any:
+    return bounds.get(name) if isinstance(bounds, dict) else getattr(bounds, name, None)
 
 
 __all__ = ["BagelImageProcessor", "BagelImageProcessorKwargs", "patchify", "resized_size", "to_rgb"]

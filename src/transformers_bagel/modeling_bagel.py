@@ -44,6 +44,7 @@ from .sequence_bagel import (
     TEXT_TOKEN,
     Routing,
     SequenceLayout,
+    check_placeholders,
     patch_grid_ids,
     rope_positions,
     route,
@@ -692,11 +693,7 @@ class BagelModel(BagelPreTrainedModel):
         Returns:
             [`BaseModelOutputWithPooling`]: `pooler_output` is a tuple with a `(patches, hidden)` tensor an image.
         """
-        if not self.config.visual_und:
-            raise ValueError(
-                "`pixel_values` were passed to a model without its seeing half (`visual_und=False`). Load it with "
-                "`visual_und=True`."
-            )
+        self.check_image_inputs(pixel_values, image_grid_hw)
         position_ids = patch_grid_ids(
             image_grid_hw, self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
         ).to(pixel_values.device)
@@ -721,10 +718,6 @@ class BagelModel(BagelPreTrainedModel):
         """
         position_ids = patch_grid_ids(latent_grid_hw, self.config.max_latent_size, self.config.interpolate_pos)
         lengths = latent_grid_hw.prod(-1).to(latents.device)
-        if position_ids.numel() != latents.shape[0]:
-            raise ValueError(
-                f"`latents` has {latents.shape[0]} tokens, but `latent_grid_hw` describes {position_ids.numel()}."
-            )
         embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype))
         time = self.time_embedder(timesteps.to(latents.device)).repeat_interleave(
             lengths, dim=0, output_size=latents.shape[0]
@@ -754,13 +747,7 @@ class BagelModel(BagelPreTrainedModel):
         """See [`BagelForConditionalGeneration.forward`]."""
         if latent_hidden_states is not None:
             return self._velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
-        if latents is not None and not self.config.visual_gen:
-            raise ValueError(
-                "`latents` were passed to a model without its drawing half (`visual_gen=False`). Load it with "
-                "`visual_gen=True`."
-            )
-        if latents is not None and (latent_grid_hw is None or timesteps is None):
-            raise ValueError("`latents` needs `latent_grid_hw` and `timesteps` beside it.")
+        self.check_image_inputs(pixel_values, image_grid_hw, latents, latent_grid_hw, timesteps)
         if input_ids is None and inputs_embeds is None:
             if latents is None or position_ids is None:
                 raise ValueError(
@@ -799,6 +786,11 @@ class BagelModel(BagelPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         lengths = latent_grid_hw.prod(-1).tolist()
+        if position_ids.numel() != len(lengths):
+            raise ValueError(
+                f"`position_ids` must hold one position for each of {len(lengths)} images, got {position_ids.numel()}."
+            )
+        self.check_position_range(position_ids)
         routing = Routing.from_blocks(lengths)
         embeds = self.embed_latents(latents, timesteps, latent_grid_hw)
         markers = torch.tensor(
@@ -858,7 +850,12 @@ class BagelModel(BagelPreTrainedModel):
             layout = SequenceLayout(token_types, None, document_ids)
         if position_ids is None:
             position_ids = self._default_position_ids(layout, input_ids, attention_mask, past_key_values)
-        if position_ids is not None and position_ids.shape[-1] > 1 and not is_torchdynamo_compiling():
+        if position_ids is None:
+            # Text alone: positions are places.
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            tokens: Any = inputs_embeds if input_ids is None else input_ids
+            self._check_positions_end(past + tokens.shape[1])
+        elif position_ids.shape[-1] > 1:
             self.check_position_range(position_ids)
 
         inputs_embeds = self._embed_sequence(
@@ -915,8 +912,8 @@ class BagelModel(BagelPreTrainedModel):
         num_patches = 0 if image_grid_hw is None else int(image_grid_hw.prod(-1).sum())
         if image_outputs is not None:
             num_patches = sum(len(features) for features in image_outputs.pooler_output)
-        _check_placeholders(types, IMAGE_TOKEN, num_patches, "pixel_values")
-        _check_placeholders(types, LATENT_TOKEN, 0 if latents is None else len(latents), "latents")
+        check_placeholders(types, IMAGE_TOKEN, num_patches, "pixel_values")
+        check_placeholders(types, LATENT_TOKEN, 0 if latents is None else len(latents), "latents")
         if inputs_embeds is None:
             # The ids of placeholders are never looked up: a tokenizer may have given them any number.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(types != TEXT_TOKEN, 0))
@@ -1039,16 +1036,51 @@ class BagelModel(BagelPreTrainedModel):
             return None if padding is None else rope_positions(torch.zeros_like(padding, dtype=torch.long), padding)
         return layout.position_ids(padding)
 
+    def check_image_inputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_grid_hw: torch.LongTensor | None,
+        latents: torch.Tensor | None = None,
+        latent_grid_hw: Any = None,
+        timesteps: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: if the images of a forward do not fit each other, or the model.
+        """
+        if pixel_values is not None:
+            if not self.config.visual_und:
+                raise ValueError(
+                    "`pixel_values` were passed to a model without its seeing half. Load it with `visual_und=True`."
+                )
+            vision_config: Any = self.config.vision_config
+            patch_dim = vision_config.num_channels * vision_config.patch_size**2
+            _check_packed("pixel_values", pixel_values, "image_grid_hw", image_grid_hw, patch_dim)
+        if latents is not None:
+            if not self.config.visual_gen:
+                raise ValueError(
+                    "`latents` were passed to a model without its drawing half. Load it with `visual_gen=True`."
+                )
+            _check_packed("latents", latents, "latent_grid_hw", latent_grid_hw, self.config.latent_dim)
+            images = len(latent_grid_hw)
+            if not isinstance(timesteps, torch.Tensor) or timesteps.shape != (images,):
+                raise ValueError(
+                    f"`timesteps` must be a tensor of shape ({images},), one for each image of `latents`."
+                )
+
     def check_position_range(self, position_ids: torch.LongTensor) -> None:
         """
         Raises:
             ValueError: if a rope position lies outside the range that the model knows.
         """
+        if not is_torchdynamo_compiling():
+            self._check_positions_end(int(position_ids.max()) + 1)
+
+    def _check_positions_end(self, end: int | torch.Tensor) -> None:
         limit = self.config.get_text_config().max_position_embeddings
-        last = int(position_ids.max())
-        if last >= limit:
+        if not is_torchdynamo_compiling() and end > limit:
             raise ValueError(
-                f"The context takes {last + 1} rope positions, but the model knows {limit} "
+                f"The context takes {int(end)} rope positions, but the model knows {limit} "
                 "(`max_position_embeddings`). Shorten the prompt."
             )
 
@@ -1058,15 +1090,15 @@ class BagelModel(BagelPreTrainedModel):
         return outputs
 
 
-def _check_placeholders(token_types: torch.LongTensor, kind: int, num_tokens: int, argument: str) -> None:
-    if is_torchdynamo_compiling():
-        return
-    placeholders = int((token_types == kind).sum())
-    if placeholders != num_tokens:
+def _check_packed(name: str, values: Any, grid_name: str, grid: Any, dim: int) -> None:
+    if not isinstance(grid, torch.Tensor) or grid.ndim != 2 or grid.shape[1] != 2 or int(grid.min()) < 1:
         raise ValueError(
-            f"The sequence has {placeholders} placeholders for `{argument}`, but `{argument}` holds {num_tokens} tokens."
-            " Pass exactly the images that the text refers to."
+            f"`{grid_name}` must be a tensor of shape (images, 2) with the rows and columns of each image of `{name}`."
         )
+    shape = (int(grid.prod(-1).sum()), dim)
+    if not isinstance(values, torch.Tensor) or values.shape != shape:
+        given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"`{name}` must be a tensor of shape {shape}, as `{grid_name}` says, got {given}.")
 
 
 class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):

@@ -145,23 +145,17 @@ class BagelProcessor(ProcessorMixin):
         Raises:
             ValueError: if the placeholders and the images differ in number.
         """
-        texts = [text] if isinstance(text, str) else list(text or [])
-        num_latents = sum(sample.count(self.latent_token) for sample in texts if isinstance(sample, str))
-        num_images = sum(sample.count(self.image_token) for sample in texts if isinstance(sample, str))
-        if num_latents not in (0, num_images):
-            raise ValueError(
-                f"`text` has {num_latents} {self.latent_token} and {num_images} {self.image_token}: an image that is "
-                "a condition for drawing needs one of each."
-            )
-        for sample in texts:
-            self._check_markers(sample)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
+            raise TypeError(f"`text` must be a string or a list of strings, got {text!r}.")
+        for index, sample in enumerate(texts):
+            self._check_placeholders(sample, images, index, len(texts))
+        num_latents = sum(sample.count(self.latent_token) for sample in texts)
         if num_latents:
             kwargs["return_vae_pixel_values"] = True
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _check_markers(self, text: Any) -> None:
-        if not isinstance(text, str):
-            raise TypeError(f"`text` must be a string or a list of strings, got a `{type(text).__name__}`.")
+    def _check_placeholders(self, text: str, images: Any, index: int, num_texts: int) -> None:
         for token in (self.image_token, self.latent_token):
             wrapped = text.count(self.vision_start_token + token + self.vision_end_token)
             if wrapped != text.count(token):
@@ -169,6 +163,22 @@ class BagelProcessor(ProcessorMixin):
                     f"`text` has a {token} without its markers. Write it as "
                     f"{self.vision_start_token}{token}{self.vision_end_token}."
                 )
+        num_images, num_latents = text.count(self.image_token), text.count(self.latent_token)
+        if num_latents not in (0, num_images):
+            raise ValueError(
+                f"`text` has {num_latents} {self.latent_token} and {num_images} {self.image_token}: an image that is "
+                "a condition for drawing needs one of each."
+            )
+        nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
+        if not nested:
+            return
+        if len(images) != num_texts:
+            raise ValueError(f"`images` holds the images of {len(images)} texts, but `text` holds {num_texts}.")
+        given = len(images[index]) if isinstance(images[index], (list, tuple)) else 1
+        if given != num_images:
+            raise ValueError(
+                f"`text` {index} has {num_images} {self.image_token}, but `images` holds {given} images for it."
+            )
 
     def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         processed, replacements = super()._process_images(images, **kwargs)
@@ -244,24 +254,34 @@ def check_conversation(conversation: Any, name: str = "conversation") -> None:
         raise TypeError(f"`{name}` must be a list of messages, got a `{type(conversation).__name__}`.")
     if len(conversation) == 0:
         raise ValueError(f"`{name}` is empty: pass at least one message.")
-    for message in conversation:
-        if isinstance(message, (list, tuple)):
-            check_conversation(message, name)
+    if all(isinstance(item, (list, tuple)) for item in conversation):
+        for item in conversation:
+            if not item:
+                raise ValueError(f"`{name}` holds an empty conversation: pass at least one message.")
+            for message in item:
+                _check_message(message, name)
+    else:
+        for message in conversation:
+            _check_message(message, name)
+
+
+def _check_message(message: Any, name: str) -> None:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, (str, list, tuple)) or len(content) == 0:
+        raise ValueError(f"`{name}` holds a message without content: {message!r}. Pass `role` and `content`.")
+    if message.get("role") not in ROLES:
+        raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
+    for part in [] if isinstance(content, str) else content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
             continue
-        if not isinstance(message, dict) or message.get("content") is None:
-            raise ValueError(f"`{name}` holds a message without content: {message!r}. Pass `role` and `content`.")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
-        for part in [] if isinstance(message["content"], str) else message["content"]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                continue
-            if kind in ("image", "image_url") and any(part.get(key) is not None for key in IMAGE_KEYS):
-                continue
-            raise ValueError(
-                f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
-                f"'image': ...}}: {part!r}."
-            )
+        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if isinstance(part, dict) else []
+        if kind in ("image", "image_url") and len(given) == 1 and not isinstance(given[0], (list, tuple)):
+            continue
+        raise ValueError(
+            f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
+            f"'image': ...}}: {part!r}."
+        )
 
 
 def _has_image_settings(path: str | os.PathLike, **kwargs: Any) -> bool:

@@ -142,24 +142,29 @@ def _correct_from_shapes(
     vision_config: dict[str, Any],
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
+    # Only what a tensor of the right rank tells; what is wrong with the others is said when they are loaded.
+    def rows(name: str, axis: int = 0) -> int | None:
+        return shapes[name][axis] if len(shapes.get(name, ())) == 2 else None
+
     text_layers = _count(shapes, r"language_model\.model\.layers\.(\d+)\.")
     if text_layers:
         text_config["num_hidden_layers"] = text_layers
-        text_config["qk_norm"] = "language_model.model.layers.0.self_attn.q_norm.weight" in shapes
-        text_config["vocab_size"] = shapes["language_model.model.embed_tokens.weight"][0]
+        norms = [name for name in shapes if name.endswith((".self_attn.q_norm.weight", ".self_attn.k_norm.weight"))]
+        text_config["qk_norm"] = bool(norms)
+    if vocab_size := rows("language_model.model.embed_tokens.weight"):
+        text_config["vocab_size"] = vocab_size
     vision_layers = _count(shapes, r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
     if vision_layers:
         vision_config["num_hidden_layers"] = vision_layers
-        position_table = shapes["vit_model.vision_model.embeddings.position_embedding.weight"]
-        vision_config["image_size"] = math.isqrt(position_table[0]) * vision_config.get("patch_size", 14)
+    if positions := rows("vit_model.vision_model.embeddings.position_embedding.weight"):
+        vision_config["image_size"] = math.isqrt(positions) * vision_config.get("patch_size", 14)
     for name, key in (("latent_pos_embed", "max_latent_size"), ("vit_pos_embed", "vit_max_num_patch_per_side")):
-        if f"{name}.pos_embed" in shapes:
-            config_dict[key] = math.isqrt(shapes[f"{name}.pos_embed"][0])
-    if "vae2llm.weight" in shapes:
-        patch_size = config_dict.get("latent_patch_size", 2)
-        config_dict["latent_channels"] = shapes["vae2llm.weight"][1] // patch_size**2
-    if "time_embedder.mlp.0.weight" in shapes:
-        config_dict["frequency_embedding_size"] = shapes["time_embedder.mlp.0.weight"][1]
+        if positions := rows(f"{name}.pos_embed"):
+            config_dict[key] = math.isqrt(positions)
+    if latent_dim := rows("vae2llm.weight", axis=1):
+        config_dict["latent_channels"] = latent_dim // config_dict.get("latent_patch_size", 2) ** 2
+    if frequencies := rows("time_embedder.mlp.0.weight", axis=1):
+        config_dict["frequency_embedding_size"] = frequencies
 
 
 def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:

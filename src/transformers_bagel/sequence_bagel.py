@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_torchdynamo_compiling
 
 
 # Values of `mm_token_type_ids`. The library reserves 1 for images, 2 for videos and 3 for audio.
@@ -47,6 +48,21 @@ def blocks_per_row(token_types: torch.Tensor, kind: int) -> torch.Tensor:
     """Number of image blocks of one kind in each row. `(batch, tokens)` -> `(batch,)`."""
     patches = token_types == kind
     return (patches & ~torch.nn.functional.pad(patches, (1, 0))[:, :-1]).sum(-1)
+
+
+def check_placeholders(token_types: torch.Tensor, kind: int, num_tokens: int, argument: str) -> None:
+    """
+    Raises:
+        ValueError: if a batch has another number of placeholders of one kind than there are tokens for them.
+    """
+    if is_torchdynamo_compiling():
+        return
+    placeholders = int((token_types == kind).sum())
+    if placeholders != num_tokens:
+        raise ValueError(
+            f"The sequence has {placeholders} placeholders for `{argument}`, but `{argument}` holds {num_tokens} tokens."
+            " Pass exactly the images that the text refers to."
+        )
 
 
 def rope_positions(
