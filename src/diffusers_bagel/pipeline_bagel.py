@@ -29,12 +29,26 @@ from transformers_bagel import (
     fork_cache,
 )
 from transformers_bagel.image_processing_bagel import patchify
-from transformers_bagel.processing_bagel import check_conversation
 from transformers_bagel.sequence_bagel import rope_positions
 
-from .guidance import EDITING, RENORM_TYPES, TEXT_TO_IMAGE, BagelGuidance
+from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
+from .inputs import (
+    OUTPUT_TYPES,
+    VAE_SAMPLE_MODES,
+    as_conversations,
+    as_generators,
+    check_callback,
+    check_choice,
+    check_guidance,
+    check_number,
+    check_prompt,
+    check_sigmas,
+    check_size,
+    check_whole_number,
+    parts_of,
+)
 from .pipeline_output import BagelPipelineOutput
-from .published import VAE_FILE, load_published_vae
+from .published import VAE_FILE, check_saved_vae, load_published_vae
 from .taylorseer import TaylorSeerConfig, TaylorSeerState
 
 
@@ -46,10 +60,6 @@ else:
     XLA_AVAILABLE = False
 
 logger = logging.get_logger(__name__)
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# diffusers' names for reading a posterior, and the plain words for the second one.
-VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
 
 ImageInput: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor | str
 
@@ -151,6 +161,8 @@ class BagelPipeline(DiffusionPipeline):
             raise OSError(f"The directory '{pretrained_model_name_or_path}' is empty: it holds no checkpoint.")
         missing = {"_raise_exceptions_for_missing_entries": False}
         if cached_file(pretrained_model_name_or_path, "model_index.json", **hub_kwargs, **missing):
+            if "vae" not in kwargs:
+                check_saved_vae(os.path.join(pretrained_model_name_or_path, "vae"))
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         has_vae = cached_file(pretrained_model_name_or_path, VAE_FILE, **hub_kwargs, **missing)
         if not has_vae and "vae" not in kwargs:
@@ -251,117 +263,27 @@ class BagelPipeline(DiffusionPipeline):
         num_images_per_prompt: int,
         vae_sample_mode: str,
         output_type: str,
-        callback_on_step_end_tensor_inputs: list[str] | None,
+        attention_kwargs: dict[str, Any] | None,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raise a `ValueError` or `TypeError` for arguments that cannot work, before anything is computed."""
-        if callback_on_step_end_tensor_inputs is not None and not all(
-            name in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs
-        ):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
-                f"{[k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]}"
-            )
-        self._check_prompt(prompt, image, messages)
-        for name, value in (("height", height), ("width", width)):
-            self._check_size(name, value)
-        _check_whole_number("num_inference_steps", num_inference_steps, 1)
-        _check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        check_prompt(prompt, image, messages)
+        limit = None if self.interpolate_pos else self.max_latent_size * self.vae_scale_factor
+        check_size("height", height, self.vae_scale_factor, limit)
+        check_size("width", width, self.vae_scale_factor, limit)
+        check_whole_number("num_inference_steps", num_inference_steps, 1)
+        check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         # One step feeds the start token; the last step's token is not kept.
-        _check_whole_number("max_think_tokens", max_think_tokens, 2)
-        if sigmas is not None and (len(sigmas) == 0 or not all(0 < sigma <= 1 for sigma in sigmas)):
-            raise ValueError(f"`sigmas` must be noise levels in (0, 1], before the shift, got {sigmas}.")
-        self._check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
-        if not temperature > 0:
-            raise ValueError(
-                f"`temperature` must be positive, got {temperature!r}. For greedy text: `do_sample=False`."
-            )
-        if vae_sample_mode not in VAE_SAMPLE_MODES:
-            raise ValueError(
-                f"`vae_sample_mode` must be one of {', '.join(VAE_SAMPLE_MODES)}, got {vae_sample_mode!r}."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-
-    def _check_prompt(self, prompt: Any, image: Any, messages: Any) -> None:
-        if prompt is not None and messages is not None:
-            raise ValueError("`prompt` and `messages` were both passed. Put the prompt into the messages.")
-        if prompt is None and messages is None:
-            raise ValueError("Pass `prompt`, or `messages` for anything interleaved.")
-        if messages is not None and image is not None:
-            raise ValueError("`image` and `messages` were both passed. Put the images into the messages.")
-        if messages is not None:
-            check_conversation(messages, "messages")
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
-                raise TypeError(f"`prompt` must be a string or a list of strings, got {type(prompt).__name__}.")
-            if not prompts:
-                raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
-
-    def _check_guidance(
-        self,
-        guidance_scale: float,
-        image_guidance_scale: float | None,
-        cfg_interval: tuple[float, float] | None,
-        cfg_renorm_type: str | None,
-        cfg_renorm_min: float,
-    ) -> None:
-        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if scale is not None and not 0 <= scale < float("inf"):
-                raise ValueError(f"`{name}` must be a number of at least 0, got {scale!r}.")
-        if cfg_interval is not None and (len(cfg_interval) != 2 or not 0 <= cfg_interval[0] <= cfg_interval[1]):
-            raise ValueError(
-                f"`cfg_interval` must be (low, high) with 0 <= low <= high, got {tuple(cfg_interval)}: guidance is on "
-                "for noise levels low < t <= high."
-            )
-        if cfg_renorm_type is not None and cfg_renorm_type not in RENORM_TYPES:
-            raise ValueError(f"`cfg_renorm_type` must be one of {', '.join(RENORM_TYPES)}, got {cfg_renorm_type!r}.")
-        if not 0 <= cfg_renorm_min <= 1:
-            raise ValueError(f"`cfg_renorm_min` must be in [0, 1], got {cfg_renorm_min!r}.")
-
-    def _check_size(self, name: str, value: int | None) -> None:
-        if value is None:
-            return
-        _check_whole_number(name, value, 1)
-        if value % self.vae_scale_factor:
-            raise ValueError(f"`{name}` must be a multiple of {self.vae_scale_factor}, got {value}.")
-        limit = self.max_latent_size * self.vae_scale_factor
-        if value > limit and not self.interpolate_pos:
-            raise ValueError(
-                f"`{name}` must be at most {limit}, got {value}: the model's position table ends at "
-                f"{self.max_latent_size} tokens a side."
-            )
-
-    def prepare_conversations(
-        self, prompt: str | list[str] | None, image: Any, messages: list | None
-    ) -> list[list[dict[str, Any]]]:
-        """One conversation for each prompt: its images, then its text. Messages pass through."""
-        if messages is not None:
-            return messages if isinstance(messages[0], (list, tuple)) else [messages]
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        if image is None:
-            images: list[list[Any]] = [[] for _ in prompts]
-        elif not isinstance(image, (list, tuple)):
-            images = [[image] for _ in prompts]
-        elif isinstance(prompt, str) and not any(isinstance(item, (list, tuple)) for item in image):
-            images = [list(image)]
-        elif all(isinstance(item, (list, tuple)) for item in image):
-            images = [list(item) for item in image]
-        else:
-            raise ValueError(
-                "`image` must be a list of lists, the images of each prompt, when `prompt` is a list of prompts."
-            )
-        if len(images) != len(prompts):
-            raise ValueError(f"`image` holds images of {len(images)} prompts, but `prompt` holds {len(prompts)}.")
-        return [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": item} for item in items] + [{"type": "text", "text": text}],
-                }
-            ]
-            for items, text in zip(images, prompts, strict=True)
-        ]
+        check_whole_number("max_think_tokens", max_think_tokens, 2)
+        check_sigmas(sigmas)
+        check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+        check_number("temperature", temperature, 1e-6)
+        check_choice("vae_sample_mode", vae_sample_mode, VAE_SAMPLE_MODES)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise TypeError(f"`attention_kwargs` must be a dict, got {attention_kwargs!r}.")
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def preprocess(self, conversation: list[dict[str, Any]], think: bool) -> BatchFeature:
         """Model inputs of one conversation as a condition for drawing, see [`BagelProcessor`]."""
@@ -373,13 +295,16 @@ class BagelPipeline(DiffusionPipeline):
             think=think,
             generation_mode="image",
         )
-        limit = self.max_latent_size * self.vae_scale_factor
-        for pixels in inputs.get("vae_pixel_values", []):
-            if max(pixels.shape[1:]) > limit and not self.interpolate_pos:
-                raise ValueError(
-                    f"`image` is resized to {pixels.shape[2]} x {pixels.shape[1]} pixels (width x height), but the "
-                    f"model's position table ends at {limit}. Lower `vae_size` of the processor."
-                )
+        if "vae_pixel_values" in inputs and not self.interpolate_pos:
+            latents = max(max(pixels.shape[1:]) for pixels in inputs["vae_pixel_values"]) // self.vae_scale_factor
+            patches = int(inputs["image_grid_hw"].max())
+            side = self.transformer.config.vit_max_num_patch_per_side
+            for seen, limit, setting in ((latents, self.max_latent_size, "vae_size"), (patches, side, "size")):
+                if seen > limit:
+                    raise ValueError(
+                        f"`image` is resized to {seen} tokens a side, but the model's position table ends at {limit}. "
+                        f"Lower `{setting}` of the processor."
+                    )
         return inputs
 
     def encode_image(
@@ -531,13 +456,13 @@ class BagelPipeline(DiffusionPipeline):
 
     def _tokens_of_last_text(self, conversation: list[dict[str, Any]]) -> int:
         """Tokens of the text that ends a conversation; 0 if an image ends it."""
-        last = _parts(conversation)[-1]
+        last = parts_of(conversation)[-1]
         if last["type"] != "text":
             return 0
         return len(self.processor.tokenizer(f"<|im_start|>{last['text']}<|im_end|>")["input_ids"])
 
     def _inputs_without_images(self, conversation: list[dict[str, Any]], think: bool) -> BatchFeature:
-        texts = [part for part in _parts(conversation) if part["type"] == "text"]
+        texts = [part for part in parts_of(conversation) if part["type"] == "text"]
         if not texts and not think:
             empty = torch.zeros(1, 0, dtype=torch.long)
             return BatchFeature({"input_ids": empty, "mm_token_type_ids": empty})
@@ -789,16 +714,18 @@ class BagelPipeline(DiffusionPipeline):
             num_images_per_prompt,
             vae_sample_mode,
             output_type,
+            attention_kwargs,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
-        conversations = self.prepare_conversations(prompt, image, messages)
+        conversations = as_conversations(prompt, image, messages)
         batch_size = len(conversations) * num_images_per_prompt
-        generators = _generators(generator, batch_size)
+        generators = as_generators(generator, batch_size)
         inputs = [self.preprocess(conversation, think) for conversation in conversations]
         grids = [self._grid(item, height, width) for item in inputs for _ in range(num_images_per_prompt)]
         self._check_latents(latents, grids)
         for item in inputs:
-            self._check_context(item)
+            self._check_context(item, max_think_tokens if think else 0)
 
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
@@ -906,42 +833,16 @@ class BagelPipeline(DiffusionPipeline):
             default = tuple(inputs["vae_pixel_values"][-1].shape[1:])
         return (height or default[0]) // self.vae_scale_factor, (width or default[1]) // self.vae_scale_factor
 
-    def _check_context(self, inputs: BatchFeature) -> None:
+    def _check_context(self, inputs: BatchFeature, max_think_tokens: int) -> None:
         limit = self.transformer.config.text_config.max_position_embeddings
+        # The drawing takes one position.
         needed = int(rope_positions(inputs["mm_token_type_ids"])[0, -1]) + 2
-        if needed > limit:
+        if needed + max_think_tokens > limit:
+            plan = f" and `max_think_tokens` of {max_think_tokens}" if max_think_tokens else ""
             raise ValueError(
-                f"The prompt takes {needed - 1} rope positions and the drawing one more, but the model knows {limit} "
-                "(`max_position_embeddings`). Shorten the prompt."
+                f"The prompt of {needed} rope positions{plan} exceeds the {limit} that the model knows "
+                "(`max_position_embeddings`). Shorten it."
             )
-
-
-def _parts(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The texts and images of a conversation, in a row."""
-    parts: list[dict[str, Any]] = []
-    for message in conversation:
-        content = message["content"]
-        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return parts
-
-
-def _check_whole_number(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-
-
-def _generators(
-    generator: torch.Generator | list[torch.Generator] | None, batch_size: int
-) -> list[torch.Generator | None]:
-    if not isinstance(generator, (list, tuple)):
-        return [generator] * batch_size
-    if len(generator) != batch_size:
-        raise ValueError(
-            f"`generator` is a list of {len(generator)}, but {batch_size} images were asked for. Pass one for each."
-        )
-    return list(generator)
 
 
 @contextmanager

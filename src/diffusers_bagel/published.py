@@ -3,6 +3,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
+
+from transformers_bagel.published_bagel import read_shapes
 
 
 VAE_FILE = "ae.safetensors"
@@ -35,17 +38,46 @@ def load_published_vae(path: str | os.PathLike, dtype: torch.dtype | None = None
         raise OSError(
             f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
         ) from error
-    if "encoder.conv_in.weight" not in weights:
-        raise ValueError(f"'{file}' is not a BAGEL VAE: it has no tensor encoder.conv_in.weight.")
-    config = vae_config(weights)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
-    converted = {name: tensor.to(dtype) for name, tensor in convert_ldm_vae_checkpoint(weights, config).items()}
     try:
-        vae.load_state_dict(converted, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"'{file}' is not a whole BAGEL VAE: {error}") from error
+        config = vae_config(weights)
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(config)
+        converted = convert_ldm_vae_checkpoint(weights, config)
+        used = {tensor.data_ptr() for tensor in converted.values()}
+        if unknown := [name for name, tensor in weights.items() if tensor.data_ptr() not in used]:
+            raise ValueError(f"it has the unknown tensor {unknown[0]}")
+        # Converted before they are assigned, so that no second copy is made.
+        vae.load_state_dict({name: tensor.to(dtype) for name, tensor in converted.items()}, strict=True, assign=True)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise ValueError(f"'{file}' is not a whole BAGEL VAE: {error}. Download it again.") from error
     return vae.eval()
+
+
+def check_saved_vae(folder: str | os.PathLike) -> None:
+    """Compare the VAE of diffusers' layout with its configuration: the library would make up what is missing.
+
+    Args:
+        folder (`str`): The `vae` folder of a local repository; nothing is done if it is not there.
+
+    Raises:
+        OSError: if a file is truncated.
+        ValueError: if a tensor is missing, unexpected or misshapen.
+    """
+    files = sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        return
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found |= read_shapes(file)
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(
+            f"The VAE in '{folder}' does not fit its config.json: {min(wrong)} is {found.get(min(wrong), 'missing')}, "
+            f"expected {expected.get(min(wrong), 'no such tensor')}. Download it again."
+        )
 
 
 def vae_config(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -68,7 +100,7 @@ def vae_config(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         "shift_factor": 0.1159,
         "use_quant_conv": "quant_conv.weight" in weights,
         "use_post_quant_conv": "post_quant_conv.weight" in weights,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+        "mid_block_add_attention": any(".mid.attn_1." in name for name in weights),
     }
 
 

@@ -10,6 +10,8 @@ from math import factorial
 
 import torch
 
+from .inputs import check_whole_number
+
 
 @dataclass(frozen=True)
 class TaylorSeerConfig:
@@ -25,10 +27,9 @@ class TaylorSeerConfig:
     max_order: int = 6
 
     def __post_init__(self) -> None:
-        for name, least in (("interval", 1), ("warmup_steps", 1), ("max_order", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        check_whole_number("interval", self.interval, 1)
+        check_whole_number("warmup_steps", self.warmup_steps, 1)
+        check_whole_number("max_order", self.max_order, 0)
 
 
 @dataclass

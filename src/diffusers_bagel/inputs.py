@@ -1,0 +1,206 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The pipeline's arguments: refused by name before anything is computed, or turned into conversations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from transformers_bagel.processing_bagel import check_conversation
+
+from .guidance import RENORM_TYPES
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# diffusers' names for reading a posterior, and the plain words for the second one.
+VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
+
+
+def check_whole_number(name: str, value: Any, least: int) -> None:
+    """
+    Raises:
+        TypeError: if `value` is no whole number.
+        ValueError: if it is below `least`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf"), what: str = "") -> None:
+    """
+    Raises:
+        TypeError: if `value` is no number.
+        ValueError: if it lies outside [low, high], or is infinite.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number{what}, got {value!r}.")
+    if not low <= value <= high or value == float("inf"):
+        raise ValueError(f"`{name}` must be a number{what} of at least {low} and at most {high}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """
+    Raises:
+        ValueError: if `value` is none of the choices.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_size(name: str, value: Any, stride: int, limit: int | None) -> None:
+    """
+    Raises:
+        TypeError: if a side of the drawing is no whole number.
+        ValueError: if it is no multiple of the stride, or beyond the position table (`limit` pixels, if any).
+    """
+    if value is None:
+        return
+    check_whole_number(name, value, 1)
+    if value % stride:
+        raise ValueError(f"`{name}` must be a multiple of {stride}, got {value}.")
+    if limit is not None and value > limit:
+        raise ValueError(f"`{name}` must be at most {limit}, where the model's position table ends, got {value}.")
+
+
+def check_guidance(
+    guidance_scale: Any, image_guidance_scale: Any, cfg_interval: Any, cfg_renorm_type: Any, cfg_renorm_min: Any
+) -> None:
+    """
+    Raises:
+        TypeError: if a setting of the guidance has the wrong type.
+        ValueError: if it has an impossible value.
+    """
+    check_number("guidance_scale", guidance_scale, 0)
+    if image_guidance_scale is not None:
+        check_number("image_guidance_scale", image_guidance_scale, 0)
+    if cfg_interval is not None:
+        if not isinstance(cfg_interval, (list, tuple)) or len(cfg_interval) != 2:
+            raise TypeError(f"`cfg_interval` must be a pair (low, high), got {cfg_interval!r}.")
+        for bound in cfg_interval:
+            check_number("cfg_interval", bound, 0, what=" in each of its two places")
+        if cfg_interval[0] > cfg_interval[1]:
+            raise ValueError(
+                f"`cfg_interval` must be (low, high) with low <= high, got {tuple(cfg_interval)}: guidance is on for "
+                "noise levels low < t <= high."
+            )
+    if cfg_renorm_type is not None:
+        check_choice("cfg_renorm_type", cfg_renorm_type, RENORM_TYPES)
+    check_number("cfg_renorm_min", cfg_renorm_min, 0, 1)
+
+
+def check_sigmas(sigmas: Any) -> None:
+    """
+    Raises:
+        TypeError: if `sigmas` is no list of numbers.
+        ValueError: if they are not decreasing noise levels in (0, 1].
+    """
+    if sigmas is None:
+        return
+    values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"`sigmas` must be a list of noise levels, got {sigmas!r}.")
+    for value in values:
+        check_number("sigmas", value, 0, 1, what=" in each of its places")
+    if not values or 0 in values or any(later >= sooner for sooner, later in zip(values, values[1:], strict=False)):
+        raise ValueError(f"`sigmas` must be decreasing noise levels in (0, 1], before the shift, got {sigmas!r}.")
+
+
+def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
+    """
+    Raises:
+        TypeError: if `prompt` is neither a string nor a list of strings.
+        ValueError: if there is nothing to draw, or too much.
+    """
+    if prompt is not None and messages is not None:
+        raise ValueError("`prompt` and `messages` were both passed. Put the prompt into the messages.")
+    if messages is not None and image is not None:
+        raise ValueError("`image` and `messages` were both passed. Put the images into the messages.")
+    if prompt is None and messages is None:
+        raise ValueError("Pass `prompt`, or `messages` for anything interleaved.")
+    if messages is not None:
+        check_conversation(messages, "messages")
+        return
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
+        raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+    if not prompts:
+        raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
+
+
+def check_callback(callback: Callable | None, names: Any, known: list[str]) -> None:
+    """
+    Raises:
+        TypeError: if the callback cannot be called.
+        ValueError: if it asks for a tensor that the pipeline does not pass on.
+    """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be a function, got {callback!r}.")
+    if not isinstance(names, (list, tuple)) or not all(name in known for name in names):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, but found {names!r}")
+
+
+def as_generators(generator: Any, batch_size: int) -> list[torch.Generator | None]:
+    """One generator, or `None`, for each image.
+
+    Raises:
+        TypeError: if one of them is no [`torch.Generator`].
+        ValueError: if a list has another length than there are images.
+    """
+    if not isinstance(generator, (list, tuple)):
+        generator = [generator] * batch_size
+    for item in generator:
+        if item is not None and not isinstance(item, torch.Generator):
+            raise TypeError(f"`generator` must be a `torch.Generator` or a list of them, got {item!r}.")
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)}, but {batch_size} images were asked for. Pass one for each."
+        )
+    return list(generator)
+
+
+def as_conversations(prompt: Any, image: Any, messages: Any) -> list[list[dict[str, Any]]]:
+    """One conversation for each prompt: its images, then its text. Messages pass through.
+
+    Raises:
+        ValueError: if the images do not belong to the prompts one list each.
+    """
+    if messages is not None:
+        return messages if isinstance(messages[0], (list, tuple)) else [messages]
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if image is None:
+        images: list[list[Any]] = [[] for _ in prompts]
+    elif not isinstance(image, (list, tuple)):
+        images = [[image] for _ in prompts]
+    elif isinstance(prompt, str) and not any(isinstance(item, (list, tuple)) for item in image):
+        images = [list(image)]
+    elif all(isinstance(item, (list, tuple)) for item in image):
+        images = [list(item) for item in image]
+    else:
+        raise ValueError(
+            "`image` must be a list of lists, the images of each prompt, when `prompt` is a list of prompts."
+        )
+    if len(images) != len(prompts):
+        raise ValueError(f"`image` holds images of {len(images)} prompts, but `prompt` holds {len(prompts)}.")
+    for item in (nested for items in images for nested in items):
+        if item is None or isinstance(item, (list, tuple)):
+            raise ValueError(f"`image` must hold images, one or a list or a list of lists, got {item!r} for one.")
+    return [
+        [
+            {
+                "role": "user",
+                "content": [*({"type": "image", "image": item} for item in items), {"type": "text", "text": text}],
+            }
+        ]
+        for items, text in zip(images, prompts, strict=True)
+    ]
+
+
+def parts_of(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The texts and images of a conversation, in a row."""
+    parts: list[dict[str, Any]] = []
+    for message in conversation:
+        content = message["content"]
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return parts
