@@ -151,7 +151,7 @@ class BagelAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-2)
         query, key = query.to(value.dtype), key.to(value.dtype)
 
-        if isinstance(past_key_values, PrefixCache):
+        if isinstance(past_key_values, PrefixCache) and routing is not None:
             attn_output = self._attend_blocks(query, key, value, past_key_values, routing, **kwargs)
             attn_weights = None
         else:
@@ -184,11 +184,9 @@ class BagelAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         past_key_values: PrefixCache,
-        routing: Routing | None,
+        routing: Routing,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        if routing is None:
-            raise ValueError("A `PrefixCache` is for noised blocks alone; pass a `Cache` for a sequence.")
         query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
         markers, latents = [], []
         for lane_idx, pieces in enumerate(routing.block_slices()):
@@ -757,6 +755,8 @@ class BagelModel(BagelPreTrainedModel):
             return self._denoise(
                 latents, latent_grid_hw, timesteps, position_ids, past_key_values, attention_mask, **kwargs
             )
+        if isinstance(past_key_values, PrefixCache):
+            raise ValueError("A `PrefixCache` serves denoising steps only. Pass a `Cache` as `past_key_values`.")
         return self._forward_sequence(
             input_ids,
             attention_mask,

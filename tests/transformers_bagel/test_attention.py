@@ -1,0 +1,224 @@
+"""Every attention backend gives the same numbers; blocks see what they should; padding has no influence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash_utils
+from transformers import DynamicCache
+
+from tests.conftest import load_model, max_error
+from transformers_bagel.sequence_bagel import SequenceLayout
+
+
+PROMPTS = {
+    "text": ["what is it?"],
+    "image": ["@wide", "what is it?"],
+    "interleaved": ["a", "@tall", "b", "@square", "c"],
+}
+
+
+def with_latents(inputs: dict, seed: int = 0) -> dict:
+    """The inputs of a drawing condition, its VAE latents being noise."""
+    grids = torch.tensor([(p.shape[1] // 16, p.shape[2] // 16) for p in inputs.pop("vae_pixel_values")])
+    tokens = int(grids.prod(-1).sum())
+    return {
+        **inputs,
+        "latents": torch.randn(tokens, 16, generator=torch.Generator().manual_seed(seed)),
+        "latent_grid_hw": grids,
+        "timesteps": torch.zeros(len(grids)),
+    }
+
+
+@pytest.fixture
+def prompt(encode):
+    def apply(name: str, latents: bool = False) -> dict:
+        inputs = encode(PROMPTS[name], generation_mode="image" if latents else "text")
+        return with_latents(dict(inputs)) if latents else dict(inputs)
+
+    return apply
+
+
+def drawn(model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a prompt, and the velocity of a step after it."""
+    cache = DynamicCache(config=model.config.text_config)
+    layout = SequenceLayout(inputs["mm_token_type_ids"])
+    with torch.no_grad():
+        logits = model(**inputs, past_key_values=cache, use_cache=True).logits
+        velocity = model(
+            latents=torch.randn(6, 16, generator=torch.Generator().manual_seed(1)),
+            latent_grid_hw=torch.tensor([[2, 3]]),
+            timesteps=torch.tensor([0.7]),
+            position_ids=layout.position_ids()[:, -1] + 1,
+            past_key_values=cache,
+        ).velocity
+    return logits, velocity
+
+
+@pytest.mark.parametrize("backend", ["eager", "flex_attention", {"text_config": "eager", "vision_config": "sdpa"}])
+@pytest.mark.parametrize(("name", "latents"), [("text", False), ("interleaved", False), ("interleaved", True)])
+def test_backends_agree(backend, name, latents, model, prompt):
+    other = load_model(attn_implementation=backend)
+    expected = backend if isinstance(backend, str) else "eager"
+    assert other.config.text_config._attn_implementation == expected
+    for ours, theirs in zip(drawn(model, prompt(name, latents)), drawn(other, prompt(name, latents)), strict=True):
+        assert max_error(ours, theirs) <= 1e-5
+
+
+def test_sdpa_is_the_default(model):
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("latents", [False, True])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_one_forward_equals_segment_by_segment(name, latents, model, prompt):
+    inputs = prompt(name, latents and name != "text")
+    whole_cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        whole = model(**inputs, past_key_values=whole_cache).logits
+    types = inputs["mm_token_type_ids"]
+    layout = SequenceLayout(types)
+    positions = layout.position_ids()
+    cache = DynamicCache(config=model.config.text_config)
+    images = {
+        1: zip(
+            inputs.get("pixel_values", torch.zeros(0)).split(inputs["image_grid_hw"].prod(-1).tolist()),
+            inputs["image_grid_hw"],
+            strict=True,
+        )
+        if "image_grid_hw" in inputs
+        else iter(()),
+        4: zip(
+            inputs["latents"].split(inputs["latent_grid_hw"].prod(-1).tolist()), inputs["latent_grid_hw"], strict=True
+        )
+        if "latents" in inputs
+        else iter(()),
+    }
+    pieces = []
+    for start, stop, _ in layout.runs():
+        kind = int(types[0, start:stop].max())
+        extra = {}
+        if kind == 1:
+            extra = dict(zip(("pixel_values", "image_grid_hw"), next(images[1]), strict=True))
+            extra["image_grid_hw"] = extra["image_grid_hw"].unsqueeze(0)
+        elif kind == 4:
+            extra = dict(zip(("latents", "latent_grid_hw"), next(images[4]), strict=True))
+            extra |= {"latent_grid_hw": extra["latent_grid_hw"].unsqueeze(0), "timesteps": torch.zeros(1)}
+        with torch.no_grad():
+            pieces.append(
+                model(
+                    input_ids=inputs["input_ids"][:, start:stop],
+                    mm_token_type_ids=types[:, start:stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                    **extra,
+                ).logits
+            )
+    assert max_error(torch.cat(pieces, dim=1), whole) <= 1e-5
+    for ours, theirs in zip(cache.layers, whole_cache.layers, strict=True):
+        assert max_error(ours.keys, theirs.keys) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_padding_never_influences_other_tokens(backend, encode):
+    model = load_model(attn_implementation=backend)
+    inputs = dict(encode([["a"], ["@wide", "a long text that makes the other row padded"]]))
+    pad = inputs["attention_mask"] == 0
+    assert pad.any()
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        inputs["input_ids"] = torch.where(pad, 77, inputs["input_ids"])
+        perturbed = model(**inputs).logits
+    assert torch.equal(plain[~pad], perturbed[~pad])
+    assert plain[~pad].isfinite().all()
+
+
+def test_an_image_sees_all_of_itself_and_text_only_what_came_before(model, prompt):
+    inputs = prompt("image")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        changed = dict(inputs, pixel_values=inputs["pixel_values"].clone())
+        changed["pixel_values"][-1] += 1
+        image_changed = model(**changed).logits
+        changed = dict(inputs, input_ids=inputs["input_ids"].clone())
+        changed["input_ids"][0, -2] += 1
+        text_changed = model(**changed).logits
+    # The start marker, in front of the changed patch, sees it; the text's end changes nothing before it.
+    assert max_error(plain[:, 0], image_changed[:, 0]) > 0
+    assert torch.equal(plain[:, :-2], text_changed[:, :-2])
+
+
+def plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+    """What flash-attn's varlen function computes, written out: `(tokens, heads, head_dim)`, packed sequences."""
+    outputs = []
+    bounds = zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True)
+    for q_start, q_stop, k_start, k_stop in bounds:
+        query, key, value = q[q_start:q_stop], k[k_start:k_stop], v[k_start:k_stop]
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
+        if causal:
+            rows, columns = scores.shape[1:]
+            # Bottom-right aligned: the last query sees every key.
+            hidden = torch.arange(columns)[None, :] > torch.arange(rows)[:, None] + columns - rows
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value))
+    return torch.cat(outputs)
+
+
+def plain_flash(q, k, v, softmax_scale=None, causal=False):
+    rows = [
+        plain_varlen(*row, torch.tensor([0, q.shape[1]]), torch.tensor([0, k.shape[1]]), 0, 0, softmax_scale, causal)
+        for row in zip(q, k, v, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The model under flash attention 2, whose kernels are replaced by plain functions."""
+    functions = (plain_flash, plain_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    model = load_model()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_attention_2"
+    yield model
+    flash_utils._loaded_implementation = None
+
+
+@pytest.mark.parametrize(("name", "latents"), [("text", False), ("image", False), ("interleaved", True)])
+def test_flash_attention_takes_text_and_images_run_by_run(name, latents, model, flash, prompt):
+    for ours, theirs in zip(drawn(model, prompt(name, latents)), drawn(flash, prompt(name, latents)), strict=True):
+        assert max_error(ours, theirs) <= 1e-5
+
+
+def test_flash_attention_generates_the_same_tokens(model, flash, prompt):
+    inputs = prompt("interleaved")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8), flash.generate(**inputs, max_new_tokens=8))
+
+
+def test_flash_attention_packs_the_images_of_the_tower(model, flash, processor):
+    images = [torch.rand(3, height, width) for height, width in ((64, 64), (70, 110))]
+    inputs = processor.image_processor(images, return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = (each.get_image_features(**inputs).last_hidden_state for each in (model, flash))
+    assert max_error(ours, theirs) <= 1e-5
+
+
+def test_flash_attention_refuses_what_it_would_compute_wrongly(flash, encode):
+    padded = encode([["a"], ["@wide", "what is it?"]])
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        flash(**padded)
+    unlike = encode([["@square", "ab"], ["ab", "@square"]])
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        flash(**unlike)
+
+
+def test_flash_attention_takes_padded_text(model, flash, encode):
+    inputs = encode([["a"], ["a longer text"]])
+    real = inputs["attention_mask"] == 1
+    with torch.no_grad():
+        assert max_error(model(**inputs).logits[real], flash(**inputs).logits[real]) <= 1e-5

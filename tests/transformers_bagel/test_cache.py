@@ -1,0 +1,172 @@
+"""Caches for drawing: forks, lanes, and what a denoising step allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache
+
+from tests.conftest import load_model, max_error
+from transformers_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+
+
+GRID = torch.tensor([[2, 3]])
+
+
+def prefilled(model, length: int, batch: int = 1, seed: int = 0) -> DynamicCache:
+    generator = torch.Generator().manual_seed(seed)
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(input_ids=torch.randint(0, 400, (batch, length), generator=generator), past_key_values=cache)
+    return cache
+
+
+def snapshot(cache: DynamicCache) -> list[torch.Tensor]:
+    return [states.clone() for layer in cache.layers for states in (layer.keys, layer.values)]
+
+
+def step(model, cache, positions, grid=GRID, seed: int = 1, **kwargs) -> torch.Tensor:
+    tokens = int(grid.prod(-1).sum())
+    latents = torch.randn(tokens, model.config.latent_dim, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(
+            latents=latents,
+            latent_grid_hw=grid,
+            timesteps=torch.full((len(grid),), 0.5),
+            position_ids=torch.tensor(positions),
+            past_key_values=cache,
+            **kwargs,
+        ).velocity
+
+
+def test_a_fork_grows_alone_and_copies_nothing(model):
+    cache = prefilled(model, 9)
+    before = snapshot(cache)
+    fork = fork_cache(cache)
+    assert all(a.keys.data_ptr() == b.keys.data_ptr() for a, b in zip(cache.layers, fork.layers, strict=True))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=fork)
+    assert (fork.get_seq_length(), cache.get_seq_length()) == (12, 9)
+    assert all(torch.equal(old, new) for old, new in zip(before, snapshot(cache), strict=True))
+
+
+def test_other_caches_are_not_forked_silently(model):
+    with pytest.raises(TypeError, match="DynamicCache"):
+        fork_cache(object())
+
+
+@pytest.mark.parametrize("wrap", [lambda cache: cache, lambda cache: PrefixCache.from_cache(cache, room=8)])
+def test_a_denoising_step_neither_grows_nor_changes_what_it_reads(model, wrap):
+    cache = prefilled(model, 9)
+    before = snapshot(cache)
+    prefix = wrap(cache)
+    first = step(model, prefix, [9])
+    assert torch.equal(first, step(model, prefix, [9]))
+    assert cache.get_seq_length() == 9
+    assert all(torch.equal(old, new) for old, new in zip(before, snapshot(cache), strict=True))
+
+
+def test_lanes_of_a_batch_equal_single_steps(model):
+    caches = [prefilled(model, length, seed=length) for length in (5, 12, 1)]
+    grids = torch.tensor([[2, 3], [1, 4], [3, 3]])
+    cache = PrefixCache([PrefixLane(PrefixBuffer.from_cache(each, room=11)) for each in caches])
+    together = step(model, cache, [5, 12, 1], grids).split(grids.prod(-1).tolist())
+    latents = torch.randn(19, model.config.latent_dim, generator=torch.Generator().manual_seed(1))
+    for each, grid, velocity, own in zip(caches, grids, together, latents.split([6, 4, 9]), strict=True):
+        with torch.no_grad():
+            single = model(
+                latents=own,
+                latent_grid_hw=grid.unsqueeze(0),
+                timesteps=torch.tensor([0.5]),
+                position_ids=torch.tensor([each.get_seq_length()]),
+                past_key_values=each,
+            ).velocity
+        assert max_error(velocity, single) <= 1e-5
+
+
+def test_left_padding_of_a_cache_is_left_out(model):
+    cache = DynamicCache(config=model.config.text_config)
+    ids = torch.tensor([[7, 8, 9, 10], [0, 0, 9, 10]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    grids = GRID.repeat(2, 1)
+    batch = step(model, cache, [4, 2], grids, attention_mask=mask).split(6)
+    alone = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(input_ids=ids[1:, 2:], past_key_values=alone)
+    latents = torch.randn(12, model.config.latent_dim, generator=torch.Generator().manual_seed(1))[6:]
+    with torch.no_grad():
+        single = model(
+            latents=latents,
+            latent_grid_hw=GRID,
+            timesteps=torch.tensor([0.5]),
+            position_ids=torch.tensor([2]),
+            past_key_values=alone,
+        ).velocity
+    assert max_error(batch[1], single) <= 1e-5
+
+
+def test_a_lane_may_be_part_of_a_buffer_that_another_lane_reads_in_full(model):
+    cache = prefilled(model, 12)
+    short = DynamicCache(config=model.config.text_config)
+    for layer, source in enumerate(cache.layers):
+        short.update(source.keys[:, :, :5], source.values[:, :, :5], layer)
+    buffer = PrefixBuffer.from_cache(cache, room=8, common=5)
+    lanes = [PrefixLane(buffer), PrefixLane(buffer, start=7), PrefixLane(buffer, start=12)]
+    grids, latents = GRID.repeat(3, 1), torch.randn(6, model.config.latent_dim).repeat(3, 1)
+    with torch.no_grad():
+        together = model(
+            latents=latents,
+            latent_grid_hw=grids,
+            timesteps=torch.full((3,), 0.5),
+            position_ids=torch.tensor([12, 5, 0]),
+            past_key_values=PrefixCache(lanes),
+        ).velocity.split(6)
+        for velocity, own, position in zip(together, (cache, short, None), (12, 5, 0), strict=True):
+            single = model(
+                latents=latents[:6],
+                latent_grid_hw=GRID,
+                timesteps=torch.tensor([0.5]),
+                position_ids=torch.tensor([position]),
+                past_key_values=own,
+            ).velocity
+            assert max_error(velocity, single) <= 1e-5
+
+
+def test_rows_and_images_must_agree(model):
+    with pytest.raises(ValueError, match="`past_key_values` has 1 rows"):
+        step(model, prefilled(model, 3), [3, 3], GRID.repeat(2, 1))
+    with pytest.raises(ValueError, match="PrefixCache"), torch.no_grad():
+        model(input_ids=torch.tensor([[1]]), past_key_values=PrefixCache.from_cache(prefilled(model, 3), 8))
+
+
+def allocated(call) -> int:
+    """Bytes that a call allocates, freed or not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profiler.events())
+
+
+def random_prefix(model, length: int) -> PrefixCache:
+    config = model.config.text_config
+    head_dim = config.hidden_size // config.num_attention_heads
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        shape = (1, config.num_key_value_heads, length, head_dim)
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    return PrefixCache.from_cache(cache, room=8)
+
+
+def test_a_denoising_step_copies_nothing_of_its_prefix():
+    model = load_model(attn_implementation="sdpa")
+    bytes_by_length = {}
+    for length in (100, 40_000):
+        prefix = random_prefix(model, length)
+        step(model, prefix, [10])
+        bytes_by_length[length] = allocated(lambda prefix=prefix: step(model, prefix, [10]))
+    lane = prefix.lanes[0].buffer
+    prefix_bytes = sum(states.nbytes for states in (*lane.keys, *lane.values))
+    # Attention keeps a few numbers a key block and thread; the prefix itself is 40 times that and more.
+    assert bytes_by_length[40_000] - bytes_by_length[100] < 0.01 * prefix_bytes
