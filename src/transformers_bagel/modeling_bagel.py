@@ -456,6 +456,10 @@ class BagelPositionEmbedding(nn.Module):
         return self.pos_embed[position_ids]
 
 
+class BagelVelocityHead(nn.Linear):
+    """Projection of a latent token to its velocity, which starts at zero in a new model (point 37)."""
+
+
 class BagelPreTrainedModel(PreTrainedModel):
     """What all BAGEL classes share: capabilities, initialisation, strict loading."""
 
@@ -478,12 +482,10 @@ class BagelPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, BagelPositionEmbedding):
-            if module.pos_embed.device.type != "meta":
-                init.copy_(module.pos_embed, module.table())
-        elif isinstance(module, BagelModel) and module.llm2vae is not None:
-            # A new model's velocity starts at zero (point 37).
-            init.zeros_(module.llm2vae.weight)
-            init.zeros_(module.llm2vae.bias)
+            init.copy_(module.pos_embed, module.table())
+        elif isinstance(module, BagelVelocityHead):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
     @staticmethod
     def _load_pretrained_model(
@@ -664,7 +666,7 @@ class BagelModel(BagelPreTrainedModel):
         if config.visual_gen:
             self.time_embedder = BagelTimestepEmbedder(config)
             self.vae2llm = nn.Linear(config.latent_dim, hidden_size)
-            self.llm2vae = nn.Linear(hidden_size, config.latent_dim)
+            self.llm2vae = BagelVelocityHead(hidden_size, config.latent_dim)
             self.latent_pos_embed = BagelPositionEmbedding(config.max_latent_size, hidden_size)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
         self.post_init()

@@ -89,7 +89,7 @@ class BagelProcessor(ProcessorMixin):
         # The embeddings of placeholders are never read, so a tokenizer without them may be given new ones.
         absent = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
         if absent:
-            tokenizer.add_special_tokens({"additional_special_tokens": absent}, replace_extra_special_tokens=False)
+            tokenizer.add_tokens(absent, special_tokens=True)
         tokenizer.padding_side = "left"
         tokenizer.pad_token = SPECIAL_TOKENS["pad_token_id"]
         self.image_token = SPECIAL_TOKENS["image_token_id"]

@@ -1,0 +1,228 @@
+"""Loading and saving: the published layout, the library's own, halves, types, devices, names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from tests.conftest import CHECKPOINT, GOLDEN, load_model, load_processor, max_error
+from transformers_bagel import (
+    BagelConfig,
+    BagelForConditionalGeneration,
+    BagelImageProcessor,
+    BagelModel,
+    BagelProcessor,
+)
+from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
+
+
+PUBLISHED = load_file(CHECKPOINT / "ema.safetensors")
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+
+def module_name(published: str) -> str:
+    for pattern, replacement in WEIGHT_RENAMINGS:
+        published = re.sub(pattern, replacement, published)
+    return published
+
+
+def settings(config: BagelConfig) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "architectures")}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_published_layout_loads_whole_and_unchanged():
+    model, info = load_model(output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = model.state_dict()
+    assert {module_name(name) for name in PUBLISHED} == set(state)
+    assert all(torch.equal(state[module_name(name)], tensor) for name, tensor in PUBLISHED.items())
+
+
+def test_published_json_is_corrected_from_the_weights_and_the_tokenizer():
+    config = BagelConfig.from_pretrained(CHECKPOINT)
+    assert config.vision_config.num_hidden_layers == 2
+    assert config.max_latent_size == 8
+    text_config = config.text_config
+    assert (text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id) == (421, 422, 420)
+    assert settings(config) == settings(AutoConfig.from_pretrained(CHECKPOINT))
+
+
+def test_generation_stops_and_pads_with_the_tokenizers_tokens(model):
+    generation = model.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (421, 422, 420)
+    fresh = BagelForConditionalGeneration(model.config).generation_config
+    assert (fresh.bos_token_id, fresh.eos_token_id, fresh.pad_token_id) == (421, 422, 420)
+
+
+def test_a_users_own_stop_tokens_survive(tmp_path):
+    model = load_model()
+    model.generation_config.eos_token_id = [422, 7]
+    model.save_pretrained(tmp_path)
+    loaded = BagelForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == [422, 7]
+
+
+@pytest.mark.parametrize("shard", ["5GB", "300KB"])
+def test_saving_keeps_names_and_bits(shard, model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "300KB")
+    saved = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            saved |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    assert saved.keys() == PUBLISHED.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in PUBLISHED.items())
+    loaded = BagelForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert settings(loaded.config) == settings(model.config)
+
+
+def test_library_names_load_too(model, tmp_path):
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert torch.equal(logits(BagelForConditionalGeneration.from_pretrained(tmp_path)), logits(model))
+
+
+def test_dtype_and_device_map(model, tmp_path):
+    assert load_model(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(logits(load_model(device_map="auto")), logits(model))
+    device_map = {"model.language_model": "cpu", "model": "cpu", "lm_head": "disk"}
+    mapped = load_model(device_map=device_map, offload_folder=str(tmp_path))
+    assert max_error(logits(mapped), logits(model)) <= 1e-6
+
+
+@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
+def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
+    loaded, info = load_model(**{half: False}, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded), logits(model))
+    gone = set(model.state_dict()) - set(loaded.state_dict())
+    pattern = {
+        "visual_gen": "_moe_gen|vae2llm|llm2vae|time_embedder|latent_pos",
+        "visual_und": "vision|connector|vit_",
+    }
+    assert gone == {name for name in model.state_dict() if re.search(pattern[half], name)}
+    if half == "visual_gen":
+        inputs = encode(["@wide", "what?"])
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4), loaded.generate(**inputs, max_new_tokens=4))
+        layers = sum(tensor.numel() for name, tensor in model.state_dict().items() if ".layers." in name)
+        kept = sum(tensor.numel() for name, tensor in loaded.state_dict().items() if ".layers." in name)
+        assert kept < 0.8 * layers
+    loaded.save_pretrained(tmp_path)
+    again = BagelForConditionalGeneration.from_pretrained(tmp_path)
+    assert set(again.state_dict()) == set(loaded.state_dict())
+
+
+def test_halves_refuse_what_they_cannot_do(encode):
+    inputs = encode(["@wide", "what?"])
+    with pytest.raises(ValueError, match="visual_und=True"):
+        load_model(visual_und=False)(**inputs)
+    step = {
+        "latents": torch.zeros(4, 16),
+        "latent_grid_hw": torch.tensor([[2, 2]]),
+        "timesteps": torch.ones(1),
+        "position_ids": torch.zeros(1, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match="visual_gen=True"):
+        load_model(visual_gen=False)(**step)
+    assert load_model(visual_und=False)(**step).velocity.shape == (4, 16)
+
+
+def test_auto_classes_know_it(tmp_path, model):
+    assert isinstance(AutoModelForImageTextToText.from_pretrained(CHECKPOINT), BagelForConditionalGeneration)
+    assert isinstance(AutoModelForMultimodalLM.from_pretrained(CHECKPOINT), BagelForConditionalGeneration)
+    base = AutoModel.from_pretrained(CHECKPOINT)
+    assert isinstance(base, BagelModel)
+    assert torch.equal(base.language_model.norm.weight, model.model.language_model.norm.weight)
+    load_processor().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, BagelProcessor)
+    assert processor.image_processor.size["longest_edge"] == 140
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), BagelImageProcessor)
+
+
+def test_default_configuration_is_the_published_7b_model():
+    expected = json.loads((GOLDEN.parent / "full_size_shapes.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = BagelForConditionalGeneration(BagelConfig())
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == {module_name(name): shape for name, shape in expected["ema.safetensors"].items()}
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == expected["parameters"]["ema.safetensors"]
+
+
+def test_published_json_may_be_passed_as_arguments():
+    published = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    config = BagelConfig(**published)
+    assert config.vision_config.num_hidden_layers == published["vit_config"]["num_hidden_layers"] - 1
+    assert config.text_config.model_type == "bagel_text"
+    assert config.text_config.rope_parameters["rope_theta"] == 1_000_000.0
+    assert (config.latent_channels, config.latent_stride) == (4, 16)
+
+
+def test_configuration_round_trips(tmp_path):
+    config = BagelConfig(text_config={"num_hidden_layers": 2}, interpolate_pos=True, latent_channels=4)
+    config.save_pretrained(tmp_path)
+    assert BagelConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert BagelConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_other_layers_than_mot_are_refused():
+    with pytest.raises(ValueError, match="layer_module"):
+        BagelConfig(llm_config={"layer_module": "Qwen2DecoderLayer"})
+
+
+def test_a_repository_without_config_json_loads(model, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).unlink()
+    assert torch.equal(logits(BagelForConditionalGeneration.from_pretrained(folder)), logits(model))
+    assert BagelProcessor.from_pretrained(folder).image_processor.patch_size == 14
+
+
+def test_weights_without_an_index_load(model, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert torch.equal(logits(BagelForConditionalGeneration.from_pretrained(folder)), logits(model))
+
+
+def test_position_tables_stay_frozen(model):
+    tables = {name for name, _ in model.named_buffers() if name.endswith("pos_embed")}
+    assert tables == {"model.latent_pos_embed.pos_embed", "model.vit_pos_embed.pos_embed"}
+    assert not any(name.endswith("pos_embed") for name, _ in model.named_parameters())
+
+
+def test_a_new_model_has_the_published_tables_and_draws_nothing(model):
+    fresh = BagelForConditionalGeneration(model.config).model
+    for name in ("latent_pos_embed", "vit_pos_embed"):
+        assert max_error(getattr(fresh, name).pos_embed, getattr(model.model, name).pos_embed) <= 1e-6
+    assert not fresh.llm2vae.weight.any() and not fresh.llm2vae.bias.any()
+
+
+def test_embeddings_can_be_resized():
+    model = load_model()
+    before = logits(model)
+    model.resize_token_embeddings(460)
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 460
+    assert max_error(logits(model)[..., :448], before) <= 1e-6

@@ -1,0 +1,191 @@
+"""From images and conversations to tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+
+from tests.conftest import CASES, CHECKPOINT, conversation, golden_image, load_processor, max_error
+from transformers_bagel import BagelImageProcessor, BagelProcessor
+from transformers_bagel.image_processing_bagel import patchify, resized_size, to_rgb
+from transformers_bagel.processing_bagel import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
+
+
+PUBLISHED = {"vae": (1024, 512, 16), "vit": (980, 224, 14)}
+
+
+@pytest.mark.parametrize("row", CASES["resize_table"]["rows"], ids=lambda row: f"{row[0]}x{row[1]}")
+def test_resized_sizes_are_the_published(row):
+    case = dict(zip(CASES["resize_table"]["columns"], row, strict=True))
+    limit = BagelImageProcessor().max_pixels
+    vae = resized_size(case["w"], case["h"], *PUBLISHED["vae"], limit)
+    assert vae == (case["vae_w"], case["vae_h"])
+    assert resized_size(*vae, *PUBLISHED["vit"], limit) == (case["vit_of_vae_w"], case["vit_of_vae_h"])
+    assert resized_size(case["w"], case["h"], *PUBLISHED["vit"], limit) == (case["vit_w"], case["vit_h"])
+
+
+def test_default_settings_are_the_published():
+    processor = BagelImageProcessor()
+    assert (processor.size["shortest_edge"], processor.size["longest_edge"], processor.patch_size) == (224, 980, 14)
+    assert processor.vae_size == {"shortest_edge": 512, "longest_edge": 1024}
+    assert (processor.vae_stride, processor.max_pixels, processor.resize_before_vit) == (16, 1806336, True)
+
+
+@pytest.mark.parametrize("case", CASES["preprocess"], ids=lambda case: case["image"])
+def test_pixels_are_the_published(case, processor, golden):
+    image = golden_image(case["image"])
+    assert list(image.size) == case["size"]
+    features = processor.image_processor(image, return_vae_pixel_values=True, return_tensors="pt")
+    vit = golden[f"pre.{case['image']}.vit_of_vae"]
+    assert max_error(features["vae_pixel_values"][0], golden[f"pre.{case['image']}.vae"]) <= 1e-6
+    assert max_error(features["pixel_values"], patchify(vit, 14)) <= 1e-6
+    assert features["image_grid_hw"].tolist() == [[case["vit_size"][1] // 14, case["vit_size"][0] // 14]]
+    assert processor.image_processor.get_number_of_image_patches(*image.size[::-1]) == len(features["pixel_values"])
+
+
+def test_the_vit_may_see_the_original(processor):
+    image = golden_image("wide")
+    direct = processor.image_processor(image, resize_before_vit=False, return_tensors="pt")
+    width, height = resized_size(*image.size, 140, 56, 14, processor.image_processor.max_pixels)
+    expected = torch.from_numpy(np.asarray(image.convert("RGB").resize((width, height), Image.BICUBIC)).copy())
+    expected = patchify((expected.permute(2, 0, 1) / 255 - 0.5) / 0.5, 14)
+    assert max_error(direct["pixel_values"], expected) <= 1e-6
+
+
+def test_settings_come_with_from_pretrained_and_stay(tmp_path):
+    settings = {
+        "size": {"shortest_edge": 28, "longest_edge": 70},
+        "vae_size": {"shortest_edge": 32, "longest_edge": 64},
+        "vae_stride": 8,
+        "max_pixels": 5000,
+        "resize_before_vit": False,
+    }
+    processor = BagelProcessor.from_pretrained(CHECKPOINT, **settings)
+    processor.save_pretrained(tmp_path)
+    for loaded in (processor, BagelProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        image_processor = loaded.image_processor
+        assert (image_processor.size["shortest_edge"], image_processor.size["longest_edge"]) == (28, 70)
+        assert {name: getattr(image_processor, name) for name in list(settings)[1:]} == dict(
+            list(settings.items())[1:]
+        )
+        assert loaded.chat_template == processor.chat_template
+
+
+def test_saved_processor_gives_the_same_inputs(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    arguments = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    messages = conversation(["@wide", "what is it?"])
+    ours, theirs = (each.apply_chat_template(messages, **arguments) for each in (processor, loaded))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class TestConversation:
+    def test_segments_have_markers_and_nothing_else(self, processor):
+        messages = [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "c"},
+        ]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        assert text == "".join(f"<|im_start|>{item}<|im_end|>" for item in "sabc") + "<|im_start|>"
+
+    def test_tokens_are_those_of_each_segment(self, processor, encode):
+        tokenizer = processor.tokenizer
+        inputs = encode(["what is it?", "a b"])
+        segments = [[421, *tokenizer("what is it?")["input_ids"], 422], [421, *tokenizer("a b")["input_ids"], 422]]
+        assert inputs["input_ids"][0].tolist() == [*segments[0], *segments[1], 421]
+
+    @pytest.mark.parametrize(
+        ("mode", "prompt"), [("text", UNDERSTANDING_THINK_PROMPT), ("image", GENERATION_THINK_PROMPT)]
+    )
+    def test_thinking_puts_its_prompt_first(self, mode, prompt, processor):
+        text = processor.apply_chat_template(conversation(["a"]), think=True, generation_mode=mode)
+        assert text == f"<|im_start|>{prompt}<|im_end|><|im_start|>a<|im_end|>"
+        assert ". \nThe" in prompt
+
+    def test_an_image_is_seen_or_is_a_condition_for_drawing(self, processor, encode):
+        seen = encode(["@square", "a"], add_generation_prompt=False)
+        kept = encode(["@square", "a"], add_generation_prompt=False, generation_mode="image")
+        assert (seen["mm_token_type_ids"] == 1).sum() == 25
+        assert "vae_pixel_values" not in seen
+        types = kept["mm_token_type_ids"][0].tolist()
+        assert types[: 18 + 27] == [0] + [4] * 16 + [0, 0] + [1] * 25 + [0]
+        assert kept["vae_pixel_values"][0].shape == (3, 64, 64)
+        ids = kept["input_ids"][0].tolist()
+        assert ids[0] == ids[18] == 429
+        assert ids[17] == ids[44] == 430
+
+    def test_batches_are_padded_on_the_left(self, encode):
+        inputs = encode([["a"], ["@square", "a longer one"]])
+        assert inputs["attention_mask"][0, 0] == 0
+        assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+        assert inputs["input_ids"][0, 0] == 420
+        assert inputs["mm_token_type_ids"][0].sum() == 0
+
+
+class TestImages:
+    def test_transparency_is_pasted_on_white(self, tmp_path):
+        image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+        image.save(tmp_path / "clear.png")
+        for source in (image, str(tmp_path / "clear.png"), tmp_path / "clear.png"):
+            assert to_rgb(source).getpixel((0, 0)) == (255, 255, 255)
+        palette = Image.new("P", (8, 8), 0)
+        palette.info["transparency"] = 0
+        assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+
+    @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "YCbCr"])
+    def test_every_mode_becomes_rgb(self, mode, processor):
+        image = golden_image("square").convert(mode)
+        assert processor.image_processor(image)["pixel_values"].shape == (25, 588)
+
+    @pytest.mark.parametrize(
+        "convert",
+        [
+            lambda array: array,
+            lambda array: array / 255,
+            lambda array: array.transpose(2, 0, 1),
+            lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1),
+            lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+        ],
+    )
+    def test_arrays_and_tensors_equal_the_image(self, convert, processor):
+        image = golden_image("wide").convert("RGB")
+        expected = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        given = processor.image_processor(convert(np.asarray(image)), return_tensors="pt")["pixel_values"]
+        assert torch.equal(given, expected)
+
+    def test_files_are_turned_upright(self, tmp_path):
+        image = Image.new("RGB", (20, 10))
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(tmp_path / "lying.jpg", exif=exif)
+        assert to_rgb(tmp_path / "lying.jpg").size == (10, 20)
+
+    def test_base64_and_data_uris_are_read(self):
+        import base64
+        import io
+
+        stream = io.BytesIO()
+        golden_image("square").save(stream, format="PNG")
+        text = base64.b64encode(stream.getvalue()).decode()
+        for source in (text, f"data:image/png;base64,{text}"):
+            assert to_rgb(source).size == (64, 64)
+
+
+def test_a_tokenizer_without_placeholders_is_given_them(processor):
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    stripped = tokenizer.backend_tokenizer.to_str()
+    for name in ("<|image_pad|>", "<|vision_pad|>"):
+        stripped = stripped.replace(name, name.replace("pad", "none"))
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(stripped)
+    added = BagelProcessor(load_processor().image_processor, tokenizer)
+    assert added.image_token_id != added.latent_token_id
+    messages = conversation(["@square", "a"])
+    arguments = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    ours, theirs = (each.apply_chat_template(messages, **arguments) for each in (processor, added))
+    assert torch.equal(ours["mm_token_type_ids"], theirs["mm_token_type_ids"])
