@@ -944,7 +944,8 @@ class BagelModel(BagelPreTrainedModel):
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if layout.is_packed and past:
             raise ValueError("`document_ids` and noised `latents` inside a sequence cannot follow a filled cache.")
-        return self.language_model(
+        routing = Routing.from_token_types(layout.token_types) if has_latents else None
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -952,9 +953,14 @@ class BagelModel(BagelPreTrainedModel):
             use_cache=use_cache,
             block_sequence_ids=layout.block_ids(past),
             and_mask_function=layout.mask_function() if layout.is_packed else None,
-            routing=Routing.from_token_types(layout.token_types) if has_latents else None,
+            routing=routing,
             **kwargs,
         )
+        if routing is not None and outputs.hidden_states is not None:
+            # Recorded inside the layers, in the order of the stream; the last one is the sequence already.
+            *states, last = outputs.hidden_states
+            outputs.hidden_states = (*map(routing.to_sequence, states), last)
+        return outputs
 
     def _forward_runs(
         self,
