@@ -209,6 +209,27 @@ class BagelImageProcessor(PilBackend):
     valid_kwargs = BagelImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_hw"]
 
+    def _set_attributes(self, **kwargs: Any) -> None:
+        super()._set_attributes(**kwargs)
+        _check_settings({name: getattr(self, name) for name in self.valid_kwargs.__annotations__})
+
+    def preprocess(self, images: ImageInput, *args: Any, **kwargs: Unpack[BagelImageProcessorKwargs]) -> BatchFeature:
+        """
+        Args:
+            images: An image, a list of images, or a list of lists, see [`to_rgb`].
+            kwargs: Settings other than the processor's own, and `return_tensors`.
+
+        Returns:
+            [`BatchFeature`]: `pixel_values` of shape `(patches, patch_size ** 2 * 3)` and `image_grid_hw` of shape
+            `(images, 2)`; with `return_vae_pixel_values=True` also `vae_pixel_values`, a list with a
+            `(3, height, width)` tensor an image.
+
+        Raises:
+            TypeError, ValueError, OSError: if something is no image, or if a setting cannot be used.
+        """
+        _check_settings(kwargs)
+        return super().preprocess(images, *args, **kwargs)
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Load an image, or the images of a list or of a list of lists, see [`to_rgb`]."""
         if not isinstance(image_url_or_urls, (list, tuple)):
@@ -225,7 +246,6 @@ class BagelImageProcessor(PilBackend):
         flat = [image for item in _items(images) for image in _items(item)]
         if not flat:
             raise ValueError("`images` holds no image. Leave it out for text alone.")
-        _check_settings(kwargs)
         return self._preprocess(flat, *args, **kwargs)
 
     def _preprocess(
@@ -313,10 +333,12 @@ def _check_settings(settings: dict[str, Any]) -> None:
         ValueError: if an image setting cannot be used.
     """
     for name in ("patch_size", "vae_stride", "max_pixels"):
-        value = settings[name]
+        value = settings.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
     for name in ("size", "vae_size"):
+        if settings.get(name) is None:
+            continue
         edges = [_edge(settings[name], edge) for edge in ("shortest_edge", "longest_edge")]
         if not all(isinstance(edge, int) and edge >= 1 for edge in edges):
             raise ValueError(

@@ -304,7 +304,7 @@ class BagelVisionAttention(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -336,8 +336,9 @@ class BagelVisionAttention(nn.Module):
             images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
             outputs = [attention_interface(self, *image, None, **kwargs) for image in images]
             attn_output = torch.cat([output for output, _ in outputs], dim=1)
-            # One map an image, of unequal sizes: they can be returned when there is one.
-            attn_weights = outputs[0][1] if len(outputs) == 1 else None
+            # One map an image: they differ in size.
+            maps = tuple(weights for _, weights in outputs)
+            attn_weights = None if maps[0] is None else maps
         return self.out_proj(attn_output[0].flatten(-2)), attn_weights
 
 
@@ -434,22 +435,24 @@ class BagelTimestepEmbedder(nn.Module):
         return self.linear_2(self.act(self.linear_1(frequencies.to(self.linear_1.weight.dtype))))
 
 
+def sincos_table(side: int, hidden_size: int) -> torch.Tensor:
+    """2-D sinusoids of a grid, `(side * side, hidden_size)`; the first half of a row tells the column (point 10)."""
+    quarter = hidden_size // 4
+    omega = 1e4 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = torch.stack([column, row], dim=-1).reshape(-1, 2, 1) * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+
+
 class BagelPositionEmbedding(nn.Module):
-    """A frozen 2-D sin-cos table of `side * side` rows; the first half of a row tells the column (point 10)."""
+    """A frozen table of `side * side` positions."""
 
     def __init__(self, side: int, hidden_size: int):
         super().__init__()
         self.side = side
+        self.hidden_size = hidden_size
         # A buffer, because `from_pretrained` would make a frozen parameter trainable.
-        self.pos_embed = nn.Buffer(torch.zeros(side * side, hidden_size))
-
-    def table(self) -> torch.Tensor:
-        """The table's values, `(side * side, hidden_size)`, for a model that is not loaded from a checkpoint."""
-        quarter = self.pos_embed.shape[1] // 4
-        omega = 1e4 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-        row, column = torch.meshgrid(torch.arange(self.side), torch.arange(self.side), indexing="ij")
-        angles = torch.stack([column, row], dim=-1).reshape(-1, 2, 1) * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
+        self.pos_embed = nn.Buffer(sincos_table(side, hidden_size))
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """`(tokens,)` -> `(tokens, hidden)`."""
@@ -482,7 +485,7 @@ class BagelPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, BagelPositionEmbedding):
-            init.copy_(module.pos_embed, module.table())
+            init.copy_(module.pos_embed, sincos_table(module.side, module.hidden_size))
         elif isinstance(module, BagelVelocityHead):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -1085,8 +1088,12 @@ class BagelModel(BagelPreTrainedModel):
             self._check_positions_end(int(position_ids.max()) + 1)
 
     def _check_positions_end(self, end: int | torch.Tensor) -> None:
-        limit = self.config.get_text_config().max_position_embeddings
-        if not is_torchdynamo_compiling() and end > limit:
+        text_config = self.config.get_text_config()
+        if is_torchdynamo_compiling() or text_config.rope_parameters["rope_type"] != "default":
+            # A scaled rope is there to go beyond the range.
+            return
+        limit = text_config.max_position_embeddings
+        if end > limit:
             raise ValueError(
                 f"The context takes {int(end)} rope positions, but the model knows {limit} "
                 "(`max_position_embeddings`). Shorten the prompt."

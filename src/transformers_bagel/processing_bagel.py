@@ -110,7 +110,7 @@ class BagelProcessor(ProcessorMixin):
         image_kwargs = {
             key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
         }
-        if _has_image_settings(pretrained_model_name_or_path, **kwargs):
+        if _has_file(pretrained_model_name_or_path, ("processor_config.json", "preprocessor_config.json"), **kwargs):
             image_processor = BagelImageProcessor.from_pretrained(
                 pretrained_model_name_or_path, **kwargs, **image_kwargs
             )
@@ -119,6 +119,10 @@ class BagelProcessor(ProcessorMixin):
             config = BagelConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
             published = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
             image_processor = BagelImageProcessor(**(published | image_kwargs))
+        if not _has_file(pretrained_model_name_or_path, ("tokenizer.json", "vocab.json"), **kwargs):
+            raise OSError(
+                f"'{pretrained_model_name_or_path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing."
+            )
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [image_processor, tokenizer]
 
@@ -284,12 +288,12 @@ def _check_message(message: Any, name: str) -> None:
         )
 
 
-def _has_image_settings(path: str | os.PathLike, **kwargs: Any) -> bool:
+def _has_file(path: str | os.PathLike, names: tuple[str, ...], **kwargs: Any) -> bool:
     hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs}
     subfolder = kwargs.get("subfolder", "")
     return any(
         cached_file(path, name, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        for name in ("processor_config.json", "preprocessor_config.json")
+        for name in names
     )
 
 

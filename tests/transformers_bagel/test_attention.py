@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from tests.conftest import load_model, max_error
 from transformers_bagel.sequence_bagel import SequenceLayout
@@ -222,3 +222,44 @@ def test_flash_attention_takes_padded_text(model, flash, encode):
     real = inputs["attention_mask"] == 1
     with torch.no_grad():
         assert max_error(model(**inputs).logits[real], flash(**inputs).logits[real]) <= 1e-5
+
+
+def test_flash_attention_with_a_static_cache(model, flash, prompt):
+    inputs = prompt("interleaved")
+    static = flash.generate(**inputs, max_new_tokens=8, cache_implementation="static")
+    assert torch.equal(static, model.generate(**inputs, max_new_tokens=8))
+
+
+def test_flash_attention_returns_hidden_states(model, flash, prompt):
+    with torch.no_grad():
+        ours, theirs = (each(**prompt("image"), output_hidden_states=True).hidden_states for each in (model, flash))
+    assert all(max_error(*pair) <= 1e-5 for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+def test_padding_never_influences_latents(backend, encode):
+    model = load_model(attn_implementation=backend)
+    inputs = with_latents(dict(encode([["@square", "b"], ["@wide", "and a text"]], generation_mode="image")))
+    pad = inputs["attention_mask"] == 0
+    with torch.no_grad():
+        plain = model(**inputs)
+        perturbed = model(**dict(inputs, input_ids=torch.where(pad, 77, inputs["input_ids"])))
+    assert torch.equal(plain.logits[~pad], perturbed.logits[~pad])
+    assert torch.equal(plain.velocity, perturbed.velocity)
+
+
+def test_a_denoising_step_reads_a_static_cache(model, prompt):
+    inputs = prompt("interleaved")
+    step = {
+        "latents": torch.randn(6, 16, generator=torch.Generator().manual_seed(1)),
+        "latent_grid_hw": torch.tensor([[2, 3]]),
+        "timesteps": torch.tensor([0.7]),
+        "position_ids": SequenceLayout(inputs["mm_token_type_ids"]).position_ids()[:, -1] + 1,
+    }
+    velocities = []
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=200)):
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            velocities.append(model(**step, past_key_values=cache).velocity)
+        assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1]
+    assert max_error(*velocities) <= 1e-5

@@ -350,7 +350,7 @@ def test_embeddings_longer_than_the_position_range_are_refused(idle):
         ("latents", torch.zeros(5, 16), "`latents`"),
         ("latents", torch.zeros(1, 4, 16), "`latents`"),
         ("latents", np.zeros((4, 16)), "`latents`"),
-        ("latent_grid_hw", torch.tensor([[9, 1]]), "position table"),
+        ("latent_grid_hw", torch.tensor([[9, 1]]), "`latent_grid_hw`"),
         ("latent_grid_hw", torch.tensor([[-2, -2]]), "`latent_grid_hw`"),
         ("latent_grid_hw", torch.tensor([2, 2]), "`latent_grid_hw`"),
         ("latent_grid_hw", None, "`latent_grid_hw`"),

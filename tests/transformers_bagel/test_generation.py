@@ -474,6 +474,15 @@ def test_prompt_can_be_prefilled_before(model, encode):
     assert_same(generate(model, inputs, past_key_values=cache), generate(model, inputs), inputs)
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("prompt", [PROMPTS["interleaved"], BATCH], ids=["single", "batch"])
+def test_token_types_may_be_left_out(prompt, settings, model, encode):
+    inputs = dict(encode(prompt))
+    expected = generate(model, inputs, **settings)
+    del inputs["mm_token_type_ids"]
+    assert_same(generate(model, inputs, **settings), expected, inputs)
+
+
 # The library's pipeline
 
 

@@ -226,3 +226,49 @@ def test_embeddings_can_be_resized():
     model.resize_token_embeddings(460)
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 460
     assert max_error(logits(model)[..., :448], before) <= 1e-6
+
+
+@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
+def test_a_saved_half_keeps_published_names_and_does_not_grow_back(half, tmp_path):
+    load_model(**{half: False}).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() < PUBLISHED.keys()
+    assert getattr(BagelConfig.from_pretrained(tmp_path), half) is False
+    with pytest.raises(ValueError, match="lacks"):
+        BagelForConditionalGeneration.from_pretrained(tmp_path, **{half: True})
+
+
+def test_a_configuration_without_drawing_says_so_to_its_language_model():
+    assert BagelConfig(visual_gen=False).text_config.visual_gen is False
+
+
+def test_saving_drops_the_name_of_the_published_weights(model, tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "published")
+    (tmp_path / "published" / "model.safetensors.index.json").unlink()
+    BagelForConditionalGeneration.from_pretrained(tmp_path / "published").save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(BagelForConditionalGeneration.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_bfloat16_is_saved_and_loaded_as_such(tmp_path):
+    model = load_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = BagelForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_offloaded_parts_see_and_draw(model, tmp_path, encode):
+    parts = [f"model.{name}" for name, _ in model.model.named_children() if name != "language_model"]
+    parts += [f"model.language_model.{name}" for name, _ in model.model.language_model.named_children()]
+    cpu = ("model.language_model.embed_tokens", "model.language_model.rotary_emb")
+    device_map = {part: "cpu" if part in cpu else "disk" for part in parts} | {"lm_head": "cpu"}
+    mapped = load_model(device_map=device_map, offload_folder=str(tmp_path))
+    inputs = encode(["@wide", "what?"])
+    assert torch.equal(mapped.generate(**inputs, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4))
+    step = {
+        "latents": torch.ones(4, 16),
+        "latent_grid_hw": torch.tensor([[2, 2]]),
+        "timesteps": torch.ones(1),
+        "position_ids": torch.zeros(1, dtype=torch.long),
+    }
+    with torch.no_grad():
+        assert max_error(mapped(**step).velocity, model(**step).velocity) <= 1e-6

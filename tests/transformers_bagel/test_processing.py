@@ -189,3 +189,26 @@ def test_a_tokenizer_without_placeholders_is_given_them(processor):
     arguments = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     ours, theirs = (each.apply_chat_template(messages, **arguments) for each in (processor, added))
     assert torch.equal(ours["mm_token_type_ids"], theirs["mm_token_type_ids"])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_patches_are_counted_without_the_image(before, processor):
+    for width, height in torch.randint(10, 400, (30, 2), generator=torch.Generator().manual_seed(0)).tolist():
+        image = Image.new("RGB", (width, height))
+        features = processor.image_processor(image, resize_before_vit=before)
+        count = processor.image_processor.get_number_of_image_patches(height, width, {"resize_before_vit": before})
+        assert count == len(features["pixel_values"]) == features["image_grid_hw"].prod()
+
+
+def test_sixteen_bit_grays_keep_their_brightness():
+    deep = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    expected = (deep / 257).round().astype(np.uint8)
+    shallow = np.asarray(to_rgb(Image.fromarray(deep)))[..., 0]
+    assert abs(shallow.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_batch_holds_the_images_of_its_rows_in_order(encode):
+    batch = encode([["@wide", "a"], ["b"], ["@tall", "@square", "c"]])
+    rows = [encode(["@wide", "a"]), encode(["@tall", "@square", "c"])]
+    for name in ("pixel_values", "image_grid_hw"):
+        assert torch.equal(batch[name], torch.cat([row[name] for row in rows]))

@@ -134,3 +134,32 @@ def test_attention_never_crosses_samples(model):
         packed = model(input_ids=ids, document_ids=documents).logits
         alone = [model(input_ids=ids[:, :7]).logits, model(input_ids=ids[:, 7:]).logits]
     assert max_error(packed, torch.cat(alone, dim=1)) <= 1e-5
+
+
+def test_a_noised_block_and_its_clean_copy_behind_images_equal_a_denoising_step(model, encode):
+    """An edit: the block stands behind a condition, and its clean copy and a text stand behind it."""
+    config = model.config
+    prompt = dict(encode(["@square", "make it red"], add_generation_prompt=False, generation_mode="image"))
+    del prompt["vae_pixel_values"]
+    condition, noised = torch.randn(22, 16, generator=torch.Generator().manual_seed(0)).split([16, 6])
+    prompt |= {"latents": condition, "latent_grid_hw": torch.tensor([[4, 4]]), "timesteps": torch.zeros(1)}
+    block = [config.vision_start_token_id, *[config.latent_token_id] * 6, config.vision_end_token_id]
+    whole = {
+        "input_ids": torch.cat([prompt["input_ids"], torch.tensor([[*block, *block, 1, 2]])], dim=1),
+        "pixel_values": prompt["pixel_values"],
+        "image_grid_hw": prompt["image_grid_hw"],
+        "latents": torch.cat([condition, noised, -noised]),
+        "latent_grid_hw": torch.tensor([[4, 4], [2, 3], [2, 3]]),
+        "timesteps": torch.tensor([0.0, 0.6, 0.0]),
+    }
+    cache = DynamicCache(config=config.text_config)
+    with torch.no_grad():
+        model(**prompt, past_key_values=cache)
+        alone = model(
+            latents=noised,
+            latent_grid_hw=torch.tensor([[2, 3]]),
+            timesteps=torch.tensor([0.6]),
+            position_ids=SequenceLayout(prompt["mm_token_type_ids"]).position_ids()[:, -1] + 1,
+            past_key_values=cache,
+        ).velocity
+        assert max_error(model(**whole).velocity[16:22], alone) <= 1e-5
