@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 
 def fork_cache(cache: DynamicCache) -> DynamicCache:
@@ -49,7 +50,12 @@ class PrefixBuffer:
                 How many tokens, from `start`, are to stand last, so that a lane can attend to them alone. The order
                 of keys is free, since each carries its rope position.
         """
-        length = cache.get_seq_length() - start
+        if not all(isinstance(layer, (DynamicLayer, StaticLayer)) for layer in cache.layers):
+            raise TypeError(
+                f"`past_key_values` must hold plain keys and values to be drawn from, got a `{type(cache).__name__}` of "
+                f"`{type(cache.layers[0]).__name__}`. Pass a `DynamicCache`."
+            )
+        length = int(cache.get_seq_length()) - start
         common = length if common is None else common
 
         def place(states: torch.Tensor) -> torch.Tensor:

@@ -56,8 +56,6 @@ def check_checkpoint_files(model: nn.Module, files: list[str], load_config: Any)
             published[module_name] = name
             if module_name in expected or not re.search(ignored, name):
                 found[module_name] = shape
-    if not hasattr(model, "lm_head"):
-        found.pop("lm_head.weight", None)
     if getattr(model.config, "tie_word_embeddings", False):
         found.setdefault("lm_head.weight", expected.get("lm_head.weight", ()))
 

@@ -171,6 +171,7 @@ class BagelConfig(PreTrainedConfig):
         for key, value in rename_published_keys(published).items():
             setattr(self, key, value)
         super().__post_init__(**kwargs)
+        self.get_text_config().visual_gen = self.visual_gen
 
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation."""

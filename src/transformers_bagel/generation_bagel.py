@@ -126,7 +126,8 @@ class BagelGenerationMixin(GenerationMixin):
         if types is not None and types.shape[1] < input_ids.shape[1]:
             # Assisted decoding lengthens the ids by its candidates, and not the types.
             types = torch.nn.functional.pad(types, (0, input_ids.shape[1] - types.shape[1]))
-        if kwargs.get("mm_token_type_ids") is not None:
+        if types is not None and (inputs_embeds is None or kwargs.get("mm_token_type_ids") is not None):
+            # Also where they were left out: the mask of a static cache is made from them alone.
             kwargs["mm_token_type_ids"] = types
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,

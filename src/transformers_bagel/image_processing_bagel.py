@@ -165,6 +165,9 @@ def to_rgb(image: Any) -> Image.Image:
         raise OSError(f"`images` holds an image whose file is truncated or broken: {error}.") from error
     except (ValueError, AttributeError) as error:
         raise ValueError(f"`images` holds an image that was closed: {error}.") from error
+    if image.mode.startswith("I;16"):
+        # Pillow would turn all but the darkest 255 of 65535 grays into white.
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))

@@ -452,7 +452,7 @@ class BagelPositionEmbedding(nn.Module):
         self.side = side
         self.hidden_size = hidden_size
         # A buffer, because `from_pretrained` would make a frozen parameter trainable.
-        self.pos_embed = nn.Buffer(sincos_table(side, hidden_size))
+        self.pos_embed = nn.Buffer(sincos_table(side, hidden_size).to(torch.get_default_dtype()))
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """`(tokens,)` -> `(tokens, hidden)`."""
@@ -518,6 +518,9 @@ class BagelVisionModel(BagelPreTrainedModel):
         self.encoder = BagelVisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -671,7 +674,10 @@ class BagelModel(BagelPreTrainedModel):
             self.vae2llm = nn.Linear(config.latent_dim, hidden_size)
             self.llm2vae = BagelVelocityHead(hidden_size, config.latent_dim)
             self.latent_pos_embed = BagelPositionEmbedding(config.max_latent_size, hidden_size)
-        self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
+        self._keys_to_ignore_on_load_unexpected = [
+            *ignored_weights(config.visual_gen, config.visual_und),
+            r"^(language_model\.)?lm_head\.",
+        ]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -725,7 +731,7 @@ class BagelModel(BagelPreTrainedModel):
         time = self.time_embedder(timesteps.to(latents.device)).repeat_interleave(
             lengths, dim=0, output_size=latents.shape[0]
         )
-        return embeds + time + self.latent_pos_embed(position_ids.to(latents.device))
+        return embeds + time + self.latent_pos_embed(position_ids.to(latents.device)).to(embeds.dtype)
 
     @can_return_tuple
     def forward(
@@ -853,6 +859,8 @@ class BagelModel(BagelPreTrainedModel):
             layout = SequenceLayout.from_latents(token_types, timesteps, latent_grid_hw, document_ids)
         elif token_types is not None:
             layout = SequenceLayout(token_types, None, document_ids)
+        if past_key_values is not None and not is_torchdynamo_compiling() and past_key_values.get_seq_length() == 0:
+            past_key_values.holds_image_blocks = False
         if position_ids is None:
             position_ids = self._default_position_ids(layout, input_ids, attention_mask, past_key_values)
         if position_ids is None:
@@ -959,10 +967,7 @@ class BagelModel(BagelPreTrainedModel):
             routing=routing,
             **kwargs,
         )
-        if routing is not None and outputs.hidden_states is not None:
-            # Recorded inside the layers, in the order of the stream; the last one is the sequence already.
-            *states, last = outputs.hidden_states
-            outputs.hidden_states = (*map(routing.to_sequence, states), last)
+        outputs.hidden_states = _in_sequence(outputs.hidden_states, routing)
         return outputs
 
     def _forward_runs(
@@ -984,24 +989,29 @@ class BagelModel(BagelPreTrainedModel):
             )
         cache = DynamicCache(config=self.config.get_text_config()) if past_key_values is None else past_key_values
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        hidden, latent_hidden = [], []
+        # Without padding the mask tells the filled places of a static cache.
+        behind = 0 if attention_mask is None else attention_mask.shape[1] - inputs_embeds.shape[1]
+        hidden, latent_hidden, layers = [], [], []
         for start, stop, is_block in layout.runs():
-            types = layout.token_types[:, start:stop]
+            routing = Routing.from_token_types(layout.token_types[:, start:stop]) if has_latents else None
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds[:, start:stop],
+                attention_mask=None if attention_mask is None else attention_mask[:, : behind + stop],
                 position_ids=position_ids[:, start:stop],
                 past_key_values=cache,
                 use_cache=True,
-                routing=Routing.from_token_types(types) if has_latents else None,
+                routing=routing,
                 **({"is_causal": False} if is_block else {}),
                 **kwargs,
             )
             hidden.append(outputs.last_hidden_state)
+            layers.append(_in_sequence(outputs.hidden_states, routing))
             if has_latents:
                 latent_hidden.append(outputs.latent_hidden_states.unflatten(0, (inputs_embeds.shape[0], -1)))
         return BagelModelOutputWithPast(
             last_hidden_state=torch.cat(hidden, dim=1),
             past_key_values=None if use_cache is False else cache,
+            hidden_states=_join_runs(layers),
             latent_hidden_states=torch.cat(latent_hidden, dim=1).flatten(0, 1) if has_latents else None,
         )
 
@@ -1103,6 +1113,24 @@ class BagelModel(BagelPreTrainedModel):
         if outputs.latent_hidden_states is not None:
             outputs.velocity = self.llm2vae(self.language_model.norm_moe_gen(outputs.latent_hidden_states))
         return outputs
+
+
+def _in_sequence(
+    hidden_states: tuple[torch.Tensor | None, ...] | None, routing: Routing | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """Hidden states recorded inside the layers, put from the order of the stream into that of the sequence."""
+    if hidden_states is None or routing is None:
+        return hidden_states
+    return tuple(
+        states if states is None or states.ndim == 3 else routing.to_sequence(states) for states in hidden_states
+    )
+
+
+def _join_runs(runs: list[Any]) -> tuple[torch.Tensor | None, ...] | None:
+    """Hidden states of all runs, layer by layer."""
+    if runs[0] is None:
+        return None
+    return tuple(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*runs, strict=True))
 
 
 def _check_packed(name: str, values: Any, grid_name: str, grid: Any, dim: int) -> None:
