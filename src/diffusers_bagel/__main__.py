@@ -4,7 +4,6 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,14 +194,12 @@ def _open(path: str) -> PIL.Image.Image:
 
 def _save(image: PIL.Image.Image, output: Path) -> None:
     """Write the whole file, or none."""
-    handle, temporary = tempfile.mkstemp(suffix=output.suffix, dir=output.absolute().parent)
-    os.close(handle)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
         image.save(temporary)
         os.replace(temporary, output)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _device(options: argparse.Namespace) -> torch.device:

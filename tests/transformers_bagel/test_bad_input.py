@@ -385,13 +385,19 @@ def test_damaged_checkpoint_is_refused(layout, how, loader, saved, tmp_path):
         loader.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("how", ["missing", "misshapen", "flattened"])
-@pytest.mark.parametrize("name", [name for name in TELLING_TENSORS if name != PLAIN_TENSOR])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (name, how)
+        for name in TELLING_TENSORS
+        for how in ("missing", "misshapen", "flattened")
+        # A norm's weight is flat already.
+        if name != PLAIN_TENSOR and not (how == "flattened" and "norm" in name)
+    ],
+)
 def test_damaged_tensor_that_tells_the_configuration_is_refused(name, how, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, folder)
-    if load_file(folder / "ema.safetensors")[name].ndim == 1 and how == "flattened":
-        pytest.skip("flat already")
     damage(folder / "ema.safetensors", how, name)
     with pytest.raises(REFUSED, match=re.escape(str(folder))):
         BagelForConditionalGeneration.from_pretrained(folder)
