@@ -337,7 +337,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     """
     for name in ("patch_size", "vae_stride", "max_pixels"):
         value = settings.get(name, 1)
-        if not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
     for name in ("size", "vae_size"):
         if settings.get(name) is None:

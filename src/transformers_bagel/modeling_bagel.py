@@ -766,6 +766,8 @@ class BagelModel(BagelPreTrainedModel):
             return self._denoise(
                 latents, latent_grid_hw, timesteps, position_ids, past_key_values, attention_mask, **kwargs
             )
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`, got both.")
         if isinstance(past_key_values, PrefixCache):
             raise ValueError("A `PrefixCache` serves denoising steps only. Pass a `Cache` as `past_key_values`.")
         return self._forward_sequence(
@@ -1095,6 +1097,8 @@ class BagelModel(BagelPreTrainedModel):
             ValueError: if a rope position lies outside the range that the model knows.
         """
         if not is_torchdynamo_compiling():
+            if int(position_ids.min()) < 0:
+                raise ValueError(f"`position_ids` must not be negative, got {int(position_ids.min())}.")
             self._check_positions_end(int(position_ids.max()) + 1)
 
     def _check_positions_end(self, end: int | torch.Tensor) -> None:

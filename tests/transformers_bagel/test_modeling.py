@@ -83,6 +83,14 @@ def test_embeddings_with_images_need_their_places(model, encode):
         model(inputs_embeds=embeds, **inputs)
 
 
+def test_ids_and_embeddings_together_are_refused(model):
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="exactly one of `input_ids` or `inputs_embeds`"):
+        model(input_ids=ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="`position_ids` must not be negative"):
+        model(input_ids=ids, position_ids=torch.tensor([[-1, 0]]))
+
+
 @pytest.mark.parametrize("latents", [False, True])
 def test_hidden_states_and_attentions_are_in_the_order_of_the_sequence(latents, encode):
     model = load_model(attn_implementation="eager")
