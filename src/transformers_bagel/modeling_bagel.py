@@ -304,7 +304,7 @@ class BagelVisionAttention(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -336,9 +336,9 @@ class BagelVisionAttention(nn.Module):
             images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
             outputs = [attention_interface(self, *image, None, **kwargs) for image in images]
             attn_output = torch.cat([output for output, _ in outputs], dim=1)
-            # One map an image: they differ in size.
+            # One map an image, since they differ in size.
             maps = tuple(weights for _, weights in outputs)
-            attn_weights = None if maps[0] is None else maps
+            attn_weights = maps[0] if maps[0] is None or len(maps) == 1 else maps
         return self.out_proj(attn_output[0].flatten(-2)), attn_weights
 
 
