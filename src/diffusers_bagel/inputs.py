@@ -12,8 +12,6 @@ from .guidance import RENORM_TYPES
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# diffusers' names for reading a posterior, and the plain words for the second one.
-VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
 
 
 def check_whole_number(name: str, value: Any, least: int) -> None:

@@ -29,12 +29,12 @@ from transformers_bagel import (
     fork_cache,
 )
 from transformers_bagel.image_processing_bagel import patchify
+from transformers_bagel.latents_bagel import VAE_SAMPLE_MODES, scale_latents
 from transformers_bagel.sequence_bagel import rope_positions
 
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     OUTPUT_TYPES,
-    VAE_SAMPLE_MODES,
     as_conversations,
     as_generators,
     check_callback,
@@ -323,8 +323,7 @@ class BagelPipeline(DiffusionPipeline):
         """
         posterior = self.vae.encode(pixels.unsqueeze(0).to(self._execution_device, self.vae.dtype)).latent_dist
         latents = posterior.sample(generator) if VAE_SAMPLE_MODES[vae_sample_mode] == "sample" else posterior.mode()
-        latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-        return patchify(latents[0].float(), self.latent_patch_size)
+        return patchify(scale_latents(latents, self.vae.config)[0].float(), self.latent_patch_size)
 
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int], output_type: str) -> Any:
         """

@@ -14,8 +14,11 @@ from transformers.core_model_loading import WeightRenaming
 
 from .cache_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
 from .checkpoint_bagel import WEIGHT_RENAMINGS
+from .collator_bagel import BagelDataCollator
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from .data_loader_bagel import BagelDataLoader
 from .image_processing_bagel import BagelImageProcessor
+from .losses_bagel import loss_totals
 from .modeling_bagel import (
     BagelForConditionalGeneration,
     BagelModel,
@@ -47,6 +50,8 @@ _register()
 
 __all__ = [
     "BagelConfig",
+    "BagelDataCollator",
+    "BagelDataLoader",
     "BagelForConditionalGeneration",
     "BagelImageProcessor",
     "BagelModel",
@@ -61,4 +66,5 @@ __all__ = [
     "PrefixCache",
     "PrefixLane",
     "fork_cache",
+    "loss_totals",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
+from .losses_bagel import LOSS_REDUCTIONS
 from .published_bagel import (
     PUBLISHED_KEYS,
     correct_published_config,
@@ -126,6 +127,14 @@ class BagelConfig(PreTrainedConfig):
         interpolate_pos (`bool`, *optional*, defaults to `False`):
             Whether patch positions are spread over the whole table by buckets instead of counted from its corner.
         timestep_shift (`float`, *optional*, defaults to 1.0): Shift of the timesteps in training.
+        ce_weight (`float`, *optional*, defaults to 1.0): Weight of the cross-entropy in the loss.
+        mse_weight (`float`, *optional*, defaults to 1.0): Weight of the velocity's squared error in the loss.
+        loss_reduction (`str`, *optional*, defaults to `"token"`):
+            What counts alike in the mean of a loss: every `"token"`, every `"sample"`, or, between the two, the
+            `"square_root"` of a sample's number of tokens.
+        freeze_und (`bool`, *optional*, defaults to `False`):
+            Whether, in training mode, no gradient reaches the understanding expert or passes through its activations.
+            [`BagelForConditionalGeneration.freeze`] sets it.
         frequency_embedding_size (`int`, *optional*, defaults to 256): Width of the sinusoids of a timestep.
         connector_act (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`): Activation of the ViT connector.
         image_token_id (`int`, *optional*, defaults to 151655): Placeholder of a ViT token (`<|image_pad|>`).
@@ -158,6 +167,10 @@ class BagelConfig(PreTrainedConfig):
     vit_max_num_patch_per_side: int = 70
     interpolate_pos: bool = False
     timestep_shift: float | int = 1.0
+    ce_weight: float | int = 1.0
+    mse_weight: float | int = 1.0
+    loss_reduction: str = "token"
+    freeze_und: bool = False
     frequency_embedding_size: int = 256
     connector_act: str = "gelu_pytorch_tanh"
     image_token_id: int = 151655
@@ -177,6 +190,10 @@ class BagelConfig(PreTrainedConfig):
         """Part of the `@strict` validation."""
         if self.frequency_embedding_size % 2:
             raise ValueError(f"`frequency_embedding_size` must be even, got {self.frequency_embedding_size}.")
+        if self.loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(
+                f"`loss_reduction` must be one of {', '.join(LOSS_REDUCTIONS)}, got {self.loss_reduction!r}."
+            )
         if not (self.visual_gen or self.visual_und):
             raise ValueError("`visual_gen` and `visual_und` are both False: a BAGEL model needs one of its halves.")
 

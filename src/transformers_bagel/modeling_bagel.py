@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling
+from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling, logging
 from transformers.utils.generic import (
     can_return_tuple,
     get_max_seqlen,
@@ -38,11 +39,20 @@ from .cache_bagel import PrefixCache, PrefixLane
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .generation_bagel import BagelGenerationMixin
+from .losses_bagel import (
+    IGNORED_LABEL,
+    cross_entropy_sum,
+    flow_matching_sum,
+    latent_weights,
+    over_ranks,
+    text_targets,
+)
 from .sequence_bagel import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
     TEXT_TOKEN,
     Routing,
+    SampleMasks,
     SequenceLayout,
     check_placeholders,
     patch_grid_ids,
@@ -50,6 +60,17 @@ from .sequence_bagel import (
     route,
     token_types_from_ids,
 )
+
+
+logger = logging.get_logger(__name__)
+
+# Names of the weights of each part of a `BagelForConditionalGeneration`.
+TOWERS = {
+    "vit": r"model\.vision_tower\.",
+    "connector": r"model\.connector\.",
+    "und": r"model\.language_model\.(?!.*_moe_gen)|lm_head\.",
+    "gen": r"model\.language_model\..*_moe_gen|model\.(vae2llm|llm2vae|time_embedder)\.",
+}
 
 
 @dataclass
@@ -74,12 +95,14 @@ class BagelOutput(ModelOutput):
     Output of [`BagelForConditionalGeneration`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): Sum of `ce_loss` and `mse_loss`.
-        ce_loss (`torch.FloatTensor` of shape `()`, *optional*): Cross-entropy, mean over the text targets.
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            `ce_loss` and `mse_loss`, weighted by `config.ce_weight` and `config.mse_weight`.
+        ce_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Cross-entropy, mean over the text targets as `config.loss_reduction` says.
         mse_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Squared error of the velocity, mean over the numbers of the noised latent tokens.
+            Squared error of the velocity, mean over the numbers of the noised latent tokens, likewise.
         logits (`torch.FloatTensor` of shape `(batch, tokens, vocab_size)`, *optional*):
-            Scores of the next token. `None` when only latents were passed.
+            Scores of the next token. `None` when only latents were passed, or with `skip_logits`.
         velocity (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`, *optional*):
             Flow from data to noise at every latent token, packed like `latents`.
         latent_hidden_states (`torch.FloatTensor` of shape `(latent_tokens, hidden_size)`, *optional*):
@@ -131,7 +154,7 @@ class BagelAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | SampleMasks | None = None,
         past_key_values: Cache | PrefixCache | None = None,
         routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -153,6 +176,9 @@ class BagelAttention(nn.Module):
 
         if isinstance(past_key_values, PrefixCache) and routing is not None:
             attn_output = self._attend_blocks(query, key, value, past_key_values, routing, **kwargs)
+            attn_weights = None
+        elif isinstance(attention_mask, SampleMasks):
+            attn_output = self._attend_samples(query, key, value, attention_mask, routing, **kwargs)
             attn_weights = None
         else:
             attn_output, attn_weights = self._attend_sequence(
@@ -202,16 +228,39 @@ class BagelAttention(nn.Module):
             latents.append(lane_output[0, 2:])
         return torch.cat(markers + latents)
 
+    def _attend_samples(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sample_masks: SampleMasks,
+        routing: Routing | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        def attention(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            heads = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+            mask = None if mask is None else mask[None, None]
+            attn_output, _ = self._attention(heads[0], heads[1], heads[2], mask, implementation="sdpa", **kwargs)
+            return attn_output.view_as(query)
+
+        if routing is not None:
+            query, key, value = (routing.to_sequence(states) for states in (query, key, value))
+        attn_output = sample_masks.attend(attention, query, key, value).flatten(-2)
+        return attn_output if routing is None else routing.to_stream(attn_output)
+
     def _attention(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        implementation: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            implementation or self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,
@@ -317,7 +366,7 @@ class BagelVisionAttention(nn.Module):
             "scaling": self.scaling,
             "is_causal": False,
         }
-        if is_flash_attention_requested(self.config):
+        if len(cu_seqlens) > 1 and is_flash_attention_requested(self.config):
             max_seqlen = get_max_seqlen(cu_seqlens, self.config)
             attn_output, attn_weights = attention_interface(
                 self,
@@ -331,6 +380,9 @@ class BagelVisionAttention(nn.Module):
                 max_length_k=max_seqlen,
                 **kwargs,
             )
+        elif len(cu_seqlens) == 1:
+            # No image: all three projections stay in the graph, as a distributed training needs.
+            attn_output, attn_weights = (query + key + value).transpose(1, 2), None
         else:
             lengths = cu_seqlens.diff().tolist()
             images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
@@ -514,6 +566,7 @@ class BagelVisionModel(BagelPreTrainedModel):
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__(config)
+        self.patch_dim = config.num_channels * config.patch_size**2
         self.embeddings = BagelVisionEmbeddings(config)
         self.encoder = BagelVisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -606,7 +659,7 @@ class BagelTextModel(BagelPreTrainedModel):
 
         if isinstance(past_key_values, PrefixCache):
             kwargs["is_causal"] = False
-        else:
+        elif not isinstance(attention_mask, SampleMasks):
             # Rope positions repeat inside a block: the mask must not be guessed from them.
             attention_mask = create_causal_mask(
                 self.config,
@@ -622,6 +675,10 @@ class BagelTextModel(BagelPreTrainedModel):
         hidden_states = inputs_embeds
         if routing is not None:
             hidden_states = routing.to_stream(hidden_states)
+            if routing.freeze_und:
+                hidden_states = torch.cat(
+                    [hidden_states[: routing.num_und].detach(), hidden_states[routing.num_und :]]
+                )
             position_embeddings = tuple(
                 routing.to_stream(part.expand(*routing.shape, -1)) for part in position_embeddings
             )
@@ -709,7 +766,7 @@ class BagelModel(BagelPreTrainedModel):
         outputs = self.vision_tower(pixel_values, image_grid_hw, position_ids=position_ids, return_dict=True, **kwargs)
         features = self.connector(outputs.last_hidden_state)
         features = features + self.vit_pos_embed(position_ids.to(features.device)).to(features.dtype)
-        outputs.pooler_output = features.split(image_grid_hw.prod(-1).tolist())
+        outputs.pooler_output = features.split(image_grid_hw.prod(-1).tolist()) if len(image_grid_hw) else (features,)
         return outputs
 
     def embed_latents(
@@ -770,23 +827,26 @@ class BagelModel(BagelPreTrainedModel):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`, got both.")
         if isinstance(past_key_values, PrefixCache):
             raise ValueError("A `PrefixCache` serves denoising steps only. Pass a `Cache` as `past_key_values`.")
-        return self._forward_sequence(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            pixel_values,
-            image_grid_hw,
-            latents,
-            latent_grid_hw,
-            timesteps,
-            mm_token_type_ids,
-            document_ids,
-            mm_encoder_outputs,
-            **kwargs,
-        )
+        # Without latents all tokens take the understanding expert.
+        is_frozen = self.config.freeze_und and latents is None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+            return self._forward_sequence(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                use_cache,
+                pixel_values,
+                image_grid_hw,
+                latents,
+                latent_grid_hw,
+                timesteps,
+                mm_token_type_ids,
+                document_ids,
+                mm_encoder_outputs,
+                **kwargs,
+            )
 
     def _denoise(
         self,
@@ -957,20 +1017,36 @@ class BagelModel(BagelPreTrainedModel):
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if layout.is_packed and past:
             raise ValueError("`document_ids` and noised `latents` inside a sequence cannot follow a filled cache.")
-        routing = Routing.from_token_types(layout.token_types) if has_latents else None
+        routing = Routing.from_token_types(layout.token_types, self.config.freeze_und) if has_latents else None
+        masks: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "block_sequence_ids": layout.block_ids(past),
+            "and_mask_function": layout.mask_function() if layout.is_packed else None,
+        }
+        if layout.document_ids is not None and not self._takes_packed_rows(inputs_embeds.device):
+            if use_cache or past_key_values is not None:
+                raise ValueError("`document_ids` cannot be used with a cache. Leave out `past_key_values`.")
+            masks, use_cache = {"attention_mask": layout.sample_masks()}, False
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            block_sequence_ids=layout.block_ids(past),
-            and_mask_function=layout.mask_function() if layout.is_packed else None,
             routing=routing,
+            **masks,
             **kwargs,
         )
         outputs.hidden_states = _in_sequence(outputs.hidden_states, routing)
         return outputs
+
+    def _takes_packed_rows(self, device: torch.device) -> bool:
+        """Whether the attention has a sparse mask for packed rows; others go through them sample by sample."""
+        if self.config.get_text_config()._attn_implementation != "flex_attention":
+            return False
+        if device.type == "cpu" and torch.is_grad_enabled():
+            logger.warning_once("flex attention has no backward on a CPU: packed rows are attended sample by sample.")
+            return False
+        return True
 
     def _forward_runs(
         self,
@@ -1076,9 +1152,7 @@ class BagelModel(BagelPreTrainedModel):
                 raise ValueError(
                     "`pixel_values` were passed to a model without its seeing half. Load it with `visual_und=True`."
                 )
-            vision_config: Any = self.config.vision_config
-            patch_dim = vision_config.num_channels * vision_config.patch_size**2
-            _check_packed("pixel_values", pixel_values, "image_grid_hw", image_grid_hw, patch_dim)
+            _check_packed("pixel_values", pixel_values, "image_grid_hw", image_grid_hw, self.vision_tower.patch_dim)
         if latents is not None:
             if not self.config.visual_gen:
                 raise ValueError(
@@ -1138,7 +1212,7 @@ def _join_runs(runs: list[Any]) -> tuple[torch.Tensor | None, ...] | None:
 
 
 def _check_packed(name: str, values: Any, grid_name: str, grid: Any, dim: int) -> None:
-    if not isinstance(grid, torch.Tensor) or grid.ndim != 2 or grid.shape[1] != 2 or int(grid.min()) < 1:
+    if not isinstance(grid, torch.Tensor) or grid.ndim != 2 or grid.shape[1] != 2 or bool((grid < 1).any()):
         raise ValueError(
             f"`{grid_name}` must be a tensor of shape (images, 2) with the rows and columns of each image of `{name}`."
         )
@@ -1154,7 +1228,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # The loss of the latents is normalised here, by its own count.
+    # Two losses with a count each: they are averaged here, over all ranks.
     accepts_loss_kwargs = False
 
     def __init__(self, config: BagelConfig):
@@ -1164,6 +1238,28 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
         self.post_init()
+
+    def freeze(self, *towers: str) -> None:
+        """
+        Keep parts of the model as they are in a training.
+
+        Args:
+            towers (`str`):
+                Any of `"vit"` (the tower that sees), `"connector"`, `"und"` (the understanding expert, embeddings and
+                text head) and `"gen"` (the generation expert and the layers around latents). For `"und"` gradients
+                also stop at the expert's activations (published behaviour, point 35), so that none goes through them
+                to the tower or to the conditions: `config.freeze_und` is set.
+
+        Raises:
+            ValueError: if there is no such part.
+        """
+        if unknown := set(towers) - set(TOWERS):
+            raise ValueError(f"`towers` must be of {', '.join(TOWERS)}, got {', '.join(sorted(unknown))}.")
+        for name, parameter in self.named_parameters():
+            if any(re.match(TOWERS[tower], name) for tower in towers):
+                parameter.requires_grad_(False)
+        if "und" in towers:
+            self.config.freeze_und = True
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor, **kwargs: Unpack[TransformersKwargs]
@@ -1183,14 +1279,16 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_grid_hw: torch.LongTensor | None = None,
         latents: torch.Tensor | None = None,
-        latent_grid_hw: torch.LongTensor | None = None,
-        timesteps: torch.Tensor | None = None,
+        latent_grid_hw: Any = None,
+        timesteps: Any = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         document_ids: torch.LongTensor | None = None,
         noise: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        loss_totals: torch.Tensor | None = None,
         latent_hidden_states: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelOutput:
@@ -1227,10 +1325,17 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 Training: mixed into `latents` by `timesteps`; the target of the velocity is `noise - latents`.
             labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 Training: token ids where a token is to be predicted from those before it, -100 elsewhere.
+            loss_totals (`torch.FloatTensor` of shape `(2,)`, *optional*):
+                Training: what the sums of `ce_loss` and `mse_loss` are divided by, see [`loss_totals`]. By default the
+                totals of this batch, or, in training mode, those of all ranks' batches: then the mean of the ranks'
+                losses is the loss of the global batch.
             latent_hidden_states (`torch.Tensor` of shape `(latent_tokens, hidden_size)`, *optional*):
                 Instead of everything else: apply only the velocity head to a last layer's output (TaylorSeer).
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute the scores of that many last tokens only; 0 means all.
+            skip_logits (`bool`, *optional*):
+                Leave `logits` out of the output. By default they are left out in training mode with `labels`: the loss
+                needs those of its targets only, and all of them are the largest tensor of a training step.
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed before.
 
         Returns:
@@ -1247,10 +1352,27 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         >>> logits = model(**inputs).logits
         ```
         """
+        if noise is not None and (latents is None or timesteps is None or latent_grid_hw is None):
+            raise ValueError("`noise` needs `latents`, `latent_grid_hw` and `timesteps` beside it.")
+        has_loss = labels is not None or noise is not None
+        if has_loss and input_ids is None and inputs_embeds is None:
+            raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
+        if has_loss and use_cache is None:
+            use_cache = False
+        if has_loss and mm_token_type_ids is None:
+            if input_ids is not None:
+                config = self.config
+                mm_token_type_ids = token_types_from_ids(input_ids, config.image_token_id, config.latent_token_id)
+            elif inputs_embeds is not None:
+                mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=self.device)
+        if has_loss and self.training:
+            if pixel_values is None and self.config.visual_und:
+                pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.patch_dim)
+            if latents is None and self.config.visual_gen:
+                latents, latent_grid_hw = self._no_images(self.config.latent_dim)
+                noise, timesteps = latents, torch.empty(0, device=self.device)
         clean = latents
         if noise is not None:
-            if latents is None or timesteps is None or latent_grid_hw is None:
-                raise ValueError("`noise` needs `latents`, `latent_grid_hw` and `timesteps` beside it.")
             level = timesteps.repeat_interleave(latent_grid_hw.prod(-1).to(timesteps.device)).unsqueeze(-1)
             latents = (1 - level) * clean + level * noise
         outputs: BagelModelOutputWithPast = self.model(
@@ -1272,18 +1394,21 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = None
-        if outputs.last_hidden_state is not None:
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = loss = ce_loss = mse_loss = None
+        if outputs.last_hidden_state is not None and not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = ce_loss = mse_loss = None
-        if labels is not None:
-            ce_loss = loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        if noise is not None:
-            mse_loss = flow_matching_loss(outputs.velocity, clean, noise, level)
-            loss = mse_loss if loss is None else loss + mse_loss
+        if has_loss:
+            text = latent = None
+            if labels is not None:
+                text = self._text_loss(outputs.last_hidden_state, labels, document_ids)
+            if noise is not None:
+                weights = latent_weights(
+                    mm_token_type_ids, document_ids, timesteps, latent_grid_hw, self.config.loss_reduction
+                )
+                latent = flow_matching_sum(outputs.velocity, clean, noise, weights), weights.sum()
+            loss, ce_loss, mse_loss = self._mean_losses(text, latent, loss_totals)
         return BagelOutput(
             loss=loss,
             ce_loss=ce_loss,
@@ -1296,19 +1421,46 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _no_images(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed values and grid of no image: every rank must use all weights in every step, or the others wait."""
+        return torch.empty(0, dim, device=self.device), torch.empty(0, 2, dtype=torch.long, device=self.device)
 
-def flow_matching_loss(
-    velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor
-) -> torch.Tensor:
-    """Mean squared error of the velocity at the noised tokens; zero, with a graph, if there are none (point 31).
+    def _text_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, document_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of the cross-entropies, and sum of the weights; scores are made for the targets only."""
+        targets, weights = text_targets(labels.to(hidden_states.device), document_ids, self.config.loss_reduction)
+        is_target = targets != IGNORED_LABEL
+        logits = self.lm_head(hidden_states[is_target])
+        return cross_entropy_sum(logits, targets[is_target].to(logits.device), weights), weights.sum()
 
-    Args:
-        velocity, clean, noise (`torch.Tensor` of shape `(latent_tokens, latent_dim)`)
-        level (`torch.Tensor` of shape `(latent_tokens, 1)`): Timestep of each token; 0 is a condition.
-    """
-    noised = (level > 0).float()
-    squared = (velocity.float() - (noise - clean).float()).square() * noised
-    return squared.sum() / (noised.sum() * velocity.shape[-1]).clamp(min=1)
+    def _mean_losses(
+        self,
+        text: tuple[torch.Tensor, torch.Tensor] | None,
+        latent: tuple[torch.Tensor, torch.Tensor] | None,
+        loss_totals: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The weighted loss and the two losses it is made of, from a sum and a total of each that was asked for."""
+        sums = [None if part is None else part[0] for part in (text, latent)]
+        totals, factor = loss_totals, 1
+        if totals is None:
+            totals = torch.stack(
+                [torch.zeros((), device=self.device) if part is None else part[1] for part in (text, latent)]
+            )
+            if self.training:
+                totals, factor = over_ranks(totals)
+        # Without a target the sum is zero, and has a graph.
+        totals = torch.where(totals > 0, totals, 1)
+        means = [
+            None if part is None else factor * part / total.to(part.device)
+            for part, total in zip(sums, totals, strict=True)
+        ]
+        weighted = [
+            weight * mean
+            for weight, mean in zip((self.config.ce_weight, self.config.mse_weight), means, strict=True)
+            if mean is not None
+        ]
+        return torch.stack(weighted).sum(), means[0], means[1]
 
 
 __all__ = [

@@ -70,10 +70,12 @@ def rope_positions(
     attention_mask: torch.Tensor | None = None,
     noised: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rope position of every token: a text token advances it by one, an image block as a whole by one.
 
     A noised block does not advance it: the clean copy that follows stands at the same position (points 8 and 33).
+    An image that was dropped for guidance training leaves its position empty (point 33).
 
     Args:
         token_types (`torch.LongTensor` of shape `(batch, tokens)`): Text, image or latent.
@@ -81,6 +83,8 @@ def rope_positions(
         noised (`torch.BoolTensor` of shape `(batch, tokens)`, *optional*): Latent tokens that carry noise.
         document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
             Sample of every token of a packed row; positions start again with each sample.
+        skipped (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+            Positions to leave empty just before a token.
 
     Returns:
         `torch.LongTensor` of shape `(batch, tokens)`.
@@ -95,11 +99,14 @@ def rope_positions(
     if attention_mask is not None:
         advance = advance.masked_fill(attention_mask == 0, 0)
     positions = advance.cumsum(-1) - advance
+    if skipped is None:
+        skipped = torch.zeros_like(positions)
+    positions = positions + skipped.cumsum(-1) - skipped
     if document_ids is not None:
         first = torch.ones_like(document_ids, dtype=torch.bool)
         first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = positions - positions.masked_fill(~first, 0).cummax(-1).values
-    return positions
+    return positions + skipped
 
 
 def patch_grid_ids(grid_hw: torch.Tensor, side: int, interpolate: bool = False) -> torch.Tensor:
@@ -116,7 +123,7 @@ def patch_grid_ids(grid_hw: torch.Tensor, side: int, interpolate: bool = False) 
     Raises:
         ValueError: if a grid is larger than the table and is not interpolated.
     """
-    ids = []
+    ids = [torch.empty(0, dtype=torch.long)]
     for rows, columns in grid_hw.tolist():
         if max(rows, columns) > side and not interpolate:
             raise ValueError(
@@ -134,6 +141,39 @@ def _axis_ids(count: int, side: int, interpolate: bool) -> torch.Tensor:
     # float32 boundaries and right-open buckets: the published rounding decides at the edges.
     boundaries = torch.arange(1 / side, 1.0, 1 / side)
     return torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / count), boundaries, right=True)
+
+
+@dataclass
+class SampleMasks:
+    """Attention of packed rows, sample by sample: its memory grows with the squares of the samples, not of the row.
+
+    Attributes:
+        spans (`list[tuple[int, int]]`): Start and stop of each sample in the flattened rows; the rest is padding.
+        masks (`list[torch.BoolTensor | None]`):
+            What each token of a sample sees, `(length, length)`; `None` for a text, which is causal.
+        shape (`tuple[int, int]`): `(batch, tokens)` of the rows.
+    """
+
+    spans: list[tuple[int, int]]
+    masks: list[torch.Tensor | None]
+    shape: tuple[int, int]
+
+    def attend(
+        self,
+        attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """Apply an attention to each sample; padding gets zeros. All `(batch, tokens, heads, head_dim)`."""
+        query, key, value = (states.flatten(0, 1) for states in (query, key, value))
+        pieces, end = [], 0
+        for (start, stop), mask in zip(self.spans, self.masks, strict=True):
+            pieces.append(torch.zeros_like(query[end:start]))
+            pieces.append(attention(query[start:stop], key[start:stop], value[start:stop], mask))
+            end = stop
+        pieces.append(torch.zeros_like(query[end:]))
+        return torch.cat(pieces).unflatten(0, self.shape)
 
 
 @dataclass
@@ -195,12 +235,46 @@ class SequenceLayout:
         A key is visible outside its own block unless it carries noise or belongs to another sample.
         """
         hidden = self.noised_blocks()
-        documents = torch.zeros_like(self.token_types) if self.document_ids is None else self.document_ids
+        documents = torch.zeros_like(self.token_types) if self.document_ids is None else self.document_runs()
 
         def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return ~hidden[batch, key] & (documents[batch, query] == documents[batch, key])
 
         return visible
+
+    def document_runs(self) -> torch.Tensor:
+        """Number of the sample of each token over the whole batch, padding (negative ids) -1; `(batch, tokens)`."""
+        assert self.document_ids is not None
+        first = torch.ones_like(self.document_ids)
+        first[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        runs = first.flatten().cumsum(0).view_as(first) - 1
+        return runs.masked_fill(self.document_ids < 0, -1)
+
+    def sample_masks(self) -> SampleMasks:
+        """The mask of every sample of packed rows by itself."""
+        runs, counts = self.document_runs().flatten().unique_consecutive(return_counts=True)
+        lengths = counts.tolist()
+        blocks, visible = image_block_ids(self.token_types), self.mask_function()
+        has_images = torch.stack([(part >= 0).any() for part in blocks.flatten().split(lengths)]).tolist()
+        rows, columns = self.token_types.shape
+        spans: list[tuple[int, int]] = []
+        masks: list[torch.Tensor | None] = []
+        stop = 0
+        for run, length, has_image in zip(runs.tolist(), lengths, has_images, strict=True):
+            start, stop = stop, stop + length
+            if run < 0:
+                continue
+            spans.append((start, stop))
+            if not has_image:
+                masks.append(None)
+                continue
+            row, first = divmod(start, columns)
+            tokens = torch.arange(first, first + length, device=blocks.device)
+            query, key = tokens[:, None], tokens[None, :]
+            block = blocks[row, first : first + length]
+            own_block = (block[:, None] == block[None, :]) & (block >= 0)[:, None]
+            masks.append(((query >= key) & visible(row, 0, query, key)) | own_block)
+        return SampleMasks(spans, masks, (rows, columns))
 
     def runs(self) -> list[tuple[int, int, bool]]:
         """Runs `(start, stop, is_block)` of one kind of attention: causal text, or one image block.
@@ -233,6 +307,7 @@ class Routing:
         inverse (`torch.LongTensor` of shape `(batch * tokens,)`, *optional*): The inverse of `order`.
         shape (`tuple[int, int]`): `(batch, tokens)` of the sequence.
         block_lengths (`tuple[int, ...]`): Latent tokens of each block of a denoising stream, see `from_blocks`.
+        freeze_und (`bool`): Whether the understanding expert leaves no graph behind (point 35).
     """
 
     num_und: int
@@ -240,15 +315,16 @@ class Routing:
     order: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
     block_lengths: tuple[int, ...] = ()
+    freeze_und: bool = False
 
     @classmethod
-    def from_token_types(cls, token_types: torch.Tensor) -> Routing:
+    def from_token_types(cls, token_types: torch.Tensor, freeze_und: bool = False) -> Routing:
         """Routing of a sequence of shape `(batch, tokens)` by the types of its tokens."""
         latent = token_types.flatten() == LATENT_TOKEN
         und, gen = (~latent).nonzero().squeeze(-1), latent.nonzero().squeeze(-1)
         order = torch.cat([und, gen])
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return cls(num_und=und.numel(), shape=tuple(token_types.shape), order=order, inverse=inverse)
+        return cls(und.numel(), tuple(token_types.shape), order, inverse, freeze_und=freeze_und)
 
     @classmethod
     def from_blocks(cls, block_lengths: Sequence[int]) -> Routing:
@@ -289,4 +365,6 @@ def route(
     if routing is None:
         return und(hidden_states)
     split = routing.num_und
-    return torch.cat([und(hidden_states[:split]), gen(hidden_states[split:])])
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not routing.freeze_und):
+        understood = und(hidden_states[:split])
+    return torch.cat([understood, gen(hidden_states[split:])])

@@ -1,0 +1,426 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""From training samples to packed rows, the inputs of [`BagelForConditionalGeneration`].
+
+Sources: published behaviour, points 22 and 31-33.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature
+from transformers.utils import logging
+
+from .image_processing_bagel import to_rgb
+from .latents_bagel import VAE_SAMPLE_MODES, LatentEncoder
+from .losses_bagel import IGNORED_LABEL
+from .processing_bagel import BagelProcessor
+from .segments_bagel import Segment, sample_segments
+from .sequence_bagel import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN, rope_positions
+
+
+logger = logging.get_logger(__name__)
+
+ON_ERROR = ("raise", "skip")
+TIMESTEP_LAWS = ("logit_normal", "uniform")
+
+
+@dataclass
+class LatentBlock:
+    """A block of latents of a sample.
+
+    Attributes:
+        image (`int`): Which of the sample's images it shows.
+        timestep (`float`): 0 for a condition.
+        noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`): Zero for a condition.
+    """
+
+    image: int
+    timestep: torch.Tensor
+    noise: torch.Tensor
+
+
+@dataclass
+class EncodedSample:
+    """A sample as tokens, with all its random choices made; only its latents are still pixels.
+
+    Attributes:
+        input_ids, labels, token_types, position_ids (`torch.LongTensor` of shape `(tokens,)`)
+        patches (`list[torch.Tensor]`): `(patches, patch_dim)` of each image that the ViT sees.
+        patch_grids (`list[tuple[int, int]]`): Rows and columns of these.
+        vae_pixels (`list[torch.Tensor]`): `(3, height, width)` of each image to encode; blocks may share one.
+        posterior_noise (`list[torch.Tensor | None]`): `(latent_tokens, latent_dim)` of each; `None` takes the mean.
+        latent_grids (`list[tuple[int, int]]`): Rows and columns of tokens of each.
+        blocks (`list[LatentBlock]`): In the order of the sequence.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    token_types: torch.Tensor
+    position_ids: torch.Tensor
+    patches: list[torch.Tensor] = field(default_factory=list)
+    patch_grids: list[tuple[int, int]] = field(default_factory=list)
+    vae_pixels: list[torch.Tensor] = field(default_factory=list)
+    posterior_noise: list[torch.Tensor | None] = field(default_factory=list)
+    latent_grids: list[tuple[int, int]] = field(default_factory=list)
+    blocks: list[LatentBlock] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+class BagelDataCollator:
+    r"""
+    Turns samples into packed rows for training.
+
+    Args:
+        processor ([`BagelProcessor`]): Reads texts and images.
+        vae (`AutoencoderKL`, *optional*):
+            Encodes the images that are drawn or edited, one by one, on its own device. Not needed for understanding.
+        vae_sample_mode (`str`, *optional*, defaults to `"sample"`):
+            Latents are a `"sample"` of the VAE's posterior, or its mean (`"argmax"`).
+        text_dropout (`float`, *optional*, defaults to 0.1):
+            How often each text that conditions a drawing is dropped. It leaves no gap in the positions.
+        vit_dropout (`float`, *optional*, defaults to 0.3):
+            How often the ViT tokens of an image that conditions a drawing are dropped. Their position stays empty.
+        vae_dropout (`float`, *optional*, defaults to 0.3):
+            The same for the clean latents.
+        max_tokens (`int`, *optional*):
+            Longest row. Samples are packed, in order, into as few rows as the first one with room gives. By default
+            all samples of a call make one row.
+        timestep_shift (`float`, *optional*, defaults to 1.0):
+            Shift `s` of the noise levels towards noise: `s t / (1 + (s - 1) t)`.
+        generator (`torch.Generator`, *optional*): Makes the random choices; by default torch's global one does.
+        timestep_law (`str`, *optional*, defaults to `"logit_normal"`):
+            Noise levels before the shift: `"logit_normal"`, the sigmoid of a normal number, or `"uniform"`.
+        logit_mean (`float`, *optional*, defaults to 0.0): Mean of that normal number.
+        logit_std (`float`, *optional*, defaults to 1.0): Its standard deviation.
+        cache_dir (`str` or `os.PathLike`, *optional*): See [`LatentEncoder`].
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            Whether a sample that cannot be used stops the training (`"raise"`), or is left out with a warning and
+            noted in `skipped` (`"skip"`).
+
+    Attributes:
+        skipped (`list[SkippedSample]`): What was left out.
+
+    Raises:
+        TypeError, ValueError: if an argument cannot be used.
+
+    Example:
+
+    ```python
+    >>> collator = BagelDataCollator(processor, vae=pipe.vae)
+    >>> sample = {"messages": [{"role": "user", "content": "a red circle"},
+    ...                        {"role": "assistant", "content": [{"type": "image", "image": "circle.png"}]}]}
+    >>> loss = model(**collator([sample])).loss
+    ```
+    """
+
+    def __init__(
+        self,
+        processor: BagelProcessor,
+        vae: Any = None,
+        vae_sample_mode: str = "sample",
+        text_dropout: float = 0.1,
+        vit_dropout: float = 0.3,
+        vae_dropout: float = 0.3,
+        max_tokens: int | None = None,
+        timestep_shift: float = 1.0,
+        generator: torch.Generator | None = None,
+        timestep_law: str = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        cache_dir: str | os.PathLike | None = None,
+        on_error: str = "raise",
+    ):
+        self.processor = processor
+        self.vae = vae
+        self.vae_sample_mode = vae_sample_mode
+        self.dropout = {"text": text_dropout, "vit_image": vit_dropout, "vae_image": vae_dropout}
+        self.max_tokens = max_tokens
+        self.timestep_shift = timestep_shift
+        self.generator = generator
+        self.timestep_law = timestep_law
+        self.logit_mean = logit_mean
+        self.logit_std = logit_std
+        self.on_error = on_error
+        self.skipped: list[SkippedSample] = []
+        self._check_settings()
+        self.encode_latents = None
+        if vae is not None:
+            cells = processor.image_processor.vae_stride // 2 ** (len(vae.config.block_out_channels) - 1)
+            self.latent_dim = cells**2 * vae.config.latent_channels
+            self.encode_latents = LatentEncoder(vae, cells, cache_dir)
+
+    def _check_settings(self) -> None:
+        if not isinstance(self.processor, BagelProcessor):
+            raise TypeError(f"`processor` must be a BagelProcessor, got a `{type(self.processor).__name__}`.")
+        for name, rate in zip(("text_dropout", "vit_dropout", "vae_dropout"), self.dropout.values(), strict=True):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+                raise ValueError(f"`{name}` must be a number from 0 to 1, got {rate!r}.")
+        for name, value, choices in (
+            ("vae_sample_mode", self.vae_sample_mode, VAE_SAMPLE_MODES),
+            ("timestep_law", self.timestep_law, TIMESTEP_LAWS),
+            ("on_error", self.on_error, ON_ERROR),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        if not self.timestep_shift > 0 or not self.logit_std > 0:
+            raise ValueError(
+                f"`timestep_shift` and `logit_std` must be above 0, got {self.timestep_shift!r} and {self.logit_std!r}."
+            )
+        if self.max_tokens is not None and (not isinstance(self.max_tokens, int) or self.max_tokens < 1):
+            raise ValueError(f"`max_tokens` must be a whole number of at least 1, got {self.max_tokens!r}.")
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> BatchFeature:
+        """
+        Args:
+            samples (`Sequence[Mapping]`): See [`sample_segments`].
+
+        Returns:
+            [`BatchFeature`]: `input_ids`, `labels`, `mm_token_type_ids`, `position_ids` and `document_ids` (-1 at
+            padding) of shape `(rows, tokens)`; with ViT images `pixel_values` and `image_grid_hw`; with latents
+            `latents` and `noise` `(latent_tokens, latent_dim)`, `latent_grid_hw` `(blocks, 2)`, `timesteps`
+            `(blocks,)`.
+
+        Raises:
+            TypeError, ValueError, OSError: if a sample cannot be used and `on_error="raise"`, with its name; or if
+                none is left.
+        """
+        encoded = []
+        for index in range(len(samples)):
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            result = self.encode_or_skip(partial(samples.__getitem__, index), seed, f"sample {index}")
+            if isinstance(result, SkippedSample):
+                self.report(result)
+            else:
+                encoded.append(result)
+        if not encoded:
+            raise ValueError(f"None of the {len(samples)} samples can be used; see `skipped` of the collator.")
+        return self.pack(encoded)
+
+    def encode_or_skip(self, read: Callable[[], Any], seed: int, name: str) -> EncodedSample | SkippedSample:
+        """`encode` what `read` returns; an error gets the sample's name, or becomes a note, as `on_error` says."""
+        try:
+            sample = read()
+            if isinstance(sample, Mapping) and sample.get("id") is not None:
+                name = f"{name} (id {sample['id']!r})"
+            encoded = self.encode(sample, seed)
+            if self.max_tokens is not None and len(encoded) > self.max_tokens:
+                raise ValueError(f"It takes {len(encoded)} tokens, more than `max_tokens` ({self.max_tokens}).")
+        except (TypeError, ValueError, OSError) as error:
+            if self.on_error == "skip":
+                return SkippedSample(name, str(error))
+            kind = next(base for base in (TypeError, ValueError, OSError) if isinstance(error, base))
+            raise kind(f"{name[0].upper()}{name[1:]}: {error}") from error
+        return encoded
+
+    def report(self, skipped: SkippedSample) -> None:
+        """Note a sample that was left out, once."""
+        if skipped not in self.skipped:
+            logger.warning(f"Left out {skipped.name}: {skipped.reason}")
+            self.skipped.append(skipped)
+
+    def encode(self, sample: Mapping[str, Any], seed: int) -> EncodedSample:
+        """
+        Tokens and random choices of one sample; the same for the same seed, whatever else is in the batch.
+
+        Args:
+            sample (`Mapping`): See [`sample_segments`].
+            seed (`int`): Decides what is dropped, the noise and its level.
+
+        Raises:
+            TypeError, ValueError, OSError: if the sample cannot be used.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        segments = sample_segments(sample)
+        ids: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+        types: list[torch.Tensor] = []
+        noised: list[torch.Tensor] = []
+        skipped: list[torch.Tensor] = []
+        encoded = EncodedSample(*(torch.empty(0, dtype=torch.long) for _ in range(4)))
+        images = _Images(self.processor)
+        empty_positions = 0
+        for segment in segments:
+            drop = torch.rand((), generator=generator) < self.dropout[segment.type]
+            if segment.dropout and drop:
+                # Published behaviour, point 33: a dropped image still takes its position, a dropped text does not.
+                empty_positions += segment.type != "text"
+                continue
+            if segment.type == "text":
+                token_ids, kind = self._text_ids(segment.content), TEXT_TOKEN
+            else:
+                kind = IMAGE_TOKEN if segment.type == "vit_image" else LATENT_TOKEN
+                count = self._add_image(encoded, segment, images, generator)
+                token_ids = self._image_ids(kind, count)
+            is_patch = torch.zeros_like(token_ids, dtype=torch.bool)
+            is_patch[1:-1] = kind != TEXT_TOKEN
+            ids.append(token_ids)
+            types.append(is_patch * kind)
+            noised.append(is_patch & (kind == LATENT_TOKEN) & segment.loss)
+            learned = torch.full_like(token_ids, IGNORED_LABEL)
+            if kind == TEXT_TOKEN and segment.loss:
+                learned[1:] = token_ids[1:]
+            labels.append(learned)
+            skipped.append(torch.zeros_like(token_ids))
+            skipped[-1][0] = empty_positions
+            empty_positions = 0
+        encoded.input_ids, encoded.labels, encoded.token_types = torch.cat(ids), torch.cat(labels), torch.cat(types)
+        encoded.position_ids = rope_positions(
+            encoded.token_types[None], noised=torch.cat(noised)[None], skipped=torch.cat(skipped)[None]
+        )[0]
+        return encoded
+
+    def _text_ids(self, text: str) -> torch.Tensor:
+        tokens = (self.processor.image_token, self.processor.latent_token)
+        if any(token in text for token in tokens):
+            raise ValueError(f"A text holds {' or '.join(tokens)}, which stand for images: {text[:100]!r}.")
+        return torch.tensor(self.processor.tokenizer(f"<|im_start|>{text}<|im_end|>")["input_ids"])
+
+    def _image_ids(self, kind: int, count: int) -> torch.Tensor:
+        processor = self.processor
+        placeholder = processor.image_token_id if kind == IMAGE_TOKEN else processor.latent_token_id
+        markers = processor.tokenizer.convert_tokens_to_ids([processor.vision_start_token, processor.vision_end_token])
+        return torch.tensor([markers[0], *[placeholder] * count, markers[1]])
+
+    def _add_image(self, encoded: EncodedSample, segment: Segment, images: _Images, generator: torch.Generator) -> int:
+        """Add the pixels of an image block to a sample; how many tokens it takes."""
+        if segment.type == "vit_image":
+            features = images[segment.content]
+            rows, columns = features["image_grid_hw"][0].tolist()
+            encoded.patches.append(features["pixel_values"])
+            encoded.patch_grids.append((rows, columns))
+            return rows * columns
+        if self.encode_latents is None:
+            raise ValueError("The sample draws or edits an image. Pass a `vae` to BagelDataCollator.")
+        pixels = images[segment.content]["vae_pixel_values"][0]
+        stride = self.processor.image_processor.vae_stride
+        grid = (pixels.shape[1] // stride, pixels.shape[2] // stride)
+        shape = (grid[0] * grid[1], self.latent_dim)
+        known = [index for index, other in enumerate(encoded.vae_pixels) if other is pixels]
+        if not known:
+            known = [len(encoded.vae_pixels)]
+            samples = VAE_SAMPLE_MODES[self.vae_sample_mode] == "sample"
+            encoded.vae_pixels.append(pixels)
+            encoded.posterior_noise.append(torch.randn(shape, generator=generator) if samples else None)
+            encoded.latent_grids.append(grid)
+        timestep = self._timestep(generator) if segment.loss else torch.zeros(())
+        noise = torch.randn(shape, generator=generator) if segment.loss else torch.zeros(shape)
+        encoded.blocks.append(LatentBlock(known[0], timestep, noise))
+        return shape[0]
+
+    def _timestep(self, generator: torch.Generator) -> torch.Tensor:
+        """A noise level in (0, 1] (published behaviour, point 31)."""
+        if self.timestep_law == "uniform":
+            level = 1 - torch.rand((), generator=generator)
+        else:
+            level = (self.logit_mean + self.logit_std * torch.randn((), generator=generator)).sigmoid()
+        return self.timestep_shift * level / (1 + (self.timestep_shift - 1) * level)
+
+    def pack(self, samples: Sequence[EncodedSample]) -> BatchFeature:
+        """Packed rows of encoded samples; their latents are computed here. See `__call__`."""
+        rows = fill_rows([len(sample) for sample in samples], self.max_tokens)
+        ordered = [samples[index] for row in rows for index in row]
+        pad_id = self.processor.tokenizer.pad_token_id
+
+        def laid_out(name: str, padding: int) -> torch.Tensor:
+            lines = [torch.cat([getattr(samples[index], name) for index in row]) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=padding)
+
+        lengths = [[len(samples[index]) for index in row] for row in rows]
+        documents = torch.arange(len(ordered)).split([len(row) for row in rows])
+        batch = BatchFeature(
+            {
+                "input_ids": laid_out("input_ids", pad_id),
+                "labels": laid_out("labels", IGNORED_LABEL),
+                "mm_token_type_ids": laid_out("token_types", TEXT_TOKEN),
+                "position_ids": laid_out("position_ids", 0),
+                "document_ids": torch.nn.utils.rnn.pad_sequence(
+                    [
+                        numbers.repeat_interleave(torch.tensor(counts))
+                        for numbers, counts in zip(documents, lengths, strict=True)
+                    ],
+                    batch_first=True,
+                    padding_value=-1,
+                ),
+            }
+        )
+        if any(sample.patches for sample in ordered):
+            batch["pixel_values"] = torch.cat([patches for sample in ordered for patches in sample.patches])
+            batch["image_grid_hw"] = torch.tensor([grid for sample in ordered for grid in sample.patch_grids])
+        blocks = [(sample, block) for sample in ordered for block in sample.blocks]
+        if blocks:
+            encoded = {id(sample): self._latents(sample) for sample in ordered}
+            batch["latents"] = torch.cat([encoded[id(sample)][block.image] for sample, block in blocks])
+            batch["noise"] = torch.cat([block.noise for _, block in blocks])
+            batch["latent_grid_hw"] = torch.tensor([sample.latent_grids[block.image] for sample, block in blocks])
+            batch["timesteps"] = torch.stack([block.timestep for _, block in blocks])
+        return batch
+
+    def _latents(self, sample: EncodedSample) -> list[torch.Tensor]:
+        assert self.encode_latents is not None or not sample.vae_pixels
+        return [
+            self.encode_latents(pixels, noise)  # type: ignore[misc]  # asserted above
+            for pixels, noise in zip(sample.vae_pixels, sample.posterior_noise, strict=True)
+        ]
+
+
+class _Images:
+    """The images of one sample, each preprocessed once, although it may fill several blocks."""
+
+    def __init__(self, processor: BagelProcessor):
+        self.image_processor = processor.image_processor
+        self._features: list[tuple[Any, BatchFeature]] = []
+
+    def __getitem__(self, image: Any) -> BatchFeature:
+        for known, features in self._features:
+            if known is image:
+                return features
+        source = image
+        if isinstance(image, Mapping):
+            # How `datasets` hands out an image that it did not decode.
+            source = image.get("path") if image.get("bytes") is None else Image.open(io.BytesIO(image["bytes"]))
+        features = self.image_processor(to_rgb(source), return_vae_pixel_values=True, return_tensors="pt")
+        self._features.append((image, features))
+        return features
+
+
+def fill_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
+    """Which samples stand in which row: each in the first row with room, in order.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each sample.
+        max_tokens (`int`, *optional*): Longest row; without it there is one row.
+    """
+    if max_tokens is None:
+        return [list(range(len(lengths)))]
+    rows: list[list[int]] = []
+    filled: list[int] = []
+    for index, length in enumerate(lengths):
+        row = next((row for row, used in enumerate(filled) if used + length <= max_tokens), None)
+        if row is None:
+            rows.append([])
+            filled.append(0)
+            row = len(rows) - 1
+        rows[row].append(index)
+        filled[row] += length
+    return rows
+
+
+__all__ = ["BagelDataCollator", "EncodedSample", "SkippedSample"]

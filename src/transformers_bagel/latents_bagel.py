@@ -1,0 +1,102 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Packed latents of images, from diffusers' `AutoencoderKL` or from a folder that keeps what it computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .image_processing_bagel import patchify
+
+
+# diffusers' names for reading a posterior, and the plain words for the second one.
+VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
+
+
+def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
+    """Latents as the model knows them: shifted and scaled as the VAE's configuration says (point 22)."""
+    return (latents - vae_config.shift_factor) * vae_config.scaling_factor
+
+
+class LatentEncoder:
+    """
+    Encodes preprocessed images one by one: padding them to a common size would change their borders (point 22).
+
+    Args:
+        vae (`AutoencoderKL`): The VAE, on the device where it is to run.
+        patch_size (`int`): Latent cells per token and side.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Folder that keeps the posterior of every image seen, so that no image is encoded twice, in this run or in
+            another with the same VAE.
+    """
+
+    def __init__(self, vae: Any, patch_size: int, cache_dir: str | os.PathLike | None = None):
+        self.vae = vae
+        self.patch_size = patch_size
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._fingerprint = "" if cache_dir is None else _fingerprint(vae)
+
+    @torch.no_grad()
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation, packed. `(3, height, width)` in [-1, 1] -> `(tokens, latent_dim)` twice.
+
+        Raises:
+            OSError: if the folder's file of the image is broken.
+        """
+        if self.cache_dir is None:
+            return self._encode(pixels)
+        digest = hashlib.sha256(f"{self._fingerprint} {tuple(pixels.shape)}".encode())
+        digest.update(pixels.contiguous().numpy().tobytes())
+        path = self.cache_dir / f"{digest.hexdigest()}.safetensors"
+        if path.exists():
+            try:
+                stored = load_file(path)
+            except SafetensorError as error:
+                raise OSError(f"The cached latents '{path}' are broken ({error}). Delete the file.") from error
+            return stored["mean"], stored["std"]
+        mean, std = self._encode(pixels)
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        # Another process may write the same image, and this one may be killed.
+        unfinished = path.with_suffix(f".{uuid4().hex}")
+        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, unfinished)
+        unfinished.replace(path)
+        return mean, std
+
+    def __call__(self, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Packed latents of one image, float32 on the CPU.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(3, height, width)`): In [-1, 1].
+            posterior_noise (`torch.Tensor` of shape `(tokens, latent_dim)`, *optional*):
+                What makes a sample of the posterior; without it the mean is taken.
+
+        Returns:
+            `torch.Tensor` of shape `(tokens, latent_dim)`.
+        """
+        mean, std = self.posterior(pixels)
+        latents = mean if posterior_noise is None else mean + std * posterior_noise
+        return scale_latents(latents, self.vae.config)
+
+    def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = pixels.unsqueeze(0).to(self.vae.device, self.vae.dtype)
+        posterior = self.vae.encode(batch).latent_dist
+        mean, std = (patchify(part[0].float().cpu(), self.patch_size) for part in (posterior.mean, posterior.std))
+        return mean, std
+
+
+def _fingerprint(vae: Any) -> str:
+    """What tells two VAEs, or two precisions of one, apart."""
+    digest = hashlib.sha256(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
+    digest.update(str(vae.dtype).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
