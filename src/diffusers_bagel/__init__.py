@@ -5,6 +5,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from transformers.utils import logging as transformers_logging
 
 from .guidance import BagelGuidance
+from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
 from .taylorseer import TaylorSeerConfig
@@ -30,4 +31,4 @@ def _register() -> None:
 
 _register()
 
-__all__ = ["BagelGuidance", "BagelPipeline", "BagelPipelineOutput", "TaylorSeerConfig"]
+__all__ = ["BagelGuidance", "BagelLoraLoaderMixin", "BagelPipeline", "BagelPipelineOutput", "TaylorSeerConfig"]

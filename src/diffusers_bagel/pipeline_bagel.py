@@ -47,6 +47,7 @@ from .inputs import (
     check_whole_number,
     parts_of,
 )
+from .lora import BagelLoraLoaderMixin, scales_lora
 from .pipeline_output import BagelPipelineOutput
 from .published import VAE_FILE, check_saved_vae, load_published_vae
 from .taylorseer import TaylorSeerConfig, TaylorSeerState
@@ -108,7 +109,7 @@ class _Lanes:
     states: list[TaylorSeerState] | None
 
 
-class BagelPipeline(DiffusionPipeline):
+class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 
@@ -589,10 +590,12 @@ class BagelPipeline(DiffusionPipeline):
 
     @property
     def _transformer_kwargs(self) -> dict[str, Any]:
-        return dict(self._attention_kwargs or {})
+        # The scale of LoRA is not the attention's: `scales_lora` applies it.
+        return {key: value for key, value in (self._attention_kwargs or {}).items() if key != "scale"}
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
+    @scales_lora
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -676,7 +679,8 @@ class BagelPipeline(DiffusionPipeline):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`BagelPipelineOutput`] instead of a tuple.
             attention_kwargs (`dict`, *optional*):
-                Passed on to the attention layers of the transformer.
+                Passed on to the attention layers of the transformer, except `scale`: what the active LoRA adapters are
+                multiplied by during this call.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(self, step, timestep, callback_kwargs)` after each step; what it returns replaces
                 the tensors.

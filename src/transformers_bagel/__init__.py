@@ -12,6 +12,7 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from .adapters_bagel import LORA_TARGETS, register_lora_targets
 from .cache_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
 from .checkpoint_bagel import WEIGHT_RENAMINGS
 from .collator_bagel import BagelDataCollator
@@ -44,11 +45,13 @@ def _register() -> None:
     register_checkpoint_conversion_mapping(
         BagelConfig.model_type, [WeightRenaming(*pair) for pair in WEIGHT_RENAMINGS], overwrite=True
     )
+    register_lora_targets()
 
 
 _register()
 
 __all__ = [
+    "LORA_TARGETS",
     "BagelConfig",
     "BagelDataCollator",
     "BagelDataLoader",

@@ -35,6 +35,7 @@ from transformers.utils.generic import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_bagel import BagelAdapterMixin
 from .cache_bagel import PrefixCache, PrefixLane
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
@@ -515,7 +516,7 @@ class BagelVelocityHead(nn.Linear):
     """Projection of a latent token to its velocity, which starts at zero in a new model (point 37)."""
 
 
-class BagelPreTrainedModel(PreTrainedModel):
+class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
     """What all BAGEL classes share: capabilities, initialisation, strict loading."""
 
     config_class = BagelConfig
@@ -551,7 +552,8 @@ class BagelPreTrainedModel(PreTrainedModel):
         expected_keys: list[str] | None = None,
     ) -> Any:
         # Names and shapes are compared from the files' headers, before the first tensor is read.
-        if state_dict is None and load_config.hf_quantizer is None:
+        # The files of an adapter, which come with `expected_keys`, are no checkpoint.
+        if state_dict is None and expected_keys is None and load_config.hf_quantizer is None:
             check_checkpoint_files(model, checkpoint_files or [], load_config)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -1352,19 +1354,12 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         >>> logits = model(**inputs).logits
         ```
         """
+        has_loss = labels is not None or noise is not None
         if noise is not None and (latents is None or timesteps is None or latent_grid_hw is None):
             raise ValueError("`noise` needs `latents`, `latent_grid_hw` and `timesteps` beside it.")
-        has_loss = labels is not None or noise is not None
-        if has_loss and input_ids is None and inputs_embeds is None:
-            raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
-        if has_loss and use_cache is None:
-            use_cache = False
-        if has_loss and mm_token_type_ids is None:
-            if input_ids is not None:
-                config = self.config
-                mm_token_type_ids = token_types_from_ids(input_ids, config.image_token_id, config.latent_token_id)
-            elif inputs_embeds is not None:
-                mm_token_type_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=self.device)
+        if has_loss:
+            use_cache = bool(use_cache)
+            mm_token_type_ids = self._types_for_loss(input_ids, inputs_embeds, mm_token_type_ids)
         if has_loss and self.training:
             if pixel_values is None and self.config.visual_und:
                 pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.patch_dim)
@@ -1420,6 +1415,17 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _types_for_loss(
+        self, input_ids: Any, inputs_embeds: Any, mm_token_type_ids: torch.LongTensor | None
+    ) -> torch.Tensor:
+        if mm_token_type_ids is not None:
+            return mm_token_type_ids
+        if input_ids is not None:
+            return token_types_from_ids(input_ids, self.config.image_token_id, self.config.latent_token_id)
+        if inputs_embeds is None:
+            raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
+        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
 
     def _no_images(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed values and grid of no image: every rank must use all weights in every step, or the others wait."""

@@ -1,0 +1,136 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The arguments of both scripts, under the names that diffusers' training scripts gave them."""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers_bagel.collator_bagel import ON_ERROR
+from transformers_bagel.losses_bagel import LOSS_REDUCTIONS
+
+
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
+    """Everything but what is trained."""
+    _add_model_arguments(parser.add_argument_group("model"))
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_loss_arguments(parser.add_argument_group("loss"))
+    _add_training_arguments(parser.add_argument_group("training"), learning_rate)
+    _add_output_arguments(parser.add_argument_group("output"))
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a BAGEL pipeline")
+    group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument(
+        "--attn_implementation", help="sdpa, or flex_attention on a GPU; by default what fits the device"
+    )
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--dataset_name", help="dataset on the Hub, or a folder that `datasets` can load")
+    group.add_argument("--dataset_config_name", help="its configuration")
+    group.add_argument("--dataset_split", default="train")
+    group.add_argument("--train_data_file", nargs="+", help="parquet, jsonl or json files instead")
+    group.add_argument("--instance_data_dir", help="folder of images instead; metadata.jsonl may describe them")
+    group.add_argument("--instance_prompt", help="caption of every image that has none of its own")
+    group.add_argument("--image_column", default="image", help="what is drawn, or, with a question, seen")
+    group.add_argument("--caption_column", default="text", help="prompt, or instruction of an edit")
+    group.add_argument("--cond_image_column", help="image to start from: makes the task editing")
+    group.add_argument("--question_column", help="makes the task understanding")
+    group.add_argument("--answer_column", default="answer")
+    group.add_argument("--messages_column", default="messages", help="conversations, which need no other column")
+    group.add_argument("--resolution", type=int, help="longest side of the images in pixels")
+    group.add_argument("--max_tokens", type=int, help="pack samples into rows of so many tokens")
+    group.add_argument(
+        "--train_batch_size", type=int, default=None, help="samples a step and device (1 if not packed)"
+    )
+    group.add_argument("--cache_latents", action="store_true", help="keep encoded images in OUTPUT_DIR/latents")
+    group.add_argument("--dataloader_num_workers", type=int, default=0)
+    group.add_argument("--on_error", choices=ON_ERROR, default="raise", help="what a sample that cannot be used does")
+
+
+def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--text_dropout", type=float, default=0.1, help="rate at which prompts are dropped")
+    group.add_argument(
+        "--vit_dropout", type=float, default=0.3, help="rate at which conditions' ViT tokens are dropped"
+    )
+    group.add_argument("--vae_dropout", type=float, default=0.3, help="rate at which conditions' latents are dropped")
+    group.add_argument("--weighting_scheme", choices=("logit_normal", "none"), default="logit_normal")
+    group.add_argument("--logit_mean", type=float, default=0.0)
+    group.add_argument("--logit_std", type=float, default=1.0)
+    group.add_argument("--timestep_shift", type=float, help="by default that of the model's configuration")
+    group.add_argument("--ce_weight", type=float, default=1.0, help="weight of the loss of texts")
+    group.add_argument("--mse_weight", type=float, default=1.0, help="weight of the loss of images")
+    group.add_argument("--loss_reduction", choices=tuple(LOSS_REDUCTIONS), default="token")
+
+
+def _add_training_arguments(group: argparse._ArgumentGroup, learning_rate: float) -> None:
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--num_train_epochs", type=int, default=1)
+    group.add_argument("--max_train_steps", type=int, help="instead of the epochs; needed with --max_tokens")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--gradient_checkpointing", action="store_true")
+    group.add_argument("--learning_rate", type=float, default=learning_rate)
+    group.add_argument("--scale_lr", action="store_true", help="times devices, accumulation and batch size")
+    group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
+    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--lr_num_cycles", type=int, default=1)
+    group.add_argument("--lr_power", type=float, default=1.0)
+    group.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' optimizer")
+    group.add_argument("--adam_beta1", type=float, default=0.9)
+    group.add_argument("--adam_beta2", type=float, default=0.999)
+    group.add_argument("--adam_weight_decay", type=float, default=1e-4)
+    group.add_argument("--adam_epsilon", type=float, default=1e-8)
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's setting")
+    group.add_argument("--allow_tf32", action="store_true")
+    group.add_argument("--cpu", action="store_true", help="train on the CPU although there is a GPU")
+
+
+def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output_dir", required=True)
+    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=int, help="how many of the latest checkpoints to keep")
+    group.add_argument("--resume_from_checkpoint", help="a checkpoint's folder, or `latest`")
+    group.add_argument("--validation_prompt", help="draw this, or, with --validation_image, edit that image")
+    group.add_argument("--validation_question", help="answer this, about --validation_image if given")
+    group.add_argument("--validation_image", help="image of the prompt or the question")
+    group.add_argument("--num_validation_images", type=int, default=4)
+    group.add_argument("--validation_inference_steps", type=int, default=49)
+    group.add_argument("--validation_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    group.add_argument("--validation_steps", type=int, default=500, help="0 for none but the last")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
+    group.add_argument("--logging_dir", default="logs", help="inside OUTPUT_DIR")
+    group.add_argument("--logging_steps", type=int, default=1)
+    group.add_argument("--peak_tflops", type=float, help="of one device; by default measured on a matrix product")
+    group.add_argument("--push_to_hub", action="store_true")
+    group.add_argument("--hub_token")
+    group.add_argument("--hub_model_id", help="by default the name of OUTPUT_DIR")
+
+
+def check_shared_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: for arguments that cannot work, before anything is loaded.
+    """
+    sources = [name for name in ("dataset_name", "train_data_file", "instance_data_dir") if getattr(args, name)]
+    if len(sources) != 1:
+        raise ValueError(
+            "Pass one of --dataset_name, --train_data_file and --instance_data_dir, got "
+            f"{' and '.join('--' + name for name in sources) or 'none'}."
+        )
+    if args.max_tokens is not None and args.max_train_steps is None:
+        raise ValueError("--max_tokens packs a varying number of samples a step: pass --max_train_steps too.")
+    for name in ("gradient_accumulation_steps", "checkpointing_steps", "logging_steps", "num_train_epochs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name in ("max_train_steps", "train_batch_size", "max_tokens", "checkpoints_total_limit", "resolution"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.push_to_hub and args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError(
+            "--report_to wandb would log --hub_token. Leave it out and log in with `hf auth login` instead."
+        )

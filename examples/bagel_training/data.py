@@ -1,0 +1,164 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Rows of a dataset as training samples: drawing, editing, understanding, or conversations as they are."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, List, load_dataset
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+class TrainingSamples:
+    """
+    Samples for [`BagelDataCollator`], one a row.
+
+    Args:
+        rows (`datasets.Dataset`): The rows; images undecoded, so that a broken one is the collator's to report.
+        args (`argparse.Namespace`): Names of the columns, see `arguments.py`.
+        root (`Path`, *optional*): Where relative paths of images start.
+
+    Raises:
+        ValueError: if the columns that the task needs are not there.
+    """
+
+    def __init__(self, rows: Dataset, args: argparse.Namespace, root: Path | None = None):
+        self.rows = rows
+        self.args = args
+        self.root = root
+        columns = rows.column_names
+        self.task = self._task(columns)
+        needed = {
+            "messages": [args.messages_column],
+            "understanding": [args.question_column, args.answer_column],
+            "editing": [args.cond_image_column, args.caption_column, args.image_column],
+            "text-to-image": [args.image_column] + ([] if args.instance_prompt else [args.caption_column]),
+        }[self.task]
+        missing = [name for name in needed if name not in columns]
+        if missing:
+            raise ValueError(
+                f"The task is {self.task}, but the data has no column {', '.join(map(repr, missing))}. It has "
+                f"{', '.join(map(repr, columns))}. Name the columns with --image_column, --caption_column, "
+                "--cond_image_column, --question_column, --answer_column or --messages_column."
+            )
+
+    def _task(self, columns: list[str]) -> str:
+        if self.args.messages_column in columns:
+            return "messages"
+        if self.args.question_column:
+            return "understanding"
+        return "editing" if self.args.cond_image_column else "text-to-image"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, args = self.rows[index], self.args
+        if self.task == "messages":
+            images = row.get("images")
+            sample = {"messages": self._with_paths(row[args.messages_column])}
+            if images is not None:
+                sample["images"] = [self._image(image) for image in images]
+            return sample | self._name(row, images[0] if images else None)
+        image = row.get(args.image_column)
+        if self.task == "understanding":
+            question = [{"type": "text", "text": row[args.question_column]}]
+            if image is not None:
+                question.insert(0, {"type": "image", "image": self._image(image)})
+            turns = (question, [{"type": "text", "text": row[args.answer_column]}])
+        else:
+            prompt = [{"type": "text", "text": row.get(args.caption_column) or args.instance_prompt}]
+            if self.task == "editing":
+                prompt.insert(0, {"type": "image", "image": self._image(row[args.cond_image_column])})
+            turns = (prompt, [{"type": "image", "image": self._image(image)}])
+        messages = [{"role": role, "content": part} for role, part in zip(("user", "assistant"), turns, strict=True)]
+        return {"messages": messages} | self._name(row, image)
+
+    def _image(self, image: Any) -> Any:
+        if isinstance(image, dict) and image.get("bytes") is None:
+            image = image["path"]
+        is_relative = isinstance(image, str) and "://" not in image and not os.path.isabs(image)
+        return str(self.root / image) if is_relative and self.root is not None else image
+
+    def _with_paths(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            message
+            if isinstance(message["content"], str)
+            else {
+                **message,
+                "content": [
+                    {**part, "image": self._image(part["image"])} if part.get("image") is not None else part
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
+
+    def _name(self, row: dict[str, Any], image: Any) -> dict[str, Any]:
+        """The row's own name, or its image's path, for messages about it."""
+        name = row.get("id", row.get("file_name"))
+        if name is None and isinstance(image, dict):
+            name = image.get("path")
+        return {} if name is None else {"id": name}
+
+
+def load_samples(args: argparse.Namespace) -> TrainingSamples:
+    """
+    The samples that the arguments name.
+
+    Raises:
+        ValueError, OSError: if there is no such data, or if it lacks a column.
+    """
+    root = None
+    if args.dataset_name:
+        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+    elif args.train_data_file:
+        rows, root = _load_files(args.train_data_file)
+    else:
+        rows, root = _load_folder(Path(args.instance_data_dir), args)
+    return TrainingSamples(_undecoded(rows), args, root)
+
+
+def _load_files(files: list[str]) -> tuple[Dataset, Path]:
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+    suffixes = {Path(name).suffix for name in files}
+    if len(suffixes) != 1 or not suffixes <= set(kinds):
+        raise ValueError(f"--train_data_file must be files of one kind, .parquet, .jsonl or .json, got {files}.")
+    missing = [name for name in files if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"--train_data_file: there is no file {', '.join(missing)}.")
+    return load_dataset(kinds[suffixes.pop()], data_files=files, split="train"), Path(files[0]).parent
+
+
+def _load_folder(folder: Path, args: argparse.Namespace) -> tuple[Dataset, Path]:
+    """Images described by a metadata file with a column `file_name`, or images alone, for --instance_prompt."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--instance_data_dir: there is no folder '{folder}'.")
+    described = [folder / name for name in METADATA_FILES if (folder / name).is_file()]
+    if described:
+        kind = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}[described[0].suffix]
+        rows = load_dataset(kind, data_files=str(described[0]), split="train")
+        if "file_name" in rows.column_names and args.image_column not in rows.column_names:
+            rows = rows.add_column(args.image_column, rows["file_name"])
+        return rows, folder
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+    )
+    if not names:
+        raise ValueError(f"--instance_data_dir: '{folder}' holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    return Dataset.from_dict({args.image_column: names, "file_name": names}), folder
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows

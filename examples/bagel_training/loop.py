@@ -1,0 +1,270 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The training loop of both scripts."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
+from transformers import BatchFeature
+
+from diffusers_bagel import BagelPipeline
+from transformers_bagel import BagelDataCollator, BagelDataLoader
+from transformers_bagel.losses_bagel import loss_totals, over_ranks
+
+from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from .data import TrainingSamples
+from .ema import ShardedEma
+from .throughput import StepFlops, measured_peak
+
+
+logger = get_logger(__name__)
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerator with its trackers, after `--seed` has been set."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(args.seed)
+    if args.allow_tf32 and torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if args.report_to != "none":
+        hidden = ("hub_token",)
+        settings = {name: str(value) for name, value in vars(args).items() if name not in hidden}
+        accelerator.init_trackers("bagel", config=settings)
+    return accelerator
+
+
+def make_loader(
+    args: argparse.Namespace, accelerator: Accelerator, samples: TrainingSamples, pipe: BagelPipeline
+) -> BagelDataLoader:
+    """This rank's batches."""
+    timestep_shift = pipe.transformer.config.timestep_shift if args.timestep_shift is None else args.timestep_shift
+    collator = BagelDataCollator(
+        pipe.processor,
+        vae=pipe.vae,
+        text_dropout=args.text_dropout,
+        vit_dropout=args.vit_dropout,
+        vae_dropout=args.vae_dropout,
+        max_tokens=args.max_tokens,
+        timestep_shift=timestep_shift,
+        timestep_law="logit_normal" if args.weighting_scheme == "logit_normal" else "uniform",
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        cache_dir=Path(args.output_dir) / "latents" if args.cache_latents else None,
+        on_error=args.on_error,
+    )
+    batch_size = args.train_batch_size
+    if batch_size is None and args.max_tokens is None:
+        batch_size = 1
+    return BagelDataLoader(
+        samples,
+        collator,
+        batch_size=batch_size,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+    )
+
+
+def make_optimizer(
+    args: argparse.Namespace, accelerator: Accelerator, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW over what is trained."""
+    kind: Any = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * (args.train_batch_size or 1) * accelerator.num_processes
+    return kind(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def number_of_steps(args: argparse.Namespace, accelerator: Accelerator, num_samples: int) -> int:
+    """`--max_train_steps`, or what the epochs take."""
+    if args.max_train_steps is not None:
+        return args.max_train_steps
+    per_step = (args.train_batch_size or 1) * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.num_train_epochs * math.ceil(num_samples / per_step)
+
+
+@dataclass
+class Training:
+    """A training, ready to run.
+
+    Attributes:
+        args (`argparse.Namespace`): See `arguments.py`.
+        accelerator (`Accelerator`)
+        model (`nn.Module`): As it is called: wrapped for data parallel, or sharded.
+        optimizer (`torch.optim.Optimizer`)
+        loader (`BagelDataLoader`): This rank's batches.
+        flops (`StepFlops`): Of the model.
+        validate (`Callable[[int], None]`): Draws and answers with the model as it is after a step.
+        ema (`ShardedEma`, *optional*): Average of the weights.
+    """
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: BagelDataLoader
+    flops: StepFlops
+    validate: Callable[[int], None]
+    ema: ShardedEma | None = None
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step, and return its number and metrics."""
+        args, accelerator = self.args, self.accelerator
+        num_steps = number_of_steps(args, accelerator, len(self.loader.dataset))
+        self.scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=num_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        step = self._resume()
+        peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(accelerator.device, self._dtype())
+        batches = iter(self.loader)
+        self.model.train()
+        logs: dict[str, float] = {}
+        progress = tqdm(total=num_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+        while step < num_steps:
+            start = time.perf_counter()
+            micro_batches = [next(batches).to(accelerator.device) for _ in range(args.gradient_accumulation_steps)]
+            logs = self._step(micro_batches)
+            step += 1
+            progress.update()
+            logs |= self._throughput(micro_batches, time.perf_counter() - start, peak)
+            progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}")
+            if step % args.logging_steps == 0:
+                accelerator.log(logs, step=step)
+                logger.info(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in logs.items()))
+            if step % args.checkpointing_steps == 0:
+                self._save(step)
+            if step == num_steps or (args.validation_steps and step % args.validation_steps == 0):
+                self._validate(step)
+        progress.close()
+        if self.ema is not None:
+            self.ema.copy_to_model()
+        return {"step": step} | logs
+
+    def _step(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
+        """One update, by the loss of the global batch: of all micro-batches of all ranks."""
+        args, accelerator = self.args, self.accelerator
+        own = sum(loss_totals(batch, args.loss_reduction) for batch in micro_batches)
+        totals, num_ranks = over_ranks(own)
+        sums = torch.zeros(3, device=accelerator.device)
+        for index, batch in enumerate(micro_batches):
+            with self._gradient_sync(last=index == len(micro_batches) - 1), accelerator.autocast():
+                outputs = self.model(**batch, loss_totals=totals)
+                # Data parallel takes the mean over the ranks, where the sum is meant.
+                accelerator.backward(num_ranks * outputs.loss)
+            sums += torch.stack([outputs.loss, outputs.ce_loss, outputs.mse_loss]).detach()
+        norm = self._clip_gradients()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step()
+        loss, ce_loss, mse_loss = (num_ranks * accelerator.reduce(sums, "mean")).tolist()
+        return {
+            "loss": loss,
+            "ce_loss": ce_loss,
+            "mse_loss": mse_loss,
+            "grad_norm": norm,
+            "lr": self.scheduler.get_last_lr()[0],
+        }
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager:
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _clip_gradients(self) -> float:
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _throughput(self, micro_batches: list[BatchFeature], seconds: float, peak: float) -> dict[str, float]:
+        tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in micro_batches)
+        flops = sum(self.flops(batch) for batch in micro_batches)
+        work = torch.tensor([tokens, flops], dtype=torch.float64, device=self.accelerator.device)
+        tokens, flops = self.accelerator.reduce(work, "sum").tolist()
+        return {
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / (peak * self.accelerator.num_processes),
+        }
+
+    def _dtype(self) -> torch.dtype:
+        mixed = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        return mixed.get(self.accelerator.mixed_precision, next(self.model.parameters()).dtype)
+
+    def _save(self, step: int) -> None:
+        own_state = {
+            "step": step,
+            "loader": self.loader.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        limit = self.args.checkpoints_total_limit
+        save_checkpoint(
+            self.accelerator, Path(self.args.output_dir), step, self.model, self.optimizer, own_state, limit
+        )
+
+    def _resume(self) -> int:
+        path = checkpoint_to_resume(self.args)
+        if path is None:
+            return 0
+        own_state = load_checkpoint(self.accelerator, path, self.model, self.optimizer)
+        self.loader.load_state_dict(own_state["loader"])
+        self.scheduler.load_state_dict(own_state["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(own_state["ema"])
+        return own_state["step"]
+
+    def _validate(self, step: int) -> None:
+        """Validate with the averaged weights, without a trace in the training's random numbers."""
+        devices = [] if self.accelerator.device.type == "cpu" else [self.accelerator.device]
+        averaged = nullcontext() if self.ema is None else self.ema.in_model()
+        self.model.eval()
+        with torch.random.fork_rng(devices), averaged:
+            self.validate(step)
+        self.model.train()
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,549 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""LoRA in the pipeline: diffusers' interface over the model's own peft layers."""
+
+import functools
+import inspect
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import (
+    LoraBaseMixin,
+    _fetch_state_dict,
+    _func_optionally_disable_offloading,
+)
+from diffusers.utils import is_peft_available, logging, recurse_remove_peft_layers, require_peft_backend
+from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from transformers_bagel.adapters_bagel import (
+    configured_strength,
+    merged_adapters,
+    settle_adapter,
+    strength_settings,
+)
+from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
+
+from .inputs import check_number
+
+
+logger = logging.get_logger(__name__)
+
+DIFFUSERS_PREFIX = "transformer."
+PEFT_PREFIX = "base_model.model."
+SOURCE = "`pretrained_model_name_or_path_or_dict`"
+SOURCES = (
+    "a Hub id, a folder with pytorch_lora_weights.safetensors or adapter_model.safetensors, such a file, or a dict of "
+    "tensors"
+)
+
+
+class BagelLoraLoaderMixin(LoraBaseMixin):
+    """Load, weigh, fuse, swap and save LoRA layers of the pipeline's `transformer`."""
+
+    _lora_loadable_modules = ["transformer"]
+    transformer_name = "transformer"
+
+    transformer: Any
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        return_lora_metadata: bool = False,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        use_safetensors: bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        proxies: dict[str, str] | None = None,
+        local_files_only: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> Any:
+        """
+        Read LoRA weights in diffusers' file format or in peft's.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                Hub id, folder, file, or the tensors. Names start with `transformer.`, `base_model.model.`, or a module.
+            return_lora_metadata (`bool`, *optional*, defaults to `False`): Whether to return the settings, too.
+            weight_name (`str`, *optional*): File in the folder.
+            subfolder, use_safetensors, cache_dir, force_download, proxies, local_files_only, token, revision:
+                As in [`DiffusionPipeline.from_pretrained`].
+
+        Returns:
+            `dict[str, torch.Tensor]`, names starting with `transformer.`; with `return_lora_metadata` also the
+            arguments of the `LoraConfig` (`dict` with keys starting with `transformer.`), or `None` where the file
+            does not hold them. Then alpha equals the rank, and alphas among the tensors are multiplied in.
+
+        Raises:
+            OSError: if there are no such weights.
+            TypeError: if the argument is of another type.
+        """
+        if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
+            raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
+        hub = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "proxies": proxies,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+            "subfolder": subfolder,
+        }
+        try:
+            state_dict, metadata = _fetch_state_dict(
+                pretrained_model_name_or_path_or_dict,
+                weight_name=weight_name,
+                use_safetensors=use_safetensors is not False,
+                allow_pickle=use_safetensors is None,
+                user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+                **hub,
+            )
+        except (OSError, ValueError, IndexError) as error:
+            raise OSError(
+                f"{SOURCE}: no LoRA weights at {str(pretrained_model_name_or_path_or_dict)!r} ({error}). It must be "
+                f"{SOURCES}."
+            ) from error
+        if metadata is None and any(name.startswith(PEFT_PREFIX) for name in state_dict):
+            metadata = _read_peft_config(pretrained_model_name_or_path_or_dict, weight_name, hub)
+        weights, alphas = _split_alphas({_module_key(name): tensor for name, tensor in state_dict.items()})
+        if metadata is None:
+            weights = _with_alphas(weights, alphas)
+        weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
+        return (weights, metadata) if return_lora_metadata else weights
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Load a LoRA into the transformer and activate it. If that fails, the transformer is what it was before.
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                See [`BagelLoraLoaderMixin.lora_state_dict`].
+            adapter_name (`str`, *optional*, defaults to `"default_0"` and so on): Name of the adapter.
+            hotswap (`bool`, *optional*, defaults to `False`):
+                Whether to put the weights in the place of the adapter `adapter_name`.
+            kwargs:
+                `low_cpu_mem_usage`, and arguments of [`BagelLoraLoaderMixin.lora_state_dict`].
+
+        Raises:
+            OSError: if there are no such weights.
+            ValueError: if peft is missing, if the weights do not fit, or the name is taken (with `hotswap`: unknown).
+        """
+        if not is_peft_available():
+            raise ValueError("`load_lora_weights` needs peft: `pip install peft`.")
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
+        state_dict, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        self.load_lora_into_transformer(
+            state_dict,
+            self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+
+    @classmethod
+    @require_peft_backend
+    def load_lora_into_transformer(
+        cls,
+        state_dict: dict[str, torch.Tensor],
+        transformer: Any,
+        adapter_name: str | None = None,
+        _pipeline: Any = None,
+        low_cpu_mem_usage: bool = False,
+        hotswap: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """See [`BagelLoraLoaderMixin.load_lora_weights`]; takes what `lora_state_dict` returns."""
+        transformer = getattr(transformer, "_orig_mod", transformer)  # of a compiled one
+        _check_is_model(transformer)
+        weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
+        _check_names(weights, transformer)
+        config = _lora_config(weights, metadata, transformer)
+        _check_shapes(weights, config, transformer)
+        adapters = getattr(transformer, "peft_config", {})
+        if hotswap and adapter_name not in adapters:
+            raise ValueError(
+                f"`adapter_name` must name a loaded adapter to hotswap, one of {sorted(adapters)}, got "
+                f"{adapter_name!r}."
+            )
+        if not hotswap and adapter_name in adapters:
+            raise ValueError(
+                f"`adapter_name`: there is an adapter {adapter_name!r} already. Pass another name, or `hotswap=True`."
+            )
+        if adapter_name is None:
+            names = (f"default_{index}" for index in itertools.count(len(adapters)))
+            adapter_name = next(name for name in names if name not in adapters)
+        with _without_offloading(_pipeline):
+            if hotswap:
+                _swap(transformer, weights, config, adapter_name)
+                return
+            with _undone_on_error(transformer, adapter_name):
+                _inject(transformer, weights, config, adapter_name, low_cpu_mem_usage)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: dict[str, torch.nn.Module | torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Write LoRA weights in diffusers' file format.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder; created if it is not there.
+            transformer_lora_layers (`dict[str, torch.Tensor]`): As from `peft.get_peft_model_state_dict`.
+            is_main_process (`bool`, *optional*, defaults to `True`): As in diffusers.
+            weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): Name of the file.
+            save_function (`Callable`, *optional*): Called as `save_function(weights, path)` to write the file.
+            safe_serialization (`bool`, *optional*, defaults to `True`): Whether to write safetensors.
+            transformer_lora_adapter_metadata (`dict`, *optional*):
+                `LoraConfig.to_dict()`. Without it the file does not hold alpha, and readers take the rank for it.
+
+        Raises:
+            ValueError: if there are no layers.
+        """
+        if not transformer_lora_layers:
+            raise ValueError(
+                "`transformer_lora_layers` must hold the weights, as `peft.get_peft_model_state_dict(pipe.transformer, "
+                "adapter_name=...)` returns them."
+            )
+        if not transformer_lora_adapter_metadata:
+            logger.warning(
+                "Without `transformer_lora_adapter_metadata` the file does not say alpha: it will be read as the rank. "
+                "Pass `pipe.transformer.peft_config[adapter_name].to_dict()`."
+            )
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers={cls.transformer_name: transformer_lora_layers},
+            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+        )
+
+    def fuse_lora(
+        self,
+        components: list[str] = ["transformer"],  # noqa: B006  the library's signature
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See [`~loaders.LoraBaseMixin.fuse_lora`]."""
+        _check_is_model(self.transformer)
+        scalings = {layer: dict(layer.scaling) for layer in _lora_layers(self.transformer)}
+        # A second fuse must not take the scale of the first one for the adapters' own.
+        self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
+        super().fuse_lora(
+            components=components,
+            lora_scale=lora_scale,
+            safe_fusing=safe_fusing,
+            adapter_names=adapter_names,
+            **kwargs,
+        )
+
+    def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
+        """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
+        _check_is_model(self.transformer)
+        super().unfuse_lora(components=components, **kwargs)
+        for layer, scaling in self.__dict__.pop("_unfused_scalings", {}).items():
+            layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters. What was fused stays in the weights."""
+        _check_is_model(self.transformer)
+        self.__dict__.pop("_unfused_scalings", None)
+        super().unload_lora_weights()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """See [`~loaders.LoraBaseMixin.delete_adapters`]."""
+        super().delete_adapters(adapter_names)
+        if not getattr(self.transformer, "peft_config", None):
+            # Without their last adapter, the layers would still be saved under names that fit no model.
+            recurse_remove_peft_layers(self.transformer)
+
+    def enable_lora_hotswap(self, **kwargs: Any) -> None:
+        """
+        Prepare for adapters of different ranks, and for a compiled transformer. To be called before the first load.
+
+        Args:
+            target_rank (`int`, *optional*, defaults to 128): The highest rank that will be loaded.
+            check_compiled (`str`, *optional*, defaults to `"error"`): `"error"`, `"warn"` or `"ignore"`.
+        """
+        self.transformer.enable_peft_hotswap(**kwargs)
+
+    @functools.wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        # Documented by the library. The folder is to draw by itself what the pipeline draws.
+        transformer = self.transformer
+        names = list(getattr(transformer, "peft_config", {}))
+        if names:
+            logger.warning(
+                "The transformer is saved as it draws now, with the active adapters merged into its weights and "
+                f"rounded to {transformer.dtype}. Not saved apart: {', '.join(names)}. Use `save_lora_weights` for that."
+            )
+        model = getattr(transformer, "_orig_mod", transformer)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        try:
+            # Neither a `PeftModel` nor a compiled model is a component that could be saved.
+            self.transformer = model
+            with merged_adapters(model):
+                super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.transformer = transformer
+
+
+def scales_lora(call: Callable) -> Callable:
+    """Make a pipeline's `__call__` honour `attention_kwargs["scale"]`, from its first forward to its last."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attention_kwargs = signature.bind(self, *args, **kwargs).arguments.get("attention_kwargs")
+        if not isinstance(attention_kwargs, dict) or "scale" not in attention_kwargs:
+            return call(self, *args, **kwargs)
+        check_number('attention_kwargs["scale"]', attention_kwargs["scale"], float("-inf"))
+        with lora_scale(self.transformer, attention_kwargs["scale"]):
+            return call(self, *args, **kwargs)
+
+    return scaled
+
+
+@contextmanager
+def lora_scale(model: torch.nn.Module, scale: float) -> Iterator[None]:
+    """Multiply the active adapters of a model by a number for a while."""
+    # Merged layers do not read their scaling, except to be unmerged.
+    layers = [layer for layer in _lora_layers(model) if not layer.merged]
+    if not layers:
+        logger.warning('`attention_kwargs["scale"]` has no effect: the transformer has no LoRA that is not fused.')
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name in layer.active_adapters:
+                if name in layer.scaling:
+                    layer.scaling[name] = layer.scaling[name] * scale
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def _lora_layers(model: torch.nn.Module) -> list[Any]:
+    if not is_peft_available():
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _check_is_model(transformer: Any) -> None:
+    if not isinstance(transformer, PreTrainedModel):
+        raise TypeError(
+            f"The pipeline's `transformer` is a {type(transformer).__name__}, whose adapters are its own: set "
+            "`pipe.transformer` to the model inside it, `get_base_model()` of a PeftModel or `_orig_mod` of a compiled one."
+        )
+
+
+def _module_key(name: str) -> str:
+    """Name of a tensor as the model knows it; files trained with the published code have the published names."""
+    name = name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX)
+    for pattern, replacement in WEIGHT_RENAMINGS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _module_of(name: str) -> str:
+    return name.rsplit(".lora_", 1)[0]
+
+
+def _read_peft_config(source: Any, weight_name: str | None, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """The `adapter_config.json` beside weights in peft's format, with keys as in diffusers' metadata."""
+    file = None
+    if not isinstance(source, dict):
+        folder = os.path.dirname(source) if os.path.isfile(source) else source
+        subfolder = os.path.join(hub["subfolder"] or "", os.path.dirname(weight_name or ""))
+        arguments = {key: value for key, value in hub.items() if value is not None}
+        file = find_adapter_config_file(folder, **(arguments | {"subfolder": subfolder}))
+    if file is None:
+        logger.warning(
+            f"{SOURCE} has weights in peft's format without adapter_config.json, which holds `lora_alpha`: alpha is "
+            "taken to be the rank. Pass the folder that holds both."
+        )
+        return None
+    with open(file, encoding="utf-8") as opened:
+        return {f"{DIFFUSERS_PREFIX}{key}": value for key, value in json.load(opened).items()}
+
+
+def _split_alphas(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    alphas = {name.removesuffix(".alpha"): float(value) for name, value in weights.items() if name.endswith(".alpha")}
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}, alphas
+
+
+def _with_alphas(weights: dict[str, torch.Tensor], alphas: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Weights whose alpha is the rank, equal to weights with other alphas."""
+    weights = dict(weights)
+    for module, alpha in alphas.items():
+        name = f"{module}.lora_B.weight"
+        if name in weights:
+            weights[name] = weights[name].float() * (alpha / weights[name].shape[1])
+    return weights
+
+
+def _check_names(weights: dict[str, torch.Tensor], transformer: PreTrainedModel) -> None:
+    modules = dict(transformer.named_modules())
+    unknown = sorted(name for name in weights if ".lora_" not in name or _module_of(name) not in modules)
+    if unknown or not weights:
+        raise ValueError(
+            f"{SOURCE} must hold LoRA weights of the transformer's layers, named like "
+            "`transformer.model.language_model.layers.0.self_attn.q_proj_moe_gen.lora_A.weight`, but it holds "
+            f"{', '.join(unknown[:3]) or 'nothing'}{', ...' if len(unknown) > 3 else ''}. Nothing was loaded. "
+            "Other kinds of adapters, and LoRA with whole modules beside it, load with `pipe.transformer.load_adapter`."
+        )
+
+
+def _lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, transformer: Any) -> Any:
+    from peft import LoraConfig
+
+    if metadata is not None:
+        settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in metadata.items()}
+    else:
+        ranks = {
+            _module_of(name): tensor.shape[0] for name, tensor in weights.items() if name.endswith(".lora_A.weight")
+        }
+        settings = strength_settings(ranks, dict(ranks)) | {
+            "target_modules": sorted({_module_of(name) for name in weights}),
+            "use_dora": any("lora_magnitude_vector" in name for name in weights),
+            "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
+        }
+    config = LoraConfig.from_peft_type(**settings)
+    if not isinstance(config, LoraConfig) or config.modules_to_save:
+        raise ValueError(
+            f"{SOURCE}: its settings say peft_type={config.peft_type.value} and modules_to_save="
+            f"{getattr(config, 'modules_to_save', None)}, but only plain LoRA is loaded here. Use "
+            "`pipe.transformer.load_adapter`."
+        )
+    config.base_model_name_or_path = transformer.name_or_path
+    return config
+
+
+def _check_shapes(weights: dict[str, torch.Tensor], config: Any, transformer: PreTrainedModel) -> None:
+    for module in sorted({_module_of(name) for name in weights}):
+        layer = transformer.get_submodule(module)
+        rank, _ = configured_strength(config, module)
+        for part, expected in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
+            name = f"{module}.{part}.weight"
+            shape = tuple(weights[name].shape) if name in weights else "missing"
+            if shape != expected:
+                raise ValueError(
+                    f"{SOURCE} does not fit the transformer or its own settings: {name} is {shape}, expected "
+                    f"{expected}. Nothing was loaded."
+                )
+
+
+@contextmanager
+def _without_offloading(pipeline: Any) -> Iterator[None]:
+    """Take the hooks of offloading off the components for a while."""
+    device = None if pipeline is None else pipeline._execution_device
+    by_model, by_layer, by_group = _func_optionally_disable_offloading(pipeline)
+    try:
+        yield
+    finally:
+        if by_model:
+            pipeline.enable_model_cpu_offload(device=device)
+        elif by_layer:
+            pipeline.enable_sequential_cpu_offload(device=device)
+        elif by_group:
+            for component in pipeline.components.values():
+                if isinstance(component, torch.nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(component)
+
+
+@contextmanager
+def _undone_on_error(transformer: Any, adapter_name: str) -> Iterator[None]:
+    """If something fails, put the modules back that were there, without the new adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = dict(transformer.named_modules())
+    active = {
+        name: list(module.active_adapters) for name, module in modules.items() if isinstance(module, BaseTunerLayer)
+    }
+    trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
+    had_adapters = getattr(transformer, "peft_config", None) is not None
+    try:
+        yield
+    except BaseException:
+        for name, module in modules.items():
+            if name in active:
+                module.delete_adapter(adapter_name)
+                module.set_adapter(active[name])
+            elif name and transformer.get_submodule(name) is not module:
+                transformer.set_submodule(name, module)
+        if had_adapters:
+            transformer.peft_config.pop(adapter_name, None)
+        elif hasattr(transformer, "peft_config"):
+            del transformer.peft_config
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _inject(
+    transformer: Any, weights: dict[str, torch.Tensor], config: Any, adapter_name: str, low_cpu_mem_usage: bool
+) -> None:
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    inject_adapter_in_model(config, transformer, adapter_name, state_dict=weights, low_cpu_mem_usage=low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        # This gives the weights memory, but rounds them to the model's dtype.
+        set_peft_model_state_dict(transformer, weights, adapter_name, low_cpu_mem_usage=True)
+    settle_adapter(transformer, adapter_name)
+    result = set_peft_model_state_dict(transformer, weights, adapter_name)
+    missing = [name for name in result.missing_keys if f".{adapter_name}" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{SOURCE} does not fit the transformer: {missing[:3]} are missing, {result.unexpected_keys[:3]} unknown. "
+            "Nothing was loaded."
+        )
+    if transformer._prepare_peft_hotswap_kwargs is not None:
+        prepare_model_for_compiled_hotswap(transformer, config=config, **transformer._prepare_peft_hotswap_kwargs)
+        transformer._prepare_peft_hotswap_kwargs = None
+    transformer._hf_peft_config_loaded = True
+
+
+def _swap(transformer: Any, weights: dict[str, torch.Tensor], config: Any, adapter_name: str) -> None:
+    from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+
+    check_hotswap_configs_compatible(transformer.peft_config[adapter_name], config)
+    named = {}
+    for name, tensor in weights.items():
+        module = _module_of(name)
+        # The magnitudes of DoRA are saved without the name of their parameter.
+        part, _, parameter = name[len(module) + 1 :].partition(".")
+        named[f"{module}.{part}.{adapter_name}.{parameter or 'weight'}"] = tensor
+    hotswap_adapter_from_state_dict(transformer, named, adapter_name, config)

@@ -1,0 +1,119 @@
+"""What `test_distributed.py` starts in two processes: `accelerate launch ... worker.py MODE`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT), str(ROOT / "examples")]
+
+from bagel_training.parallel import shard_model  # noqa: E402
+
+from diffusers_bagel.published import load_published_vae  # noqa: E402
+from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor  # noqa: E402
+from transformers_bagel import BagelDataCollator, loss_totals  # noqa: E402
+
+
+def turn(role: str, *parts) -> dict:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return {"role": role, "content": content}
+
+
+def samples_of_ranks() -> list[list[list[dict]]]:
+    """For each step what each rank gets; the ranks differ in what they lack."""
+    square, wide = golden_image("square"), golden_image("wide")
+    draw = {"messages": [turn("user", "a red circle"), turn("assistant", square)]}
+    edit = {"messages": [turn("user", square, "make it green"), turn("assistant", square)]}
+    look = {"messages": [turn("user", wide, "how many shapes?"), turn("assistant", "three shapes, I think")]}
+    talk = {"messages": [turn("user", "hello"), turn("assistant", "hi")]}
+    return [
+        [[draw, edit, look], [look, draw]],
+        [[draw, edit], [look]],
+        [[talk], [edit]],
+        [[talk], [look, talk]],
+        [[talk], [talk, talk]],
+    ]
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare_training(mode: str) -> None:
+    """Losses and gradients of two processes against those of one for the same global batch."""
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    rank = accelerator.process_index
+    assert accelerator.num_processes == 2
+    collator = BagelDataCollator(load_processor(), vae=load_published_vae(CHECKPOINT))
+    reference, trained = load_model().train(), load_model().train()
+    # The checkpoint's own head is random, so that gradients reach everything.
+    if mode == "fsdp":
+        model = shard_model(trained, init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    else:
+        model, optimizer = accelerator.prepare(trained, torch.optim.SGD(trained.parameters(), lr=0.0))
+    for step, samples in enumerate(samples_of_ranks()):
+        encoded = [
+            [collator.encode(sample, seed=100 * step + 10 * owner + index) for index, sample in enumerate(own)]
+            for owner, own in enumerate(samples)
+        ]
+        batch = collator.pack(encoded[0] + encoded[1])
+        expected = reference(**batch, loss_totals=loss_totals(batch))
+        reference.zero_grad()
+        expected.loss.backward()
+
+        optimizer.zero_grad()
+        outputs = model(**collator.pack(encoded[rank]))
+        accelerator.backward(outputs.loss)
+        for name in ("loss", "ce_loss", "mse_loss"):
+            mean = accelerator.reduce(getattr(outputs, name).detach(), "mean")
+            assert abs(float(mean - getattr(expected, name))) <= 1e-5, (step, name, mean, getattr(expected, name))
+        ours = dict(trained.named_parameters())
+        for name, parameter in reference.named_parameters():
+            grad = ours[name].grad
+            assert grad is not None, (step, name)
+            error = float((full(grad) - parameter.grad).abs().max())
+            assert error <= 1e-5, (step, name, error)
+
+
+def compare_tensor_parallel() -> None:
+    """Logits and velocity of a model split over two processes against the whole one."""
+    torch.distributed.init_process_group("gloo")
+    whole, split = load_model(), load_model(tp_plan="auto")
+    suffixes = [f"{name}_proj{expert}" for name in "qkvo" for expert in ("", "_moe_gen")]
+    layer = split.model.language_model.layers[0]
+    weights = {name: getattr(layer.self_attn, name).weight for name in suffixes}
+    weights |= {
+        f"{mlp}.{name}_proj": getattr(getattr(layer, mlp), f"{name}_proj").weight
+        for mlp in ("mlp", "mlp_moe_gen")
+        for name in ("gate", "up", "down")
+    }
+    for name, weight in weights.items():
+        assert isinstance(weight, DTensor) and weight.to_local().numel() * 2 == weight.numel(), name
+    collator = BagelDataCollator(load_processor(), vae=load_published_vae(CHECKPOINT), vae_sample_mode="argmax")
+    batch = collator.pack([collator.encode(sample, seed=3) for sample in samples_of_ranks()[0][0]])
+    with torch.no_grad():
+        expected, outputs = whole(**batch), split(**batch)
+    for name in ("logits", "velocity"):
+        error = float((full(getattr(outputs, name)) - getattr(expected, name)).abs().max())
+        assert error <= 1e-5, (name, error)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if sys.argv[1] == "tp":
+        compare_tensor_parallel()
+    else:
+        compare_training(sys.argv[1])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
