@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+from diffusers_bagel.published import load_published_vae
+from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -39,6 +40,38 @@ def conversation(inputs: list[str]) -> list[dict]:
         for item in inputs
     ]
     return [{"role": "user", "content": parts}]
+
+
+def turn(role: str, *parts) -> dict:
+    """A message of texts, images, and parts that are already spelled out."""
+    content = []
+    for part in parts:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        elif not (isinstance(part, dict) and "type" in part):
+            part = {"type": "image", "image": part}
+        content.append(part)
+    return {"role": role, "content": content}
+
+
+def training_samples(*names: str) -> list[dict]:
+    """Conversations that differ in what they condition on and in what they learn."""
+    square, wide, tall = (golden_image(name) for name in ("square", "wide", "tall"))
+    known = {
+        "talk": [turn("user", "hello"), turn("assistant", "hi there")],
+        "look": [turn("user", wide, "how many shapes?"), turn("assistant", "three shapes, I think")],
+        "draw": [turn("user", "a red circle"), turn("assistant", square)],
+        "edit": [turn("user", tall, "make it green"), turn("assistant", wide)],
+        "chat": [
+            turn("user", "a red circle"),
+            turn("assistant", "here", square),
+            turn("user", "make it wide"),
+            turn("assistant", wide),
+            turn("user", "what is it?"),
+            turn("assistant", "a wide circle"),
+        ],
+    }
+    return [{"messages": known[name]} for name in names]
 
 
 def load_model(**kwargs) -> BagelForConditionalGeneration:
@@ -69,6 +102,22 @@ def model() -> BagelForConditionalGeneration:
 @pytest.fixture(scope="session")
 def processor() -> BagelProcessor:
     return load_processor()
+
+
+@pytest.fixture(scope="session")
+def vae():
+    return load_published_vae(CHECKPOINT)
+
+
+@pytest.fixture
+def collate(processor, vae):
+    """A collator without dropout, on the posterior's mean."""
+
+    def make(**kwargs) -> BagelDataCollator:
+        settings = {"vae_sample_mode": "argmax", "text_dropout": 0.0, "vit_dropout": 0.0, "vae_dropout": 0.0}
+        return BagelDataCollator(processor, **({"vae": vae} | settings | kwargs))
+
+    return make
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ import inspect
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import (
     LoraBaseMixin,
@@ -29,7 +27,7 @@ from transformers_bagel.adapters_bagel import (
     settle_adapter,
     strength_settings,
 )
-from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
+from transformers_bagel.checkpoint_bagel import module_name
 
 from .inputs import check_number
 
@@ -297,9 +295,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         self.transformer.enable_peft_hotswap(**kwargs)
 
-    @functools.wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        # Documented by the library. The folder is to draw by itself what the pipeline draws.
+        """As [`DiffusionPipeline.save_pretrained`], with the active adapters merged into the weights that are written:
+        the folder draws by itself what the pipeline draws."""
         transformer = self.transformer
         names = list(getattr(transformer, "peft_config", {}))
         if names:
@@ -371,10 +369,7 @@ def _check_is_model(transformer: Any) -> None:
 
 def _module_key(name: str) -> str:
     """Name of a tensor as the model knows it; files trained with the published code have the published names."""
-    name = name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX)
-    for pattern, replacement in WEIGHT_RENAMINGS:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX))
 
 
 def _module_of(name: str) -> str:

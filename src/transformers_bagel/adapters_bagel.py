@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-import functools
+import inspect
 import math
 import os
 import re
@@ -83,9 +83,13 @@ class BagelAdapterMixin(PeftAdapterMixin):
         kwargs.setdefault("weight_mapping", [*mapping, WeightRenaming(*DORA_RENAMING)])
         return super().load_adapter(peft_model_id, adapter_name, *args, load_config=load_config, **kwargs)
 
-    @functools.wraps(PreTrainedModel.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        # Documented by the library. With an adapter of the library's own, it writes the adapter alone.
+        """As [`PreTrainedModel.save_pretrained`]: with an adapter of `add_adapter` or `load_adapter` only that adapter
+        is written, and a warning tells what is not.
+
+        Raises:
+            ValueError: if several adapters are active, before anything is written.
+        """
         if getattr(self, "_hf_peft_config_loaded", False):
             with _config_of_live_adapter(self):
                 super().save_pretrained(save_directory, *args, **kwargs)
@@ -93,6 +97,9 @@ class BagelAdapterMixin(PeftAdapterMixin):
         # Layers of a `PeftModel`, or left behind by a deleted adapter: their names would fit no model.
         with merged_adapters(self):
             super().save_pretrained(save_directory, *args, **kwargs)
+
+    # diffusers reads off it what a component's method takes.
+    save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
 
 def settle_adapter(model: nn.Module, adapter_name: str) -> None:

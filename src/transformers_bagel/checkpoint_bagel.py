@@ -52,10 +52,10 @@ def check_checkpoint_files(model: nn.Module, files: list[str], load_config: Any)
     published: dict[str, str] = {}
     for file in files:
         for name, shape in read_shapes(file).items():
-            module_name = _module_name(name)
-            published[module_name] = name
-            if module_name in expected or not re.search(ignored, name):
-                found[module_name] = shape
+            own_name = module_name(name).removeprefix("model.")
+            published[own_name] = name
+            if own_name in expected or not re.search(ignored, name):
+                found[own_name] = shape
     if getattr(model.config, "tie_word_embeddings", False):
         found.setdefault("lm_head.weight", expected.get("lm_head.weight", ()))
 
@@ -78,10 +78,19 @@ def check_checkpoint_files(model: nn.Module, files: list[str], load_config: Any)
         )
 
 
-def _module_name(name: str) -> str:
+def module_name(name: str) -> str:
+    """A weight's name in the module tree, from its published one; others stay as they are."""
     for pattern, replacement in WEIGHT_RENAMINGS:
         name = re.sub(pattern, replacement, name)
-    return name.removeprefix("model.")
+    return name
+
+
+def rename_published_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Hook of `load_state_dict`: give the published names in a state dict the module's own."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        own_name = prefix + module_name(name.removeprefix(prefix))
+        if own_name != name:
+            state_dict[own_name] = state_dict.pop(name)
 
 
 def _some(names: list[str]) -> str:

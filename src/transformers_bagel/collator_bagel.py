@@ -6,19 +6,19 @@ Sources: published behaviour, points 22 and 31-33.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from .image_processing_bagel import to_rgb
+from .image_processing_bagel import open_image, to_rgb
 from .latents_bagel import VAE_SAMPLE_MODES, LatentEncoder
 from .losses_bagel import IGNORED_LABEL
 from .processing_bagel import BagelProcessor
@@ -199,19 +199,26 @@ class BagelDataCollator:
             `(blocks,)`.
 
         Raises:
-            TypeError, ValueError, OSError: if a sample cannot be used and `on_error="raise"`, with its name; or if
-                none is left.
+            TypeError, ValueError, OSError, RuntimeError: if a sample cannot be used and `on_error="raise"`, with its
+                name.
         """
         encoded = []
+        worker = get_worker_info()
         for index in range(len(samples)):
             seed = int(torch.randint(2**62, (), generator=self.generator))
+            if worker is not None:
+                # Every worker has a copy of the generator, but a seed of its own in each epoch.
+                seed = mixed_seed(seed, worker.seed)
             result = self.encode_or_skip(partial(samples.__getitem__, index), seed, f"sample {index}")
             if isinstance(result, SkippedSample):
                 self.report(result)
             else:
                 encoded.append(result)
         if not encoded:
-            raise ValueError(f"None of the {len(samples)} samples can be used; see `skipped` of the collator.")
+            # The training goes on, with a batch that has nothing to learn.
+            start = torch.tensor([self.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")])
+            nothing = torch.full_like(start, IGNORED_LABEL)
+            encoded = [EncodedSample(start, nothing, torch.full_like(start, TEXT_TOKEN), torch.zeros_like(start))]
         return self.pack(encoded)
 
     def encode_or_skip(self, read: Callable[[], Any], seed: int, name: str) -> EncodedSample | SkippedSample:
@@ -223,10 +230,12 @@ class BagelDataCollator:
             encoded = self.encode(sample, seed)
             if self.max_tokens is not None and len(encoded) > self.max_tokens:
                 raise ValueError(f"It takes {len(encoded)} tokens, more than `max_tokens` ({self.max_tokens}).")
-        except (TypeError, ValueError, OSError) as error:
+        except Exception as error:
+            # Whatever a dataset raises, it is about this sample.
             if self.on_error == "skip":
                 return SkippedSample(name, str(error))
-            kind = next(base for base in (TypeError, ValueError, OSError) if isinstance(error, base))
+            kinds = (TypeError, ValueError, OSError)
+            kind = next((base for base in kinds if isinstance(error, base)), RuntimeError)
             raise kind(f"{name[0].upper()}{name[1:]}: {error}") from error
         return encoded
 
@@ -331,6 +340,8 @@ class BagelDataCollator:
             level = 1 - torch.rand((), generator=generator)
         else:
             level = (self.logit_mean + self.logit_std * torch.randn((), generator=generator)).sigmoid()
+        # At zero, where a sigmoid may underflow to, it would be a condition.
+        level = level.clamp(min=torch.finfo(level.dtype).tiny)
         return self.timestep_shift * level / (1 + (self.timestep_shift - 1) * level)
 
     def pack(self, samples: Sequence[EncodedSample]) -> BatchFeature:
@@ -395,10 +406,15 @@ class _Images:
         source = image
         if isinstance(image, Mapping):
             # How `datasets` hands out an image that it did not decode.
-            source = image.get("path") if image.get("bytes") is None else Image.open(io.BytesIO(image["bytes"]))
+            source = image.get("path") if image.get("bytes") is None else open_image(image["bytes"])
         features = self.image_processor(to_rgb(source), return_vae_pixel_values=True, return_tensors="pt")
         self._features.append((image, features))
         return features
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed from several numbers; two tuples do not share one by a simple sum."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
 def fill_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:

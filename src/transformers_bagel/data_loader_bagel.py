@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BatchFeature
 
-from .collator_bagel import BagelDataCollator, EncodedSample, SkippedSample
+from .collator_bagel import BagelDataCollator, EncodedSample, SkippedSample, mixed_seed
 
 
 class _Samples(Protocol):
@@ -118,16 +117,18 @@ class BagelDataLoader:
 
     def __iter__(self) -> Iterator[BatchFeature]:
         batch: list[EncodedSample] = []
-        # Tasks since the last usable sample: a whole epoch of them would never end.
-        in_vain = 0
-        for place, result in self._encoded():
+        useless: set[int] = set()
+        within_reach = len(self.dataset)
+        if not self.shuffle:
+            within_reach = len(range(self.rank, len(self.dataset), self.world_size))
+        for place, index, result in self._encoded():
             if isinstance(result, SkippedSample):
                 self.collator.report(result)
-                in_vain += 1
-                if in_vain > len(self.dataset):
+                useless.add(index)
+                if len(useless) == within_reach:
                     raise ValueError("`dataset` holds no sample that can be used; see `skipped` of the collator.")
                 continue
-            in_vain = 0
+            useless.discard(index)
             if batch and self._is_full(batch, result):
                 # The sample that does not fit begins the next batch: this is where a resumed run starts.
                 self._place = (place[0], place[1])
@@ -141,7 +142,7 @@ class BagelDataLoader:
         budget = self.collator.max_tokens
         return budget is not None and sum(map(len, batch)) + len(new) > budget
 
-    def _encoded(self) -> Iterator[tuple[Sequence[int], EncodedSample | SkippedSample]]:
+    def _encoded(self) -> Iterator[tuple[Sequence[int], int, EncodedSample | SkippedSample]]:
         tasks = _Tasks(self.dataset, self.collator, self.seed)
         places = _Places(len(self.dataset), self._place, self.shuffle, self.seed, self.rank, self.world_size)
         return iter(DataLoader(tasks, sampler=places, batch_size=None, num_workers=self.num_workers))
@@ -163,7 +164,7 @@ class _Places(Sampler):
         while True:
             order = range(self.num_samples)
             if self.shuffle:
-                generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
                 order = torch.randperm(self.num_samples, generator=generator).tolist()
             own = order[self.rank :: self.world_size]
             for place in range(offset, len(own)):
@@ -179,17 +180,14 @@ class _Tasks(Dataset):
         self.collator = collator
         self.seed = seed
 
-    def __getitem__(self, task: tuple[int, int, int]) -> tuple[tuple[int, int], EncodedSample | SkippedSample]:
+    def __getitem__(self, task: tuple[int, int, int]) -> tuple[tuple[int, int], int, EncodedSample | SkippedSample]:
         epoch, offset, index = task
-        result = self.collator.encode_or_skip(
-            lambda: self.dataset[index], _seed(self.seed, epoch, index), f"sample {index}"
+        seed = mixed_seed(self.seed, epoch, index)
+        return (
+            (epoch, offset),
+            index,
+            self.collator.encode_or_skip(lambda: self.dataset[index], seed, f"sample {index}"),
         )
-        return (epoch, offset), result
-
-
-def _seed(*numbers: int) -> int:
-    """One seed from several numbers, without two tuples sharing one by a simple sum."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
 
 
 __all__ = ["BagelDataLoader"]

@@ -77,8 +77,8 @@ def resized_size(
     return width, height
 
 
-def open_image(source: str | os.PathLike) -> Image.Image:
-    """An image from a path, a URL, a data URI or base64 text, upright, with its transparency.
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """An image from a path, a URL, a data URI, base64 text, or a file's bytes; upright, with its transparency.
 
     The library's own `load_image` drops the transparency before it can be pasted on white.
 
@@ -86,9 +86,11 @@ def open_image(source: str | os.PathLike) -> Image.Image:
         ValueError: if `source` is none of these, or if the image is over Pillow's pixel limit.
         OSError: if it cannot be read.
     """
-    name = os.fspath(source)
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
-        if name.startswith(("http://", "https://")):
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source))
+        elif name.startswith(("http://", "https://")):
             response = get_session().get(name, follow_redirects=True)
             response.raise_for_status()
             image = Image.open(io.BytesIO(response.content))
@@ -100,7 +102,10 @@ def open_image(source: str | os.PathLike) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
-    except (ValueError, IndexError, UnidentifiedImageError) as error:
+    except UnidentifiedImageError as error:
+        # Its own words may name a stream, which tells nobody anything.
+        raise ValueError(f"`images` holds {name[:100]!r}, in which Pillow can identify no image.") from error
+    except (ValueError, IndexError) as error:
         raise ValueError(
             f"`images` holds {name[:100]!r}, which is no path, URL or base64 text of an image ({error})."
         ) from error

@@ -13,9 +13,12 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from .image_processing_bagel import patchify
 
+
+logger = logging.get_logger(__name__)
 
 # diffusers' names for reading a posterior, and the plain words for the second one.
 VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
@@ -46,11 +49,7 @@ class LatentEncoder:
 
     @torch.no_grad()
     def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation, packed. `(3, height, width)` in [-1, 1] -> `(tokens, latent_dim)` twice.
-
-        Raises:
-            OSError: if the folder's file of the image is broken.
-        """
+        """Mean and standard deviation, packed. `(3, height, width)` in [-1, 1] -> `(tokens, latent_dim)` twice."""
         if self.cache_dir is None:
             return self._encode(pixels)
         digest = hashlib.sha256(f"{self._fingerprint} {tuple(pixels.shape)}".encode())
@@ -59,9 +58,9 @@ class LatentEncoder:
         if path.exists():
             try:
                 stored = load_file(path)
-            except SafetensorError as error:
-                raise OSError(f"The cached latents '{path}' are broken ({error}). Delete the file.") from error
-            return stored["mean"], stored["std"]
+                return stored["mean"], stored["std"]
+            except (SafetensorError, KeyError) as error:
+                logger.warning(f"The cached latents '{path}' are broken ({error}): encoding the image again.")
         mean, std = self._encode(pixels)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         # Another process may write the same image, and this one may be killed.

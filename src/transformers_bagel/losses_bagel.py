@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .sequence_bagel import LATENT_TOKEN
+from .sequence_bagel import LATENT_TOKEN, document_runs
 
 
 # A target weighs n ** -exponent, if its sample has n targets of its kind.
@@ -110,8 +110,11 @@ def over_ranks(totals: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def loss_totals(batch: Mapping[str, torch.Tensor], loss_reduction: str = "token") -> torch.Tensor:
-    """Sums of the weights of the targets of a batch: texts, latents. Add them up over micro-batches and ranks and pass
-    the sum as `loss_totals`, and a step of many micro-batches has the loss of one large batch.
+    """Sums of the weights of the targets of a batch: texts, latents.
+
+    Added up over micro-batches and passed as `loss_totals`, they give a step of many micro-batches the loss of one large
+    batch. Add them up over the ranks too, and multiply the loss by the number of ranks, since data parallel takes the
+    mean of their gradients.
 
     Args:
         batch (`Mapping[str, torch.Tensor]`): Output of [`BagelDataCollator`].
@@ -133,8 +136,6 @@ def loss_totals(batch: Mapping[str, torch.Tensor], loss_reduction: str = "token"
 
 def _samples(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
     """Sample of each token, `(batch, tokens)`: by default its row."""
-    rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1).expand_as(tokens)
-    if document_ids is None:
-        return rows
-    # The same number may stand for two samples in two rows.
-    return rows * (int(document_ids.max()) + 2) + document_ids
+    if document_ids is not None:
+        return document_runs(document_ids)
+    return torch.arange(len(tokens), device=tokens.device).unsqueeze(-1).expand_as(tokens)

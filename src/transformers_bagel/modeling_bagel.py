@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_bagel import BagelAdapterMixin
 from .cache_bagel import PrefixCache, PrefixLane
-from .checkpoint_bagel import check_checkpoint_files, ignored_weights
+from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .generation_bagel import BagelGenerationMixin
 from .losses_bagel import (
@@ -915,6 +915,8 @@ class BagelModel(BagelPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
+        if document_ids is not None and attention_mask is not None:
+            document_ids = document_ids.masked_fill(attention_mask == 0, -1)
         image_outputs = (mm_encoder_outputs or {}).get("image")
         has_images = not (pixel_values is None and image_outputs is None and latents is None)
         token_types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, has_images)
@@ -1239,6 +1241,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
+        # Files have the published names, and `Trainer` fills the model from them without the library's renaming.
+        self.register_load_state_dict_pre_hook(rename_published_weights)
         self.post_init()
 
     def freeze(self, *towers: str) -> None:
@@ -1322,7 +1326,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 0 text, 1 ViT placeholder, 4 latent placeholder; read off `input_ids` by default.
             document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
-                Sample of each token of a packed row; attention never crosses samples.
+                Sample of each token of a packed row, negative at padding; attention never crosses samples.
             noise (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
                 Training: mixed into `latents` by `timesteps`; the target of the velocity is `noise - latents`.
             labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):

@@ -87,6 +87,8 @@ def _from_spelled_out(parts: Any) -> list[Segment]:
 def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
     messages = _with_images(sample["messages"], sample.get("images"))
     check_conversation(messages, "messages")
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise TypeError("`messages` of a sample must be one conversation, a list of messages, got a list of lists.")
     parts = [(message["role"], part) for message in messages for part in _parts(message)]
     learned = [_choice(part, "loss", role == "assistant") for role, part in parts]
     draws = any(loss and part["type"] != "text" for loss, (_, part) in zip(learned, parts, strict=True))
@@ -123,7 +125,8 @@ def _with_images(messages: Any, images: Any) -> Any:
     """Messages whose empty image parts got the images of the sample's own column."""
     if images is None or not isinstance(messages, Sequence):
         return messages
-    rest = list(images) if isinstance(images, Sequence) and not isinstance(images, (str, bytes)) else [images]
+    rest = list(images) if isinstance(images, (list, tuple)) else [images]
+    count = len(rest)
     filled = []
     for message in messages:
         if isinstance(message, Mapping) and isinstance(message.get("content"), Sequence):
@@ -132,12 +135,12 @@ def _with_images(messages: Any, images: Any) -> Any:
                 is_empty = isinstance(part, dict) and part.get("type") == "image"
                 if is_empty and all(part.get(key) is None for key in IMAGE_KEYS):
                     if not rest:
-                        raise ValueError(f"`images` holds {len(images)} images, fewer than `messages` refer to.")
+                        raise ValueError(f"`images` holds {count} images, fewer than `messages` refer to.")
                     part["image"] = rest.pop(0)
             message = {**message, "content": parts}
         filled.append(message)
     if rest:
-        raise ValueError(f"`images` holds {len(images)} images, {len(rest)} more than `messages` refer to.")
+        raise ValueError(f"`images` holds {count} images, {len(rest)} more than `messages` refer to.")
     return filled
 
 

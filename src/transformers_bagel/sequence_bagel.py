@@ -109,6 +109,16 @@ def rope_positions(
     return positions + skipped
 
 
+def document_runs(document_ids: torch.Tensor) -> torch.Tensor:
+    """Number of the sample of each token, counted over the whole batch: a sample is a run of one id in a row. Padding
+    (negative ids) is -1. `(batch, tokens)` -> `(batch, tokens)`.
+    """
+    first = torch.ones_like(document_ids)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    runs = first.flatten().cumsum(0).view_as(first) - 1
+    return runs.masked_fill(document_ids < 0, -1)
+
+
 def patch_grid_ids(grid_hw: torch.Tensor, side: int, interpolate: bool = False) -> torch.Tensor:
     """Rows of a `side * side` position table for packed patch grids (point 10).
 
@@ -235,24 +245,18 @@ class SequenceLayout:
         A key is visible outside its own block unless it carries noise or belongs to another sample.
         """
         hidden = self.noised_blocks()
-        documents = torch.zeros_like(self.token_types) if self.document_ids is None else self.document_runs()
+        no_documents = self.document_ids is None
+        documents = torch.zeros_like(self.token_types) if no_documents else document_runs(self.document_ids)
 
         def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return ~hidden[batch, key] & (documents[batch, query] == documents[batch, key])
 
         return visible
 
-    def document_runs(self) -> torch.Tensor:
-        """Number of the sample of each token over the whole batch, padding (negative ids) -1; `(batch, tokens)`."""
-        assert self.document_ids is not None
-        first = torch.ones_like(self.document_ids)
-        first[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
-        runs = first.flatten().cumsum(0).view_as(first) - 1
-        return runs.masked_fill(self.document_ids < 0, -1)
-
     def sample_masks(self) -> SampleMasks:
         """The mask of every sample of packed rows by itself."""
-        runs, counts = self.document_runs().flatten().unique_consecutive(return_counts=True)
+        assert self.document_ids is not None
+        runs, counts = document_runs(self.document_ids).flatten().unique_consecutive(return_counts=True)
         lengths = counts.tolist()
         blocks, visible = image_block_ids(self.token_types), self.mask_function()
         has_images = torch.stack([(part >= 0).any() for part in blocks.flatten().split(lengths)]).tolist()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
 from tests.conftest import CASES, load_model, max_error
-from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
+from transformers_bagel.checkpoint_bagel import module_name
 from transformers_bagel.image_processing_bagel import patchify
 from transformers_bagel.sequence_bagel import LATENT_TOKEN, SequenceLayout
 
@@ -114,9 +112,3 @@ def test_mask_matches(row, golden):
         assert not mask[start:stop, :start].any()
         assert not mask[start:stop, stop:].any()
         start = stop
-
-
-def module_name(published: str) -> str:
-    for pattern, replacement in WEIGHT_RENAMINGS:
-        published = re.sub(pattern, replacement, published)
-    return published
