@@ -50,11 +50,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     try:
         check_shared_arguments(args)
+        if set(args.freeze) == set(TOWERS):
+            raise ValueError("--freeze leaves nothing to train.")
         if args.fsdp and args.mixed_precision == "fp16":
             raise ValueError(
                 "--fsdp takes --mixed_precision no or bf16: its sharded gradients are not scaled for fp16."
             )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
 
@@ -83,9 +85,10 @@ def main(args: argparse.Namespace) -> None:
     if args.ema:
         ema = ShardedEma(parameters, args.ema_decay, torch.device("cpu") if args.ema_device == "cpu" else None)
     validation = Validation(args, accelerator, pipe, on_every_rank=args.fsdp)
-    metrics = Training(args, accelerator, model, optimizer, loader, flops, validation, ema).run()
-
+    training = Training(args, accelerator, model, optimizer, loader, flops, validation, ema)
+    metrics = training.run()
     save(args, accelerator, pipe)
+    training.validate(int(metrics["step"]))
     if accelerator.is_main_process:
         frozen = f", all but {', '.join(args.freeze)}," if args.freeze else ""
         write_card(
@@ -105,7 +108,6 @@ def save(args: argparse.Namespace, accelerator: Accelerator, pipe: BagelPipeline
     weights = get_model_state_dict(pipe.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not accelerator.is_main_process:
         return
-    pipe.transformer.config.freeze_und = False
     pipe.save_config(args.output_dir)
     for name in ("vae", "scheduler", "processor"):
         getattr(pipe, name).save_pretrained(Path(args.output_dir) / name)

@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
@@ -44,9 +46,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     try:
         check_shared_arguments(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
+
+
+def targets(args: argparse.Namespace) -> str:
+    """Pattern of the modules to adapt; never those of the vision tower, which have the same short names."""
+    if not args.lora_layers:
+        return LORA_TARGETS[args.lora_targets]
+    names = "|".join(re.escape(name.strip()) for name in args.lora_layers.split(","))
+    return rf".*language_model\.layers\.\d+\.(.*\.)?({names})"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -63,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
             lora_alpha=args.lora_alpha or args.rank,
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
-            target_modules=args.lora_layers.split(",") if args.lora_layers else LORA_TARGETS[args.lora_targets],
+            target_modules=targets(args),
         )
     )
     # Coarser masters lose small updates.
@@ -77,14 +87,21 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(args, accelerator, parameters)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     validation = Validation(args, accelerator, pipe, on_every_rank=False)
-    metrics = Training(args, accelerator, model, optimizer, loader, StepFlops(transformer), validation).run()
 
-    if accelerator.is_main_process:
+    def save(folder: Path | str) -> None:
         BagelPipeline.save_lora_weights(
-            args.output_dir,
+            folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer),
             **_collate_lora_metadata({"transformer": transformer}),
         )
+
+    flops = StepFlops(transformer)
+    training = Training(args, accelerator, model, optimizer, loader, flops, validation, export=save)
+    metrics = training.run()
+    if accelerator.is_main_process:
+        save(args.output_dir)
+    training.validate(int(metrics["step"]))
+    if accelerator.is_main_process:
         write_card(
             args,
             f"LoRA of rank {args.rank} for BAGEL, trained for {metrics['step']} steps on {len(samples)} samples "

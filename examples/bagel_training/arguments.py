@@ -6,9 +6,26 @@ from __future__ import annotations
 import argparse
 
 from transformers_bagel.collator_bagel import ON_ERROR
+from transformers_bagel.image_processing_bagel import to_rgb
 from transformers_bagel.losses_bagel import LOSS_REDUCTIONS
 
 
+# What cannot be zero.
+COUNTS = (
+    "gradient_accumulation_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "train_batch_size",
+    "max_train_samples",
+    "repeats",
+    "max_tokens",
+    "resolution",
+    "validation_inference_steps",
+    "rank",
+)
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -24,6 +41,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser, learning_rate: float) 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a BAGEL pipeline")
     group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument("--variant", help="variant of the weight files, e.g. fp16")
+    group.add_argument("--cache_dir", help="where downloads are kept")
     group.add_argument(
         "--attn_implementation", help="sdpa, or flex_attention on a GPU; by default what fits the device"
     )
@@ -34,7 +53,11 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset_config_name", help="its configuration")
     group.add_argument("--dataset_split", default="train")
     group.add_argument("--train_data_file", nargs="+", help="parquet, jsonl or json files instead")
-    group.add_argument("--instance_data_dir", help="folder of images instead; metadata.jsonl may describe them")
+    group.add_argument(
+        "--instance_data_dir", "--train_data_dir", help="folder of images instead; metadata.jsonl may describe them"
+    )
+    group.add_argument("--max_train_samples", type=int, help="take only so many samples")
+    group.add_argument("--repeats", type=int, default=1, help="how often an epoch has each sample")
     group.add_argument("--instance_prompt", help="caption of every image that has none of its own")
     group.add_argument("--image_column", default="image", help="what is drawn, or, with a question, seen")
     group.add_argument("--caption_column", default="text", help="prompt, or instruction of an edit")
@@ -102,6 +125,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--validation_inference_steps", type=int, default=49)
     group.add_argument("--validation_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     group.add_argument("--validation_steps", type=int, default=500, help="0 for none but the last")
+    group.add_argument("--guidance_scale", type=float, default=4.0, help="of the validation pictures")
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, all or none")
     group.add_argument("--logging_dir", default="logs", help="inside OUTPUT_DIR")
     group.add_argument("--logging_steps", type=int, default=1)
@@ -114,7 +138,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 def check_shared_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
-        ValueError: for arguments that cannot work, before anything is loaded.
+        ValueError, OSError: for arguments that cannot work, before anything is loaded.
     """
     sources = [name for name in ("dataset_name", "train_data_file", "instance_data_dir") if getattr(args, name)]
     if len(sources) != 1:
@@ -124,13 +148,9 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
         )
     if args.max_tokens is not None and args.max_train_steps is None:
         raise ValueError("--max_tokens packs a varying number of samples a step: pass --max_train_steps too.")
-    for name in ("gradient_accumulation_steps", "checkpointing_steps", "logging_steps", "num_train_epochs"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("max_train_steps", "train_batch_size", "max_tokens", "checkpoints_total_limit", "resolution"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if args.push_to_hub and args.report_to == "wandb" and args.hub_token is not None:
-        raise ValueError(
-            "--report_to wandb would log --hub_token. Leave it out and log in with `hf auth login` instead."
-        )
+    for name in COUNTS:
+        count = getattr(args, name, None)
+        if count is not None and count < 1:
+            raise ValueError(f"--{name} must be at least 1, got {count}.")
+    if args.validation_image is not None:
+        to_rgb(args.validation_image)

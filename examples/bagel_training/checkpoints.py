@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     own_state: dict[str, Any],
     limit: int | None,
+    export: Callable[[Path], None] | None,
 ) -> Path:
     """
     Write `checkpoint-STEP`, and only then delete the oldest beyond the limit.
@@ -43,24 +45,34 @@ def save_checkpoint(
         model, optimizer: What is trained; sharded or not.
         own_state (`dict[str, Any]`): What each rank keeps for itself.
         limit (`int`, *optional*): How many checkpoints to keep.
+        export (`Callable[[Path], None]`, *optional*): Writes into the folder what inference loads.
     """
     unfinished = output_dir / f".checkpoint-{step}.unfinished"
     path = output_dir / f"checkpoint-{step}"
+    # Half a checkpoint must not bear a checkpoint's name, so each is renamed before it is deleted.
+    deleted = output_dir / ".checkpoint-deleted"
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        for leftover in (unfinished, deleted):
+            shutil.rmtree(leftover, ignore_errors=True)
+            leftover.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
+    weights, moments = get_state_dict(model, _unwrapped(optimizer), options=TRAINED_ONLY)
     alone = accelerator.num_processes == 1
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished / "weights", no_dist=alone)
-    torch.save(own_state | {"random": _random_state()}, unfinished / f"rank_{accelerator.process_index}.pt")
+    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    own_state = own_state | {"random": _random_state(), "scaler": scaler}
+    torch.save(own_state, unfinished / f"rank_{accelerator.process_index}.pt")
+    if export is not None and accelerator.is_main_process:
+        export(unfinished)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, deleted / path.name)
         os.replace(unfinished, path)
-        for old in checkpoints(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
+        others = [other for other in reversed(checkpoints(output_dir)) if other != path]
+        for old in others[limit - 1 :] if limit else []:
+            os.replace(old, deleted / old.name)
+        shutil.rmtree(deleted)
     accelerator.wait_for_everyone()
     logger.info(f"Saved {path}")
     return path
@@ -80,6 +92,7 @@ def load_checkpoint(
             f"'{path}' was written by {len(list(path.glob('rank_*.pt')))} processes, but this training has "
             f"{accelerator.num_processes}. A training goes on with as many processes as it began with."
         )
+    optimizer = _unwrapped(optimizer)
     weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=path / "weights", no_dist=accelerator.num_processes == 1)
@@ -92,6 +105,8 @@ def load_checkpoint(
     )
     own_state = torch.load(own, weights_only=True)
     _set_random_state(own_state["random"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(own_state["scaler"])
     logger.info(f"Went on from {path}")
     return own_state
 
@@ -121,6 +136,11 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
     if not path.is_dir():
         raise FileNotFoundError(f"--resume_from_checkpoint: there is no folder '{args.resume_from_checkpoint}'.")
     return path
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer in accelerate's wrapper, whose steps would go through the scaler of float16."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _random_state() -> dict[str, Any]:

@@ -56,10 +56,10 @@ class TrainingSamples:
         return "editing" if self.args.cond_image_column else "text-to-image"
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) * self.args.repeats
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, args = self.rows[index], self.args
+        row, args = self.rows[index % len(self.rows)], self.args
         if self.task == "messages":
             images = row.get("images")
             sample = {"messages": self._with_paths(row[args.messages_column])}
@@ -86,19 +86,16 @@ class TrainingSamples:
         is_relative = isinstance(image, str) and "://" not in image and not os.path.isabs(image)
         return str(self.root / image) if is_relative and self.root is not None else image
 
-    def _with_paths(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            message
-            if isinstance(message["content"], str)
-            else {
-                **message,
-                "content": [
-                    {**part, "image": self._image(part["image"])} if part.get("image") is not None else part
-                    for part in message["content"]
-                ],
+    def _with_paths(self, messages: Any) -> Any:
+        """Messages with whole paths. What is no message stays as it is, for the collator to name."""
+        if isinstance(messages, list):
+            return [self._with_paths(item) for item in messages]
+        if isinstance(messages, dict):
+            return {
+                key: self._image(value) if key in ("image", "path") else self._with_paths(value)
+                for key, value in messages.items()
             }
-            for message in messages
-        ]
+        return messages
 
     def _name(self, row: dict[str, Any], image: Any) -> dict[str, Any]:
         """The row's own name, or its image's path, for messages about it."""
@@ -122,6 +119,8 @@ def load_samples(args: argparse.Namespace) -> TrainingSamples:
         rows, root = _load_files(args.train_data_file)
     else:
         rows, root = _load_folder(Path(args.instance_data_dir), args)
+    if args.max_train_samples is not None:
+        rows = rows.select(range(min(args.max_train_samples, len(rows))))
     return TrainingSamples(_undecoded(rows), args, root)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 import time
@@ -31,6 +32,7 @@ from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .data import TrainingSamples
 from .ema import ShardedEma
 from .throughput import StepFlops, measured_peak
+from .validation import Validation
 
 
 logger = get_logger(__name__)
@@ -47,6 +49,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=output_dir, logging_dir=output_dir / args.logging_dir),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU. Take no or bf16 on the CPU.")
     set_seed(args.seed)
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -63,8 +67,13 @@ def make_loader(
 ) -> BagelDataLoader:
     """This rank's batches."""
     timestep_shift = pipe.transformer.config.timestep_shift if args.timestep_shift is None else args.timestep_shift
+    processor = copy.deepcopy(pipe.processor)
+    if args.resolution is not None:
+        # Of the training only: the model that is saved takes images as large as before.
+        shortest = min(processor.image_processor.vae_size["shortest_edge"], args.resolution)
+        processor.image_processor.vae_size = {"shortest_edge": shortest, "longest_edge": args.resolution}
     collator = BagelDataCollator(
-        pipe.processor,
+        processor,
         vae=pipe.vae,
         text_dropout=args.text_dropout,
         vit_dropout=args.vit_dropout,
@@ -131,8 +140,9 @@ class Training:
         optimizer (`torch.optim.Optimizer`)
         loader (`BagelDataLoader`): This rank's batches.
         flops (`StepFlops`): Of the model.
-        validate (`Callable[[int], None]`): Draws and answers with the model as it is after a step.
+        validation ([`Validation`]): Draws and answers with the model as it is after a step.
         ema (`ShardedEma`, *optional*): Average of the weights.
+        export (`Callable[[Path], None]`, *optional*): Writes into a checkpoint's folder what inference loads.
     """
 
     args: argparse.Namespace
@@ -141,11 +151,14 @@ class Training:
     optimizer: torch.optim.Optimizer
     loader: BagelDataLoader
     flops: StepFlops
-    validate: Callable[[int], None]
+    validation: Validation
     ema: ShardedEma | None = None
+    export: Callable[[Path], None] | None = None
 
     def run(self) -> dict[str, float]:
-        """Train to the last step, and return its number and metrics."""
+        """Train to the last step, and return its number and metrics; the model has then its averaged weights. The last
+        validation is left to do when they have been saved.
+        """
         args, accelerator = self.args, self.accelerator
         num_steps = number_of_steps(args, accelerator, len(self.loader.dataset))
         self.scheduler = get_scheduler(
@@ -156,8 +169,8 @@ class Training:
             num_cycles=args.lr_num_cycles,
             power=args.lr_power,
         )
-        step = self._resume()
         peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(accelerator.device, self._dtype())
+        step = self._resume()
         batches = iter(self.loader)
         self.model.train()
         logs: dict[str, float] = {}
@@ -175,11 +188,12 @@ class Training:
                 logger.info(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in logs.items()))
             if step % args.checkpointing_steps == 0:
                 self._save(step)
-            if step == num_steps or (args.validation_steps and step % args.validation_steps == 0):
-                self._validate(step)
+            if step < num_steps and args.validation_steps and step % args.validation_steps == 0:
+                self.validate(step)
         progress.close()
         if self.ema is not None:
             self.ema.copy_to_model()
+            self.ema = None
         return {"step": step} | logs
 
     def _step(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
@@ -210,10 +224,10 @@ class Training:
         }
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager:
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+        # Sharded gradients are reduced each time: kept whole until the last, they would fill the device.
+        if last or isinstance(self.model, FSDPModule):
             return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        return self.accelerator.no_sync(self.model)
 
     def _clip_gradients(self) -> float:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -243,9 +257,15 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
-        limit = self.args.checkpoints_total_limit
         save_checkpoint(
-            self.accelerator, Path(self.args.output_dir), step, self.model, self.optimizer, own_state, limit
+            self.accelerator,
+            Path(self.args.output_dir),
+            step,
+            self.model,
+            self.optimizer,
+            own_state,
+            self.args.checkpoints_total_limit,
+            self.export,
         )
 
     def _resume(self) -> int:
@@ -256,15 +276,22 @@ class Training:
         self.loader.load_state_dict(own_state["loader"])
         self.scheduler.load_state_dict(own_state["scheduler"])
         if self.ema is not None:
+            if own_state["ema"] is None:
+                raise ValueError(f"'{path}' holds no average of the weights. Go on without --ema, as it was begun.")
             self.ema.load_state_dict(own_state["ema"])
         return own_state["step"]
 
-    def _validate(self, step: int) -> None:
+    def validate(self, step: int) -> None:
         """Validate with the averaged weights, without a trace in the training's random numbers."""
+        if not self.validation.is_wanted:
+            return
         devices = [] if self.accelerator.device.type == "cpu" else [self.accelerator.device]
         averaged = nullcontext() if self.ema is None else self.ema.in_model()
         self.model.eval()
         with torch.random.fork_rng(devices), averaged:
-            self.validate(step)
+            self.validation(step)
+        if isinstance(self.model, FSDPModule):
+            # Without a backward the outermost weights stay gathered, and the next step would take the average's.
+            self.model.reshard()
         self.model.train()
         self.accelerator.wait_for_everyone()

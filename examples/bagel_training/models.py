@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_bagel import BagelPipeline
+from transformers_bagel.modeling_bagel import NO_FLEX_BACKWARD
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: torch.dtype) -> BagelPipeline:
@@ -17,17 +18,16 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: tor
     pipe = BagelPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
         dtype={"transformer": dtype, "default": torch.float32},
     )
     pipe.vae.to(accelerator.device)
-    implementation = args.attn_implementation or ("sdpa" if accelerator.device.type == "cpu" else "flex_attention")
+    has_flex = accelerator.device.type not in NO_FLEX_BACKWARD
+    implementation = args.attn_implementation or ("flex_attention" if has_flex else "sdpa")
     pipe.transformer.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
     config = pipe.transformer.config
     config.ce_weight, config.mse_weight, config.loss_reduction = args.ce_weight, args.mse_weight, args.loss_reduction
     if args.gradient_checkpointing:
         pipe.transformer.activation_checkpointing_enable()
-    if args.resolution is not None:
-        image_processor = pipe.processor.image_processor
-        shortest = min(image_processor.vae_size["shortest_edge"], args.resolution)
-        image_processor.vae_size = {"shortest_edge": shortest, "longest_edge": args.resolution}
     return pipe

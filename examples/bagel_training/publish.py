@@ -55,7 +55,7 @@ def write_card(
     """
     output_dir = Path(args.output_dir)
     step = int(metrics["step"])
-    pictures = sorted(output_dir.glob(f"validation/step_{step}_*.png"))
+    pictures = sorted(output_dir.glob(f"validation/step_{step}_*.png")) if args.validation_prompt else []
     widget = [
         {"text": args.validation_prompt, "output": {"url": str(picture.relative_to(output_dir))}}
         for picture in pictures

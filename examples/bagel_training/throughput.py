@@ -25,19 +25,24 @@ class StepFlops:
 
     def __init__(self, model: BagelForConditionalGeneration):
         config = model.config.get_text_config()
-        self.weights = dict.fromkeys(TOWERS, 0)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        reaches = {tower: any(re.match(pattern, name) for name in trained) for tower, pattern in TOWERS.items()}
+        # A gradient goes through the language model whatever is trained, and through the tower only to get to itself.
+        reaches["und"] = not model.config.freeze_und
+        reaches["gen"] = True
+        reaches["connector"] |= reaches["vit"]
+        # Operations a token: a product forward, one for the gradient that goes through, one for the weights' own.
+        self.per_token = dict.fromkeys(TOWERS, 0)
         for name, module in model.named_modules():
             tower = next((tower for tower, pattern in TOWERS.items() if re.match(pattern, f"{name}.")), None)
             # The head works on targets and the time embedder on images: neither takes every token.
             each_token = name != "lm_head" and "time_embedder" not in name
             if isinstance(module, nn.Linear) and tower is not None and each_token:
-                self.weights[tower] += module.in_features * module.out_features
-        self.head = config.hidden_size * config.vocab_size
+                products = 1 + reaches[tower] + module.weight.requires_grad
+                self.per_token[tower] += 2 * products * module.in_features * module.out_features
+        self.head = 2 * (2 + model.lm_head.weight.requires_grad) * config.hidden_size * config.vocab_size
         head_dim = model.model.language_model.layers[0].self_attn.head_dim
-        self.attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim
-        # Without gradients of the weights, backward is one product for each of forward's instead of two.
-        trained = [parameter.requires_grad for parameter in model.parameters() if parameter.ndim == 2]
-        self.backward = 2 if all(trained) else 1
+        self.attention = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> int:
         """Operations of forward and backward of one batch."""
@@ -49,17 +54,17 @@ class StepFlops:
             "vit": int((types == IMAGE_TOKEN).sum()),
             "connector": int((types == IMAGE_TOKEN).sum()),
         }
-        linear = sum(2 * count * self.weights[tower] for tower, count in counts.items())
-        head = 2 * self.head * int((batch["labels"] != -100).sum())
+        linear = sum(count * self.per_token[tower] for tower, count in counts.items())
+        head = self.head * int((batch["labels"] != -100).sum())
         lengths = documents[real].bincount().float()
-        attention = int(self.attention * lengths.square().sum())
-        return (linear + head + attention) * (1 + self.backward)
+        return linear + head + int(self.attention * lengths.square().sum())
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product on a device: the best of five."""
     size = 1024 if device.type == "cpu" else 8192
-    left = torch.randn(size, size, device=device, dtype=dtype)
+    # Its own generator: the training's numbers must not depend on whether the peak is measured.
+    left = torch.randn(size, size, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -35,11 +35,16 @@ class Validation:
         self.on_every_rank = on_every_rank
         self.pipe.set_progress_bar_config(disable=True)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is anything to draw or to answer."""
+        return bool(self.args.validation_prompt or self.args.validation_question)
+
     def __call__(self, step: int) -> None:
         """Write the pictures and the answer to OUTPUT_DIR/validation, and to the trackers."""
         if not (self.accelerator.is_main_process or self.on_every_rank):
             return
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             images = self._images() if self.args.validation_prompt else []
             answer = self._answer() if self.args.validation_question else None
         if not self.accelerator.is_main_process:
@@ -61,6 +66,7 @@ class Validation:
                 height=height,
                 width=width,
                 num_inference_steps=self.args.validation_inference_steps,
+                guidance_scale=self.args.guidance_scale,
                 generator=torch.Generator().manual_seed(self.args.seed + index),
             ).images[0]
             for index in range(self.args.num_validation_images)

@@ -53,6 +53,7 @@ class EncodedSample:
 
     Attributes:
         input_ids, labels, token_types, position_ids (`torch.LongTensor` of shape `(tokens,)`)
+        whole_length (`int`): Its tokens and those of what was dropped.
         patches (`list[torch.Tensor]`): `(patches, patch_dim)` of each image that the ViT sees.
         patch_grids (`list[tuple[int, int]]`): Rows and columns of these.
         vae_pixels (`list[torch.Tensor]`): `(3, height, width)` of each image to encode; blocks may share one.
@@ -65,6 +66,7 @@ class EncodedSample:
     labels: torch.Tensor
     token_types: torch.Tensor
     position_ids: torch.Tensor
+    whole_length: int = 0
     patches: list[torch.Tensor] = field(default_factory=list)
     patch_grids: list[tuple[int, int]] = field(default_factory=list)
     vae_pixels: list[torch.Tensor] = field(default_factory=list)
@@ -228,8 +230,11 @@ class BagelDataCollator:
             if isinstance(sample, Mapping) and sample.get("id") is not None:
                 name = f"{name} (id {sample['id']!r})"
             encoded = self.encode(sample, seed)
-            if self.max_tokens is not None and len(encoded) > self.max_tokens:
-                raise ValueError(f"It takes {len(encoded)} tokens, more than `max_tokens` ({self.max_tokens}).")
+            # Whole: a sample that fits only when something was dropped would always be learned without it.
+            if self.max_tokens is not None and encoded.whole_length > self.max_tokens:
+                raise ValueError(
+                    f"It takes {encoded.whole_length} tokens, more than `max_tokens` ({self.max_tokens})."
+                )
         except Exception as error:
             # Whatever a dataset raises, it is about this sample.
             if self.on_error == "skip":
@@ -267,17 +272,20 @@ class BagelDataCollator:
         images = _Images(self.processor)
         empty_positions = 0
         for segment in segments:
+            kind = {"text": TEXT_TOKEN, "vit_image": IMAGE_TOKEN, "vae_image": LATENT_TOKEN}[segment.type]
+            if kind == TEXT_TOKEN:
+                token_ids = self._text_ids(segment.content)
+            else:
+                rows, columns = self._grid(segment, images)
+                token_ids = self._image_ids(kind, rows * columns)
+            encoded.whole_length += len(token_ids)
             drop = torch.rand((), generator=generator) < self.dropout[segment.type]
             if segment.dropout and drop:
                 # Published behaviour, point 33: a dropped image still takes its position, a dropped text does not.
-                empty_positions += segment.type != "text"
+                empty_positions += kind != TEXT_TOKEN
                 continue
-            if segment.type == "text":
-                token_ids, kind = self._text_ids(segment.content), TEXT_TOKEN
-            else:
-                kind = IMAGE_TOKEN if segment.type == "vit_image" else LATENT_TOKEN
-                count = self._add_image(encoded, segment, images, generator)
-                token_ids = self._image_ids(kind, count)
+            if kind != TEXT_TOKEN:
+                self._add_image(encoded, segment, images, generator)
             is_patch = torch.zeros_like(token_ids, dtype=torch.bool)
             is_patch[1:-1] = kind != TEXT_TOKEN
             ids.append(token_ids)
@@ -308,19 +316,28 @@ class BagelDataCollator:
         markers = processor.tokenizer.convert_tokens_to_ids([processor.vision_start_token, processor.vision_end_token])
         return torch.tensor([markers[0], *[placeholder] * count, markers[1]])
 
-    def _add_image(self, encoded: EncodedSample, segment: Segment, images: _Images, generator: torch.Generator) -> int:
-        """Add the pixels of an image block to a sample; how many tokens it takes."""
+    def _grid(self, segment: Segment, images: _Images) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image block."""
+        features = images[segment.content]
         if segment.type == "vit_image":
-            features = images[segment.content]
             rows, columns = features["image_grid_hw"][0].tolist()
+            return rows, columns
+        stride = self.processor.image_processor.vae_stride
+        height, width = features["vae_pixel_values"][0].shape[1:]
+        return height // stride, width // stride
+
+    def _add_image(
+        self, encoded: EncodedSample, segment: Segment, images: _Images, generator: torch.Generator
+    ) -> None:
+        """Add the pixels of an image block to a sample, and for latents their noise."""
+        features, grid = images[segment.content], self._grid(segment, images)
+        if segment.type == "vit_image":
             encoded.patches.append(features["pixel_values"])
-            encoded.patch_grids.append((rows, columns))
-            return rows * columns
+            encoded.patch_grids.append(grid)
+            return
         if self.encode_latents is None:
             raise ValueError("The sample draws or edits an image. Pass a `vae` to BagelDataCollator.")
-        pixels = images[segment.content]["vae_pixel_values"][0]
-        stride = self.processor.image_processor.vae_stride
-        grid = (pixels.shape[1] // stride, pixels.shape[2] // stride)
+        pixels = features["vae_pixel_values"][0]
         shape = (grid[0] * grid[1], self.latent_dim)
         known = [index for index, other in enumerate(encoded.vae_pixels) if other is pixels]
         if not known:
@@ -332,7 +349,6 @@ class BagelDataCollator:
         timestep = self._timestep(generator) if segment.loss else torch.zeros(())
         noise = torch.randn(shape, generator=generator) if segment.loss else torch.zeros(shape)
         encoded.blocks.append(LatentBlock(known[0], timestep, noise))
-        return shape[0]
 
     def _timestep(self, generator: torch.Generator) -> torch.Tensor:
         """A noise level in (0, 1] (published behaviour, point 31)."""

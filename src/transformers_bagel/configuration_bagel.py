@@ -133,8 +133,8 @@ class BagelConfig(PreTrainedConfig):
             What counts alike in the mean of a loss: every `"token"`, every `"sample"`, or, between the two, the
             `"square_root"` of a sample's number of tokens.
         freeze_und (`bool`, *optional*, defaults to `False`):
-            Whether, in training mode, no gradient reaches the understanding expert or passes through its activations.
-            [`BagelForConditionalGeneration.freeze`] sets it.
+            Whether no gradient reaches the understanding expert or passes through its activations.
+            [`BagelForConditionalGeneration.freeze`] sets it. A choice of one training, it is not saved.
         frequency_embedding_size (`int`, *optional*, defaults to 256): Width of the sinusoids of a timestep.
         connector_act (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`): Activation of the ViT connector.
         image_token_id (`int`, *optional*, defaults to 151655): Placeholder of a ViT token (`<|image_pad|>`).
@@ -196,6 +196,12 @@ class BagelConfig(PreTrainedConfig):
             )
         if not (self.visual_gen or self.visual_und):
             raise ValueError("`visual_gen` and `visual_und` are both False: a BAGEL model needs one of its halves.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Like the parent's, without `freeze_und`: the next training of a saved model is to choose by itself."""
+        output = super().to_dict()
+        output.pop("freeze_und", None)
+        return output
 
     @property
     def latent_stride(self) -> int:

@@ -145,7 +145,11 @@ class BagelDataLoader:
     def _encoded(self) -> Iterator[tuple[Sequence[int], int, EncodedSample | SkippedSample]]:
         tasks = _Tasks(self.dataset, self.collator, self.seed)
         places = _Places(len(self.dataset), self._place, self.shuffle, self.seed, self.rank, self.world_size)
-        return iter(DataLoader(tasks, sampler=places, batch_size=None, num_workers=self.num_workers))
+        # A generator of its own, or its start would take a number from the global one.
+        generator = torch.Generator()
+        return iter(
+            DataLoader(tasks, sampler=places, batch_size=None, num_workers=self.num_workers, generator=generator)
+        )
 
 
 class _Places(Sampler):

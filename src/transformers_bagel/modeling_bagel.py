@@ -65,6 +65,9 @@ from .sequence_bagel import (
 
 logger = logging.get_logger(__name__)
 
+# Devices where flex attention has only its forward.
+NO_FLEX_BACKWARD = ("cpu", "mps")
+
 # Names of the weights of each part of a `BagelForConditionalGeneration`.
 TOWERS = {
     "vit": r"model\.vision_tower\.",
@@ -1047,8 +1050,10 @@ class BagelModel(BagelPreTrainedModel):
         """Whether the attention has a sparse mask for packed rows; others go through them sample by sample."""
         if self.config.get_text_config()._attn_implementation != "flex_attention":
             return False
-        if device.type == "cpu" and torch.is_grad_enabled():
-            logger.warning_once("flex attention has no backward on a CPU: packed rows are attended sample by sample.")
+        if device.type in NO_FLEX_BACKWARD and torch.is_grad_enabled():
+            logger.warning_once(
+                f"Flex attention has no backward on {device.type}: packed rows are attended sample by sample."
+            )
             return False
         return True
 
@@ -1253,19 +1258,20 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             towers (`str`):
                 Any of `"vit"` (the tower that sees), `"connector"`, `"und"` (the understanding expert, embeddings and
                 text head) and `"gen"` (the generation expert and the layers around latents). For `"und"` gradients
-                also stop at the expert's activations (published behaviour, point 35), so that none goes through them
-                to the tower or to the conditions: `config.freeze_und` is set.
+                also stop at the expert's activations (published behaviour, point 35): `config.freeze_und` is set, and
+                since none could reach the tower and the connector any more, they are frozen too.
 
         Raises:
             ValueError: if there is no such part.
         """
         if unknown := set(towers) - set(TOWERS):
             raise ValueError(f"`towers` must be of {', '.join(TOWERS)}, got {', '.join(sorted(unknown))}.")
+        if "und" in towers:
+            self.config.freeze_und = True
+            towers = (*towers, "vit", "connector")
         for name, parameter in self.named_parameters():
             if any(re.match(TOWERS[tower], name) for tower in towers):
                 parameter.requires_grad_(False)
-        if "und" in towers:
-            self.config.freeze_und = True
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor, **kwargs: Unpack[TransformersKwargs]

@@ -9,6 +9,7 @@ Source: published behaviour, points 1-10 and 31-33.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -176,13 +177,15 @@ class SampleMasks:
         value: torch.Tensor,
     ) -> torch.Tensor:
         """Apply an attention to each sample; padding gets zeros. All `(batch, tokens, heads, head_dim)`."""
-        query, key, value = (states.flatten(0, 1) for states in (query, key, value))
-        pieces, end = [], 0
-        for (start, stop), mask in zip(self.spans, self.masks, strict=True):
-            pieces.append(torch.zeros_like(query[end:start]))
-            pieces.append(attention(query[start:stop], key[start:stop], value[start:stop], mask))
-            end = stop
-        pieces.append(torch.zeros_like(query[end:]))
+        # Padding, sample, padding, ..., sample, padding; most of the padding is empty.
+        borders = [0, *(border for span in self.spans for border in span), self.shape[0] * self.shape[1]]
+        lengths = [stop - start for start, stop in itertools.pairwise(borders)]
+        parts = [states.flatten(0, 1).split(lengths) for states in (query, key, value)]
+        pieces = [torch.zeros_like(padding) for padding in parts[0]]
+        for index, mask in enumerate(self.masks):
+            place = 2 * index + 1
+            sample_query, sample_key, sample_value = (states[place] for states in parts)
+            pieces[place] = attention(sample_query, sample_key, sample_value, mask)
         return torch.cat(pieces).unflatten(0, self.shape)
 
 
@@ -368,7 +371,8 @@ def route(
     """Send each token through its expert. Without latents (`routing=None`) the stream keeps its shape."""
     if routing is None:
         return und(hidden_states)
-    split = routing.num_und
+    # One split, since the gradient of each of two slices would be a tensor as large as the stream.
+    und_states, gen_states = hidden_states.split([routing.num_und, hidden_states.shape[0] - routing.num_und])
     with torch.set_grad_enabled(torch.is_grad_enabled() and not routing.freeze_und):
-        understood = und(hidden_states[:split])
-    return torch.cat([understood, gen(hidden_states[split:])])
+        und_states = und(und_states)
+    return torch.cat([und_states, gen(gen_states)])

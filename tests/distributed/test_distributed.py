@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.examples.conftest import PROMPT, arguments, assert_same, save_pictures, saved_weights, validation_picture
+
 
 WORKER = Path(__file__).with_name("worker.py")
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def launch(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
@@ -36,3 +40,61 @@ def launch(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
 def test_two_processes_equal_one(mode):
     done = launch(str(WORKER), mode)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    base, pictures = tmp_path / "base", tmp_path / "pictures"
+    subprocess.run([sys.executable, EXAMPLES / "tiny_checkpoint.py", base], check=True)
+    save_pictures(pictures)
+    return {
+        "cpu": True,
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": pictures,
+        "instance_prompt": "a shape",
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "learning_rate": 1e-3,
+        "report_to": "none",
+    }
+
+
+def train(output_dir: Path, **settings) -> Path:
+    done = launch(str(EXAMPLES / "train_full.py"), *arguments(**settings, output_dir=output_dir))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return output_dir
+
+
+def test_sharded_training_with_an_average_resumes_bit_for_bit(settings, tmp_path):
+    settings |= {
+        "fsdp": True,
+        "ema": True,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        # The resumed run does not repeat the one after step 2, which must leave no trace.
+        "validation_steps": 1,
+        "validation_prompt": PROMPT,
+        "validation_inference_steps": 2,
+        "validation_size": [64, 64],
+        "num_validation_images": 1,
+    }
+    whole = train(tmp_path / "whole", **settings)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = train(tmp_path / "resumed", **settings, resume_from_checkpoint="latest")
+    assert_same(saved_weights(resumed), saved_weights(whole))
+    for step in (3, 4):
+        assert validation_picture(resumed, step) == validation_picture(whole, step)
+
+
+@pytest.mark.parametrize("mode", [{}, {"fsdp": True}], ids=["data parallel", "sharded"])
+def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path, mode):
+    # Adam would blow up the rounding of gradients near zero.
+    settings |= {"max_train_steps": 2, "adam_epsilon": 1e-2, "max_grad_norm": 1e6}
+    two = train(tmp_path / "two", **settings, **mode, train_batch_size=1)
+    command = arguments(**settings, train_batch_size=2, output_dir=tmp_path / "one")
+    subprocess.run([sys.executable, EXAMPLES / "train_full.py", *command], check=True, capture_output=True)
+    expected, before = saved_weights(tmp_path / "one"), saved_weights(settings["pretrained_model_name_or_path"])
+    for name, weight in saved_weights(two).items():
+        assert (weight - expected[name]).abs().max() <= 1e-5, name
+    moved = [name for name, weight in expected.items() if (weight - before[name]).abs().max() > 1e-4]
+    assert any("moe_gen" in name for name in moved)

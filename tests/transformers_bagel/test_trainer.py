@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.conftest import load_model, max_error, training_samples
 from transformers_bagel import BagelDataLoader, BagelForConditionalGeneration, loss_totals
+from transformers_bagel.trainer_bagel import BagelTrainer
 
 
 MIXED = ("talk", "edit", "look", "draw")
@@ -40,7 +41,7 @@ def own_accelerator():
 
 @pytest.fixture
 def train(collate, tmp_path):
-    def make(model, names=MIXED, collator=None, **settings) -> Trainer:
+    def make(model, names=MIXED, collator=None, kind=Trainer, **settings) -> Trainer:
         arguments = TrainingArguments(
             output_dir=str(tmp_path / "run"),
             remove_unused_columns=False,
@@ -49,7 +50,7 @@ def train(collate, tmp_path):
             disable_tqdm=True,
             **({"logging_steps": 1, "save_strategy": "no", "per_device_train_batch_size": 2} | settings),
         )
-        return Trainer(
+        return kind(
             model,
             arguments,
             data_collator=collator or collate(),
@@ -107,6 +108,37 @@ def test_trainers_loss_is_the_models_mean(fresh, train, collate):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-3)
     for name, parameter in fresh.named_parameters():
         assert max_error(parameter.detach(), expected[name].detach()) <= 1e-5, name
+
+
+def test_bagel_trainers_loss_is_that_of_one_large_batch(fresh, train, collate):
+    """Three micro-batches of which none has both kinds of targets."""
+    names = ("talk", "draw", "look")
+    reference = copy.deepcopy(fresh)
+    collator = collate(generator=torch.Generator().manual_seed(5))
+    batches = [collator([sample]) for sample in training_samples(*names)]
+    totals = sum(loss_totals(batch) for batch in batches)
+    losses = [reference(**batch, loss_totals=totals).loss for batch in batches]
+    sum(losses).backward()
+    trainer = train(
+        fresh,
+        names,
+        collate(generator=torch.Generator().manual_seed(5)),
+        BagelTrainer,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses).item(), abs=1e-3)
+    for name, parameter in reference.named_parameters():
+        expected = parameter.detach() - 0.1 * parameter.grad
+        assert max_error(dict(fresh.named_parameters())[name].detach(), expected) <= 1e-5, name
+    assert 0 < trainer.evaluate()["eval_loss"] < 20
 
 
 def test_a_bad_sample_does_not_stop_trainer(fresh, train, collate):
