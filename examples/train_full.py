@@ -82,7 +82,8 @@ def main(args: argparse.Namespace) -> None:
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = accelerator.prepare_optimizer(make_optimizer(args, accelerator, parameters))
     ema = None
-    if args.ema:
+    # Unless it is sharded, the average is the same everywhere, and the main process validates and saves.
+    if args.ema and (args.fsdp or accelerator.is_main_process):
         ema = ShardedEma(parameters, args.ema_decay, torch.device("cpu") if args.ema_device == "cpu" else None)
     validation = Validation(args, accelerator, pipe, on_every_rank=args.fsdp)
     training = Training(args, accelerator, model, optimizer, loader, flops, validation, ema)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT), str(ROOT / "examples")]
 
+from bagel_training.models import empty_model  # noqa: E402
 from bagel_training.parallel import shard_model  # noqa: E402
 
 from diffusers_bagel.published import load_published_vae  # noqa: E402
@@ -55,8 +56,11 @@ def compare_training(mode: str) -> None:
     assert accelerator.num_processes == 2
     collator = BagelDataCollator(load_processor(), vae=load_published_vae(CHECKPOINT))
     reference, trained = load_model().train(), load_model().train()
-    # The checkpoint's own head is random, so that gradients reach everything.
     if mode == "fsdp":
+        if rank > 0:
+            # Only the first process reads the weights of a sharded model.
+            trained = empty_model(str(CHECKPOINT)).train()
+            assert all(parameter.is_meta for parameter in trained.parameters())
         model = shard_model(trained, init_device_mesh("cpu", (2,)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     else:
