@@ -110,6 +110,22 @@ def compare_tensor_parallel() -> None:
     for name in ("logits", "velocity"):
         error = float((full(getattr(outputs, name)) - getattr(expected, name)).abs().max())
         assert error <= 1e-5, (name, error)
+    expected, velocity = denoised(whole), denoised(split)
+    assert float((full(velocity) - expected).abs().max()) <= 1e-5
+
+
+@torch.no_grad()
+def denoised(model: torch.nn.Module) -> torch.Tensor:
+    """Velocity of a denoising step after a prompt."""
+    prompt = torch.arange(5, 12).unsqueeze(0)
+    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    return model(
+        latents=torch.linspace(-1, 1, 12 * model.config.latent_dim).view(12, -1),
+        latent_grid_hw=torch.tensor([[3, 4]]),
+        timesteps=torch.tensor([0.7]),
+        position_ids=torch.tensor([7]),
+        past_key_values=cache,
+    ).velocity
 
 
 if __name__ == "__main__":
