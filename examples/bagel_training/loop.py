@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import math
 import time
@@ -31,6 +30,7 @@ from transformers_bagel.losses_bagel import loss_totals, over_ranks
 from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .data import TrainingSamples
 from .ema import ShardedEma
+from .models import training_processor
 from .throughput import StepFlops, measured_peak
 from .validation import Validation
 
@@ -67,13 +67,8 @@ def make_loader(
 ) -> BagelDataLoader:
     """This rank's batches."""
     timestep_shift = pipe.transformer.config.timestep_shift if args.timestep_shift is None else args.timestep_shift
-    processor = copy.deepcopy(pipe.processor)
-    if args.resolution is not None:
-        # Of the training only: the model that is saved takes images as large as before.
-        shortest = min(processor.image_processor.vae_size["shortest_edge"], args.resolution)
-        processor.image_processor.vae_size = {"shortest_edge": shortest, "longest_edge": args.resolution}
     collator = BagelDataCollator(
-        processor,
+        training_processor(pipe, args.resolution),
         vae=pipe.vae,
         text_dropout=args.text_dropout,
         vit_dropout=args.vit_dropout,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator, init_empty_weights
 from transformers.utils import cached_file
 
 from diffusers_bagel import BagelPipeline
-from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.modeling_bagel import NO_FLEX_BACKWARD
 
 
@@ -24,6 +25,25 @@ def empty_model(path: str, **hub_kwargs: Any) -> BagelForConditionalGeneration:
         return BagelForConditionalGeneration(config)
 
 
+def training_processor(pipe: BagelPipeline, resolution: int | None) -> BagelProcessor:
+    """A processor whose images fit the model's position tables, and `--resolution`. The pipeline keeps its own, which is
+    saved: the trained model takes images as large as before.
+    """
+    processor, config = copy.deepcopy(pipe.processor), pipe.transformer.config
+    images = processor.image_processor
+    if not config.interpolate_pos:
+        images.vae_size = bounded(images.vae_size, config.max_latent_size * config.latent_stride)
+        images.size = bounded(images.size, config.vit_max_num_patch_per_side * images.patch_size)
+    if resolution is not None:
+        images.vae_size = bounded(images.vae_size, resolution)
+    return processor
+
+
+def bounded(size: Any, longest: int) -> dict[str, int]:
+    """Bounds of the edges of an image, none above `longest` pixels."""
+    return {name: min(size[name], longest) for name in ("shortest_edge", "longest_edge")}
+
+
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: torch.dtype) -> BagelPipeline:
     """The pipeline, its model set for the losses that the arguments ask for, its VAE on the device in float32.
 
@@ -31,13 +51,12 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: tor
     memory once for each process.
     """
     hub_kwargs = {"revision": args.revision, "cache_dir": args.cache_dir}
-    components = {}
+    components: dict[str, Any] = {} if args.variant is None else {"variant": args.variant}
     if getattr(args, "fsdp", False) and not accelerator.is_main_process:
         components["transformer"] = empty_model(args.pretrained_model_name_or_path, **hub_kwargs)
     # The VAE stays in float32, since float16 overflows in it.
     pipe = BagelPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
-        variant=args.variant,
         **hub_kwargs,
         **components,
         dtype={"transformer": dtype, "default": torch.float32},

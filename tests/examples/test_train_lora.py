@@ -8,6 +8,7 @@ import train_full
 import train_lora
 
 from diffusers_bagel import BagelPipeline
+from tests.conftest import CHECKPOINT
 from tests.examples.conftest import (
     PROMPT,
     arguments,
@@ -21,6 +22,7 @@ from tests.examples.conftest import (
     load_card,
     saved_weights,
     validation_picture,
+    write_lines,
 )
 
 
@@ -232,3 +234,14 @@ def test_a_checkpoint_loads_as_lora(uninterrupted, checkpoint):
     pipe = BagelPipeline.from_pretrained(checkpoint)
     pipe.load_lora_weights(uninterrupted / "checkpoint-2")
     assert drawn(pipe) == validation_picture(uninterrupted, 2)
+
+
+@pytest.mark.parametrize("task", ["drawing", "editing"])
+def test_the_published_layout_trains_within_the_models_tables(train, pictures, tmp_path, task):
+    # It has no image settings, and the published sizes are far beyond the tiny model's position tables.
+    names = sorted(path.name for path in pictures.glob("*.png"))
+    rows = [{"image": str(pictures / name), "source": str(pictures / names[0]), "text": "a shape"} for name in names]
+    data = {"train_data_file": [write_lines(tmp_path / "rows.jsonl", rows)]}
+    data |= {"cond_image_column": "source"} if task == "editing" else {}
+    train(train_lora, tmp_path / "run", pretrained_model_name_or_path=CHECKPOINT, rank=2, max_train_steps=1, **data)
+    assert saved_weights(tmp_path / "run")
