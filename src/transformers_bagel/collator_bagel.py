@@ -62,10 +62,10 @@ class EncodedSample:
         blocks (`list[LatentBlock]`): In the order of the sequence.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    token_types: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
+    labels: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
+    token_types: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
+    position_ids: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
     whole_length: int = 0
     patches: list[torch.Tensor] = field(default_factory=list)
     patch_grids: list[tuple[int, int]] = field(default_factory=list)
@@ -207,7 +207,8 @@ class BagelDataCollator:
         encoded = []
         worker = get_worker_info()
         for index in range(len(samples)):
-            seed = int(torch.randint(2**62, (), generator=self.generator))
+            device = "cpu" if self.generator is None else self.generator.device
+            seed = int(torch.randint(2**62, (), generator=self.generator, device=device))
             if worker is not None:
                 # Every worker has a copy of the generator, but a seed of its own in each epoch.
                 seed = mixed_seed(seed, worker.seed)
@@ -262,59 +263,38 @@ class BagelDataCollator:
             TypeError, ValueError, OSError: if the sample cannot be used.
         """
         generator = torch.Generator().manual_seed(seed)
-        segments = sample_segments(sample)
-        ids: list[torch.Tensor] = []
-        labels: list[torch.Tensor] = []
-        types: list[torch.Tensor] = []
-        noised: list[torch.Tensor] = []
-        skipped: list[torch.Tensor] = []
-        encoded = EncodedSample(*(torch.empty(0, dtype=torch.long) for _ in range(4)))
-        images = _Images(self.processor)
+        encoded, tokens, images = EncodedSample(), _Tokens(), _Images(self.processor)
         empty_positions = 0
-        for segment in segments:
-            kind = {"text": TEXT_TOKEN, "vit_image": IMAGE_TOKEN, "vae_image": LATENT_TOKEN}[segment.type]
-            if kind == TEXT_TOKEN:
-                token_ids = self._text_ids(segment.content)
-            else:
-                rows, columns = self._grid(segment, images)
-                token_ids = self._image_ids(kind, rows * columns)
+        for segment in sample_segments(sample):
+            token_ids = self._token_ids(segment, images)
             encoded.whole_length += len(token_ids)
             drop = torch.rand((), generator=generator) < self.dropout[segment.type]
             if segment.dropout and drop:
                 # Published behaviour, point 33: a dropped image still takes its position, a dropped text does not.
-                empty_positions += kind != TEXT_TOKEN
+                empty_positions += segment.type != "text"
                 continue
-            if kind != TEXT_TOKEN:
-                self._add_image(encoded, segment, images, generator)
-            is_patch = torch.zeros_like(token_ids, dtype=torch.bool)
-            is_patch[1:-1] = kind != TEXT_TOKEN
-            ids.append(token_ids)
-            types.append(is_patch * kind)
-            noised.append(is_patch & (kind == LATENT_TOKEN) & segment.loss)
-            learned = torch.full_like(token_ids, IGNORED_LABEL)
-            if kind == TEXT_TOKEN and segment.loss:
-                learned[1:] = token_ids[1:]
-            labels.append(learned)
-            skipped.append(torch.zeros_like(token_ids))
-            skipped[-1][0] = empty_positions
+            tokens.add(segment, token_ids, empty_positions)
             empty_positions = 0
-        encoded.input_ids, encoded.labels, encoded.token_types = torch.cat(ids), torch.cat(labels), torch.cat(types)
-        encoded.position_ids = rope_positions(
-            encoded.token_types[None], noised=torch.cat(noised)[None], skipped=torch.cat(skipped)[None]
-        )[0]
+            if segment.type == "vit_image":
+                encoded.patches.append(images[segment.content]["pixel_values"])
+                encoded.patch_grids.append(self._grid(segment, images))
+            elif segment.type == "vae_image":
+                self._add_latents(encoded, segment, images, generator)
+        encoded.input_ids, encoded.labels, encoded.token_types, encoded.position_ids = tokens.laid_out()
         return encoded
 
-    def _text_ids(self, text: str) -> torch.Tensor:
-        tokens = (self.processor.image_token, self.processor.latent_token)
-        if any(token in text for token in tokens):
-            raise ValueError(f"A text holds {' or '.join(tokens)}, which stand for images: {text[:100]!r}.")
-        return torch.tensor(self.processor.tokenizer(f"<|im_start|>{text}<|im_end|>")["input_ids"])
-
-    def _image_ids(self, kind: int, count: int) -> torch.Tensor:
+    def _token_ids(self, segment: Segment, images: _Images) -> torch.Tensor:
+        """Ids of a segment with its two markers, `(tokens,)`."""
         processor = self.processor
-        placeholder = processor.image_token_id if kind == IMAGE_TOKEN else processor.latent_token_id
+        if segment.type == "text":
+            text, reserved = segment.content, (processor.image_token, processor.latent_token)
+            if any(token in text for token in reserved):
+                raise ValueError(f"A text holds {' or '.join(reserved)}, which stand for images: {text[:100]!r}.")
+            return torch.tensor(processor.tokenizer(f"<|im_start|>{text}<|im_end|>")["input_ids"])
+        placeholder = processor.image_token_id if segment.type == "vit_image" else processor.latent_token_id
         markers = processor.tokenizer.convert_tokens_to_ids([processor.vision_start_token, processor.vision_end_token])
-        return torch.tensor([markers[0], *[placeholder] * count, markers[1]])
+        rows, columns = self._grid(segment, images)
+        return torch.tensor([markers[0], *[placeholder] * (rows * columns), markers[1]])
 
     def _grid(self, segment: Segment, images: _Images) -> tuple[int, int]:
         """Rows and columns of the tokens of an image block."""
@@ -326,18 +306,13 @@ class BagelDataCollator:
         height, width = features["vae_pixel_values"][0].shape[1:]
         return height // stride, width // stride
 
-    def _add_image(
+    def _add_latents(
         self, encoded: EncodedSample, segment: Segment, images: _Images, generator: torch.Generator
     ) -> None:
-        """Add the pixels of an image block to a sample, and for latents their noise."""
-        features, grid = images[segment.content], self._grid(segment, images)
-        if segment.type == "vit_image":
-            encoded.patches.append(features["pixel_values"])
-            encoded.patch_grids.append(grid)
-            return
+        """Add the pixels of a block of latents to a sample, its noise and the level of it."""
         if self.encode_latents is None:
             raise ValueError("The sample draws or edits an image. Pass a `vae` to BagelDataCollator.")
-        pixels = features["vae_pixel_values"][0]
+        pixels, grid = images[segment.content]["vae_pixel_values"][0], self._grid(segment, images)
         shape = (grid[0] * grid[1], self.latent_dim)
         known = [index for index, other in enumerate(encoded.vae_pixels) if other is pixels]
         if not known:
@@ -406,6 +381,38 @@ class BagelDataCollator:
             self.encode_latents(pixels, noise)  # type: ignore[misc]  # asserted above
             for pixels, noise in zip(sample.vae_pixels, sample.posterior_noise, strict=True)
         ]
+
+
+class _Tokens:
+    """The tokens of one sample, segment by segment, and where they stand."""
+
+    def __init__(self) -> None:
+        self.ids: list[torch.Tensor] = []
+        self.labels: list[torch.Tensor] = []
+        self.types: list[torch.Tensor] = []
+        self.noised: list[torch.Tensor] = []
+        self.skipped: list[torch.Tensor] = []
+
+    def add(self, segment: Segment, token_ids: torch.Tensor, empty_positions: int) -> None:
+        """Add a segment `(tokens,)` that leaves positions empty before it."""
+        kind = {"text": TEXT_TOKEN, "vit_image": IMAGE_TOKEN, "vae_image": LATENT_TOKEN}[segment.type]
+        types = torch.full_like(token_ids, TEXT_TOKEN)
+        types[1:-1] = kind
+        labels = torch.full_like(token_ids, IGNORED_LABEL)
+        if kind == TEXT_TOKEN and segment.loss:
+            labels[1:] = token_ids[1:]
+        self.ids.append(token_ids)
+        self.labels.append(labels)
+        self.types.append(types)
+        self.noised.append((types == LATENT_TOKEN) & segment.loss)
+        self.skipped.append(torch.zeros_like(token_ids))
+        self.skipped[-1][0] = empty_positions
+
+    def laid_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, labels, types and rope positions, each `(tokens,)`."""
+        types, noised, skipped = torch.cat(self.types), torch.cat(self.noised), torch.cat(self.skipped)
+        position_ids = rope_positions(types[None], noised=noised[None], skipped=skipped[None])[0]
+        return torch.cat(self.ids), torch.cat(self.labels), types, position_ids
 
 
 class _Images:
