@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         model = accelerator.prepare(transformer.to(accelerator.device))
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = accelerator.prepare_optimizer(make_optimizer(args, accelerator, parameters))
+    optimizer = accelerator.prepare_optimizer(make_optimizer(args, accelerator, transformer))
     ema = None
     # Unless it is sharded, the average is the same everywhere, and the main process validates and saves.
     if args.ema and (args.fsdp or accelerator.is_main_process):

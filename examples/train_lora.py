@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     share = count / sum(parameter.numel() for parameter in transformer.parameters())
     logger.info(f"Training {count:,} parameters, {share:.2%} of the model, on {len(samples)} samples: {samples.task}")
     loader = make_loader(args, accelerator, samples, pipe)
-    optimizer = make_optimizer(args, accelerator, parameters)
+    optimizer = make_optimizer(args, accelerator, transformer)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     validation = Validation(args, accelerator, pipe, on_every_rank=False)
 

@@ -23,10 +23,20 @@ COUNTS = (
     "repeats",
     "max_tokens",
     "resolution",
+    "noised_copies",
     "validation_inference_steps",
     "rank",
 )
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "warmup_stable_decay",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+)
+SDPA_BACKENDS = ("math", "flash_attention", "efficient_attention", "cudnn_attention")
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
@@ -45,6 +55,9 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cache_dir", help="where downloads are kept")
     group.add_argument(
         "--attn_implementation", help="sdpa, or flex_attention on a GPU; by default what fits the device"
+    )
+    group.add_argument(
+        "--sdpa_backend", choices=SDPA_BACKENDS, help="of sdpa; on a CPU math is the faster one for short samples"
     )
 
 
@@ -85,6 +98,7 @@ def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--logit_mean", type=float, default=0.0)
     group.add_argument("--logit_std", type=float, default=1.0)
     group.add_argument("--timestep_shift", type=float, help="by default that of the model's configuration")
+    group.add_argument("--noised_copies", type=int, default=1, help="of each drawn image, sharing its context")
     group.add_argument("--ce_weight", type=float, default=1.0, help="weight of the loss of texts")
     group.add_argument("--mse_weight", type=float, default=1.0, help="weight of the loss of images")
     group.add_argument("--loss_reduction", choices=tuple(LOSS_REDUCTIONS), default="token")
@@ -100,8 +114,17 @@ def _add_training_arguments(group: argparse._ArgumentGroup, learning_rate: float
     group.add_argument("--scale_lr", action="store_true", help="times devices, accumulation and batch size")
     group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument(
+        "--lr_decay_steps", type=int, default=0, help="last steps of warmup_stable_decay, which fall to 0"
+    )
     group.add_argument("--lr_num_cycles", type=int, default=1)
     group.add_argument("--lr_power", type=float, default=1.0)
+    group.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon: for the layers' matrices, AdamW for the rest",
+    )
     group.add_argument("--use_8bit_adam", action="store_true", help="bitsandbytes' optimizer")
     group.add_argument("--adam_beta1", type=float, default=0.9)
     group.add_argument("--adam_beta2", type=float, default=0.999)
@@ -152,5 +175,7 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
         count = getattr(args, name, None)
         if count is not None and count < 1:
             raise ValueError(f"--{name} must be at least 1, got {count}.")
+    if args.optimizer == "muon" and (args.use_8bit_adam or getattr(args, "fsdp", False)):
+        raise ValueError("--optimizer muon needs whole matrices in float32: leave out --use_8bit_adam and --fsdp.")
     if args.validation_image is not None:
         to_rgb(args.validation_image)

@@ -20,8 +20,10 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import BatchFeature
+from transformers.optimization import get_wsd_schedule
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelDataCollator, BagelDataLoader
@@ -31,6 +33,7 @@ from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .data import TrainingSamples
 from .ema import ShardedEma
 from .models import training_processor
+from .muon import MuonWithAdamW, split_parameters
 from .throughput import StepFlops, measured_peak
 from .validation import Validation
 
@@ -78,6 +81,7 @@ def make_loader(
         timestep_law="logit_normal" if args.weighting_scheme == "logit_normal" else "uniform",
         logit_mean=args.logit_mean,
         logit_std=args.logit_std,
+        noised_copies=args.noised_copies,
         cache_dir=Path(args.output_dir) / "latents" if args.cache_latents else None,
         on_error=args.on_error,
     )
@@ -95,24 +99,48 @@ def make_loader(
     )
 
 
-def make_optimizer(
-    args: argparse.Namespace, accelerator: Accelerator, parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """AdamW over what is trained."""
+def make_optimizer(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the arguments name, over what is trained of a model."""
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.gradient_accumulation_steps * (args.train_batch_size or 1) * accelerator.num_processes
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "muon":
+        # Embeddings, heads and projections into the model are not layers that Muon is made for.
+        outside = [name for name, _ in model.named_modules() if ".layers." not in name]
+        return MuonWithAdamW(*split_parameters(model, outside), **settings)
     kind: Any = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
 
         kind = bitsandbytes.optim.AdamW8bit
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.gradient_accumulation_steps * (args.train_batch_size or 1) * accelerator.num_processes
-    return kind(
-        parameters,
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+    return kind([parameter for parameter in model.parameters() if parameter.requires_grad], **settings)
+
+
+def make_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The course of the learning rate. It depends on the step alone, so that a resumed training may be given more."""
+    if args.lr_scheduler == "warmup_stable_decay":
+        return get_wsd_schedule(
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_decay_steps=args.lr_decay_steps,
+            num_training_steps=num_steps,
+            decay_type="linear",
+        )
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
 
 
@@ -156,14 +184,7 @@ class Training:
         """
         args, accelerator = self.args, self.accelerator
         num_steps = number_of_steps(args, accelerator, len(self.loader.dataset))
-        self.scheduler = get_scheduler(
-            args.lr_scheduler,
-            optimizer=self.optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=num_steps,
-            num_cycles=args.lr_num_cycles,
-            power=args.lr_power,
-        )
+        self.scheduler = make_scheduler(args, self.optimizer, num_steps)
         peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(accelerator.device, self._dtype())
         step = self._resume()
         batches = iter(self.loader)
@@ -198,7 +219,7 @@ class Training:
         totals, num_ranks = over_ranks(own)
         sums = torch.zeros(3, device=accelerator.device)
         for index, batch in enumerate(micro_batches):
-            with self._gradient_sync(last=index == len(micro_batches) - 1), accelerator.autocast():
+            with self._gradient_sync(index == len(micro_batches) - 1), accelerator.autocast(), self._sdpa_backend():
                 outputs = self.model(**batch, loss_totals=totals)
                 # Data parallel takes the mean over the ranks, where the sum is meant.
                 accelerator.backward(num_ranks * outputs.loss)
@@ -223,6 +244,11 @@ class Training:
         if last or isinstance(self.model, FSDPModule):
             return nullcontext()
         return self.accelerator.no_sync(self.model)
+
+    def _sdpa_backend(self) -> AbstractContextManager:
+        if self.args.sdpa_backend is None:
+            return nullcontext()
+        return sdpa_kernel(SDPBackend.__members__[self.args.sdpa_backend.upper()])
 
     def _clip_gradients(self) -> float:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -270,6 +296,13 @@ class Training:
         own_state = load_checkpoint(self.accelerator, path, self.model, self.optimizer)
         self.loader.load_state_dict(own_state["loader"])
         self.scheduler.load_state_dict(own_state["scheduler"])
+        # What is left of the course may be another than it was when the rates were saved.
+        rates = [
+            base * factor(self.scheduler.last_epoch)
+            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         if self.ema is not None:
             if own_state["ema"] is None:
                 raise ValueError(f"'{path}' holds no average of the weights. Go on without --ema, as it was begun.")

@@ -112,6 +112,9 @@ class BagelDataCollator:
             Noise levels before the shift: `"logit_normal"`, the sigmoid of a normal number, or `"uniform"`.
         logit_mean (`float`, *optional*, defaults to 0.0): Mean of that normal number.
         logit_std (`float`, *optional*, defaults to 1.0): Its standard deviation.
+        noised_copies (`int`, *optional*, defaults to 1):
+            How often each drawn image stands in its sample, each time with noise and a level of its own. The copies
+            share what they are drawn from, which is most of the work if images are small.
         cache_dir (`str` or `os.PathLike`, *optional*): See [`LatentEncoder`].
         on_error (`str`, *optional*, defaults to `"raise"`):
             Whether a sample that cannot be used stops the training (`"raise"`), or is left out with a warning and
@@ -147,6 +150,7 @@ class BagelDataCollator:
         timestep_law: str = "logit_normal",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
+        noised_copies: int = 1,
         cache_dir: str | os.PathLike | None = None,
         on_error: str = "raise",
     ):
@@ -160,6 +164,7 @@ class BagelDataCollator:
         self.timestep_law = timestep_law
         self.logit_mean = logit_mean
         self.logit_std = logit_std
+        self.noised_copies = noised_copies
         self.on_error = on_error
         self.skipped: list[SkippedSample] = []
         self._check_settings()
@@ -186,8 +191,10 @@ class BagelDataCollator:
             raise ValueError(
                 f"`timestep_shift` and `logit_std` must be above 0, got {self.timestep_shift!r} and {self.logit_std!r}."
             )
-        if self.max_tokens is not None and (not isinstance(self.max_tokens, int) or self.max_tokens < 1):
-            raise ValueError(f"`max_tokens` must be a whole number of at least 1, got {self.max_tokens!r}.")
+        for name, count in (("max_tokens", self.max_tokens), ("noised_copies", self.noised_copies)):
+            is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+            if not is_count and not (name == "max_tokens" and count is None):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """
@@ -267,19 +274,24 @@ class BagelDataCollator:
         empty_positions = 0
         for segment in sample_segments(sample):
             token_ids = self._token_ids(segment, images)
-            encoded.whole_length += len(token_ids)
+            copies = self.noised_copies if segment.type == "vae_image" and segment.loss else 1
+            encoded.whole_length += copies * len(token_ids)
             drop = torch.rand((), generator=generator) < self.dropout[segment.type]
             if segment.dropout and drop:
                 # Published behaviour, point 33: a dropped image still takes its position, a dropped text does not.
                 empty_positions += segment.type != "text"
                 continue
             tokens.add(segment, token_ids, empty_positions)
+            for _ in range(copies - 1):
+                # Noised blocks do not advance the positions, so all copies stand where the image is drawn.
+                tokens.add(segment, token_ids, empty_positions=0)
             empty_positions = 0
             if segment.type == "vit_image":
                 encoded.patches.append(images[segment.content]["pixel_values"])
                 encoded.patch_grids.append(self._grid(segment, images))
             elif segment.type == "vae_image":
-                self._add_latents(encoded, segment, images, generator)
+                for _ in range(copies):
+                    self._add_latents(encoded, segment, images, generator)
         encoded.input_ids, encoded.labels, encoded.token_types, encoded.position_ids = tokens.laid_out()
         return encoded
 

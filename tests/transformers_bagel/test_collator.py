@@ -348,6 +348,37 @@ def levels(collator: BagelDataCollator) -> torch.Tensor:
     return torch.stack([block.timestep for sample in samples for block in sample.blocks])
 
 
+def test_noised_copies_are_drawn_alike_and_do_not_see_each_other(collate, model):
+    (sample,) = training_samples("edit")
+    batch = collate(noised_copies=3)([sample])
+    single = collate()([sample])
+    length = single["input_ids"].shape[1]
+    blocks = len(batch["timesteps"])
+    assert blocks == len(single["timesteps"]) + 2
+    # The three blocks at the end stand at one position.
+    assert batch["position_ids"][0, length - 1 :].unique().numel() == 1
+    noised = torch.arange(blocks)[batch["timesteps"] > 0]
+    assert batch["timesteps"][noised].unique().numel() == 3
+    counts = batch["latent_grid_hw"].prod(-1).tolist()
+    parts = {name: batch[name].split(counts) for name in ("latents", "noise")}
+    velocities = model(**batch).velocity.split(counts)
+    for copy in noised:
+        clean = [index for index in range(blocks) if index < noised[0]]
+        chosen = [*clean, int(copy)]
+        alone = single | {name: torch.cat([values[index] for index in chosen]) for name, values in parts.items()}
+        alone["timesteps"] = batch["timesteps"][chosen]
+        velocity = model(**alone).velocity[-counts[copy] :]
+        assert max_error(velocity, velocities[copy]) < 1e-5
+
+
+def test_a_conversation_goes_on_after_noised_copies(collate):
+    batch = collate(noised_copies=2)(training_samples("chat"))
+    single = collate()(training_samples("chat"))
+    extra = batch["input_ids"].shape[1] - single["input_ids"].shape[1]
+    assert extra == sum(int(grid.prod()) + 2 for grid in single["latent_grid_hw"][single["timesteps"] > 0])
+    assert batch["position_ids"].max() == single["position_ids"].max()
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.0, 0.5)])
 def test_levels_are_sigmoids_of_normal_numbers(mean, std, collate):
     normal = levels(collate(logit_mean=mean, logit_std=std)).logit()
@@ -635,6 +666,8 @@ def test_drawing_needs_a_vae(collate):
         {"logit_std": 0.0},
         {"max_tokens": 0},
         {"max_tokens": 10.5},
+        {"noised_copies": 0},
+        {"noised_copies": True},
         {"on_error": "ignore"},
     ],
 )

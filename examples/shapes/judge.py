@@ -1,0 +1,119 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Test cases of every task, and what is right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import language
+import PIL.Image
+from language import Wish
+from reader import read
+from world import OBJECT_COUNTS, Scene, random_scene
+
+
+@dataclass(frozen=True)
+class DrawCase:
+    """A prompt, and what the picture must show."""
+
+    prompt: str
+    wish: Wish
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """A picture, an instruction, and the picture it makes."""
+
+    kind: str
+    scene: Scene
+    instruction: str
+    target: Scene
+
+
+@dataclass(frozen=True)
+class AskCase:
+    """A picture, a question, and its answer."""
+
+    kind: str
+    scene: Scene
+    question: str
+    answer: str
+
+
+PROMPTS: dict[str, Callable[[random.Random, Scene], tuple[str, Wish] | None]] = {
+    "draw_full": language.full_prompt,
+    "draw": language.ordinary_prompt,
+    "relation": language.relation_prompt,
+    "riddle": lambda generator, scene: language.riddle_prompt(generator, scene, held_out=True),
+}
+
+
+def unseen_scene(generator: random.Random, num_things: int | None = None) -> Scene:
+    """A held-out scene; one, two and three objects are as frequent as the world has them."""
+    count = num_things or generator.choices(list(OBJECT_COUNTS), list(OBJECT_COUNTS.values()))[0]
+    return random_scene(generator, held_out=True, num_things=count)
+
+
+def draw_cases(task: str, count: int, seed: int = 0, num_things: int | None = None) -> list[DrawCase]:
+    """Prompts for held-out scenes."""
+    generator = random.Random(f"{task} {seed}")
+    cases: list[DrawCase] = []
+    while len(cases) < count:
+        scene = unseen_scene(generator, num_things)
+        made = PROMPTS[task](generator, scene)
+        if made is not None:
+            cases.append(DrawCase(*made, scene))
+    return cases
+
+
+def edit_cases(count: int, seed: int = 0) -> list[EditCase]:
+    """Edits of held-out scenes, of all kinds alike."""
+    generator = random.Random(f"edit {seed}")
+    cases: list[EditCase] = []
+    while len(cases) < count:
+        kind = language.EDITS[len(cases) % len(language.EDITS)]
+        scene = unseen_scene(generator)
+        edited = language.edit(generator, scene, kind)
+        if edited is not None:
+            cases.append(EditCase(kind, scene, *edited))
+    return cases
+
+
+def ask_cases(count: int, seed: int = 0) -> list[AskCase]:
+    """Questions about held-out scenes, of all kinds alike."""
+    generator = random.Random(f"ask {seed}")
+    cases: list[AskCase] = []
+    while len(cases) < count:
+        kind = language.QUESTIONS[len(cases) % len(language.QUESTIONS)]
+        scene = unseen_scene(generator)
+        asked = language.question(generator, scene, kind)
+        if asked is not None:
+            cases.append(AskCase(kind, scene, *asked))
+    return cases
+
+
+def is_drawn(picture: PIL.Image.Image, case: DrawCase) -> bool:
+    """Whether a picture shows what the prompt asks for, and no other object."""
+    return language.grants(read(picture), case.wish)
+
+
+def is_edited(picture: PIL.Image.Image, target: Scene) -> bool:
+    """Whether the change is made, and every other object is where and what it was."""
+    return seen(read(picture)) == seen(target)
+
+
+def seen(scene: Scene) -> tuple:
+    """What the judge compares: the background, and of each object its cell, colour, shape and size."""
+    return scene.background, tuple((thing.cell, *thing.pair, thing.size) for thing in scene.things)
+
+
+def described_share(text: str, scene: Scene) -> float:
+    """Share of a picture's objects that a description has right; of the described ones, if these are more."""
+    described = language.parse_layout(text)
+    if described is None:
+        return 0.0
+    right = set(seen(scene)[1]) & set(seen(described)[1])
+    return len(right) / max(len(scene.things), len(described.things))

@@ -1,0 +1,30 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""A small tokenizer of Qwen2's kind, with BAGEL's special tokens."""
+
+from __future__ import annotations
+
+from tasks import JOINT, UNDERSTANDING, sample
+from tokenizers import Tokenizer
+from transformers import Qwen2Tokenizer
+
+from transformers_bagel.published_bagel import SPECIAL_TOKENS
+
+
+VOCABULARY = 768
+
+
+def train_tokenizer() -> Qwen2Tokenizer:
+    """Bytes and the words of the world: any text can be read, and what the world says takes a token a word."""
+    texts = [
+        part["text"]
+        for shares in (UNDERSTANDING, JOINT)
+        for index in range(3000)
+        for message in sample(-1, shares, index)
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, VOCABULARY, new_special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    assert isinstance(tokenizer.backend_tokenizer, Tokenizer)
+    return tokenizer

@@ -1,0 +1,104 @@
+"""The one command that trains from nothing, a few steps of it; and that its own loop goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stages import run_stage
+from torch import nn
+from train import main, stage
+
+from diffusers_bagel import BagelPipeline
+from tests.shapes.conftest import SHAPES
+from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+
+
+def learned(folder: Path, killed_at: int | None = None) -> nn.Module:
+    """A layer that learns to double, killed once at a step if that is asked for."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        if step == killed_at and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            raise KeyboardInterrupt
+        given = torch.randn(8, 3)
+        return {"loss": (layer(given) - 2 * given).square().mean()}
+
+    run_stage(folder, layer, losses, num_steps=60, learning_rate=0.05, save_every=10)
+    return layer
+
+
+def test_a_killed_stage_goes_on_as_if_it_had_not(tmp_path):
+    whole = learned(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        learned(tmp_path / "parts", killed_at=37)
+    parts = learned(tmp_path / "parts", killed_at=37)
+    assert torch.equal(whole.weight, parts.weight)
+    logs = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert logs[-1]["loss"] < 0.1 < logs[0]["loss"]
+
+
+def test_a_finished_stage_is_kept(tmp_path):
+    runs = []
+
+    def run(part: Path) -> None:
+        runs.append(part)
+        (part / "result").write_text(str(len(runs)))
+        if len(runs) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "vae", run)
+    assert not (tmp_path / "vae").exists()
+    stage(tmp_path / "vae", run)
+    stage(tmp_path / "vae", run)
+    assert len(runs) == 2
+    assert (tmp_path / "vae" / "result").read_text() == "2"
+
+
+def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path):
+    steps = {"vae": 3, "vit": 3, "understanding": 2, "joint": 3}
+    command = [sys.executable, str(SHAPES / "train.py"), "--output_dir", str(tmp_path / "run")]
+    command += ["--joint_decay_steps", "1"]
+    command += ["--understanding_samples", "100", "--joint_samples", "40"]
+    for name, count in steps.items():
+        command += [f"--{name}_steps", str(count)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    repository = tmp_path / "run" / "repository"
+    pipe = BagelPipeline.from_pretrained(repository)
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+    model = BagelForConditionalGeneration.from_pretrained(repository)
+    assert model.config.latent_dim == 32
+    # Only what was frozen all along is as the tower's stage left it.
+    tower = BagelPipeline.from_pretrained(tmp_path / "run" / "understanding" / "model").transformer
+    same = {
+        name
+        for name, weight in model.state_dict().items()
+        if torch.equal(weight, tower.state_dict()[name]) and name != "model.latent_pos_embed.pos_embed"
+    }
+    assert {name for name in same if "pos_embed" not in name} == {
+        name for name in model.state_dict() if name.startswith("model.vision_tower.")
+    }
+    assert "<|vision_pad|>" in BagelProcessor.from_pretrained(repository).tokenizer.get_vocab()
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.endswith(".part")] == []
+
+
+@pytest.mark.parametrize("setting", ["vae_steps", "joint_samples"])
+def test_counts_below_one_are_named(setting, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--output_dir", str(tmp_path), f"--{setting}", "0"])
+    assert f"--{setting}" in capsys.readouterr().err
