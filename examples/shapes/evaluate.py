@@ -26,7 +26,7 @@ from judge import (
     seen,
     unseen_scene,
 )
-from language import DESCRIBE, QUESTIONS, EDITS
+from language import DESCRIBE, EDITS, QUESTIONS
 from PIL import Image
 from reader import read
 from tqdm.auto import tqdm

@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 import PIL.Image
 from scipy import ndimage
-
 from world import CELLS, CENTRES, COLOURS, SHAPES, SIDE, SIZES, Scene, Thing, outline
 
 

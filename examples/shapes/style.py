@@ -28,11 +28,36 @@ import train_lora  # noqa: E402
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 TRIGGER = " in ink"
-SETTINGS = """
-    --cpu --report_to none --validation_steps 0 --peak_tflops 1 --lora_targets gen --rank 16
-    --max_tokens 2400 --noised_copies 4 --cache_latents --vae_dropout 0.1
-    --sdpa_backend math --mixed_precision bf16 --learning_rate 2e-3 --lr_scheduler linear --lr_warmup_steps 5
-""".split()
+SETTINGS = [
+    "--cpu",
+    "--report_to",
+    "none",
+    "--validation_steps",
+    "0",
+    "--peak_tflops",
+    "1",
+    "--lora_targets",
+    "gen",
+    "--rank",
+    "16",
+    "--max_tokens",
+    "2400",
+    "--noised_copies",
+    "4",
+    "--cache_latents",
+    "--vae_dropout",
+    "0.1",
+    "--sdpa_backend",
+    "math",
+    "--mixed_precision",
+    "bf16",
+    "--learning_rate",
+    "2e-3",
+    "--lr_scheduler",
+    "linear",
+    "--lr_warmup_steps",
+    "5",
+]
 
 
 def in_ink(scene: Scene) -> Scene:

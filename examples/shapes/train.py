@@ -29,17 +29,47 @@ from transformers_bagel.modeling_bagel import BagelVisionModel
 
 TRAIN_FULL = Path(__file__).parent.parent / "train_full.py"
 # `--multi_gpu` starts processes on CPUs too; port 0 is any that is free.
-LAUNCHER = """
-    -m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision bf16 --dynamo_backend no
-    --main_process_port 0
-""".split()
+LAUNCHER = [
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "bf16",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+]
 # Written one by one, so that a killed run has not to write all of them again.
 JOINT_FILES = 4
-SETTINGS = """
-    --cpu --mixed_precision bf16 --optimizer muon --learning_rate 3e-3 --adam_weight_decay 0 --lr_warmup_steps 30
-    --ema --ema_decay 0.998 --checkpointing_steps 100 --checkpoints_total_limit 2 --resume_from_checkpoint latest
-    --validation_steps 0 --logging_steps 10
-""".split()
+SETTINGS = [
+    "--cpu",
+    "--mixed_precision",
+    "bf16",
+    "--optimizer",
+    "muon",
+    "--learning_rate",
+    "3e-3",
+    "--adam_weight_decay",
+    "0",
+    "--lr_warmup_steps",
+    "30",
+    "--ema",
+    "--ema_decay",
+    "0.998",
+    "--checkpointing_steps",
+    "100",
+    "--checkpoints_total_limit",
+    "2",
+    "--resume_from_checkpoint",
+    "latest",
+    "--validation_steps",
+    "0",
+    "--logging_steps",
+    "10",
+]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -91,8 +91,20 @@ def test_a_schedule_reaches_both_parts():
 
 def test_stable_rates_fall_at_the_end():
     args = train_full.parse_args(
-        "--pretrained_model_name_or_path model --instance_data_dir data --output_dir out "
-        "--lr_scheduler warmup_stable_decay --lr_warmup_steps 2 --lr_decay_steps 4".split()
+        [
+            "--pretrained_model_name_or_path",
+            "model",
+            "--instance_data_dir",
+            "data",
+            "--output_dir",
+            "out",
+            "--lr_scheduler",
+            "warmup_stable_decay",
+            "--lr_warmup_steps",
+            "2",
+            "--lr_decay_steps",
+            "4",
+        ]
     )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = make_scheduler(args, optimizer, num_steps=10)
