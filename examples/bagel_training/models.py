@@ -61,7 +61,8 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: tor
         **components,
         dtype={"transformer": dtype, "default": torch.float32},
     )
-    pipe.vae.to(accelerator.device)
+    # Convolutions on a CPU take half the time in this order of memory, or less.
+    pipe.vae.to(accelerator.device, memory_format=torch.channels_last)
     has_flex = accelerator.device.type not in NO_FLEX_BACKWARD
     implementation = args.attn_implementation or ("flex_attention" if has_flex else "sdpa")
     pipe.transformer.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})

@@ -73,7 +73,7 @@ def run_stage(
         step += 1
         progress.update()
         if step % 20 == 0:
-            values = {name: float(value) for name, value in losses.items()}
+            values = {name: float(value.detach()) for name, value in losses.items()}
             with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": step} | values) + "\n")
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()})

@@ -128,12 +128,12 @@ MAKERS = {
 # Shares of the samples of each stage. What is understood comes first, since pictures cost many times more.
 UNDERSTANDING = {"ask": 0.5, "describe": 0.2, "think_and_answer": 0.1, "plan": 0.2}
 JOINT = {
-    "draw": 0.4,
-    "think_and_draw": 0.1,
-    "edit": 0.27,
-    "ask": 0.14,
+    "draw": 0.33,
+    "think_and_draw": 0.14,
+    "edit": 0.33,
+    "ask": 0.1,
     "describe": 0.05,
-    "think_and_answer": 0.04,
+    "think_and_answer": 0.05,
 }
 
 

@@ -1,17 +1,21 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """Train bagel-shapes from nothing: `python examples/shapes/train.py --output_dir shapes`.
 
-Four stages, each kept when it is finished: the VAE, the tower that sees, the understanding half, and both halves
-together. Killed and started again, the command goes on where it last saved. See docs/shapes.md.
+Four stages, each kept when it is finished: the VAE on one core, beside it the tower that sees and the understanding half
+on another, then both halves together on two. Killed and started again, the command goes on where it last saved. See
+docs/shapes.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,7 +24,7 @@ from diffusers import AutoencoderKL
 from parts import TIMESTEP_SHIFT, copy_expert, new_model, new_pipeline
 from tasks import JOINT, UNDERSTANDING
 from tokenizer import train_tokenizer
-from train_vae import train_vae
+from train_vae import new_vae, train_vae
 from train_vit import train_vit
 
 from diffusers_bagel import BagelPipeline
@@ -75,26 +79,45 @@ SETTINGS = [
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="keeps the stages, and at the end `repository`")
-    parser.add_argument("--num_processes", type=int, default=2, help="of the last two stages, one core each")
-    parser.add_argument("--vae_steps", type=int, default=9000)
+    parser.add_argument("--num_processes", type=int, default=2, help="of the last stage, one core each")
+    parser.add_argument("--vae_steps", type=int, default=11_000)
     parser.add_argument("--vit_steps", type=int, default=1200)
-    parser.add_argument("--understanding_steps", type=int, default=600)
+    parser.add_argument("--understanding_steps", type=int, default=1000)
     parser.add_argument("--joint_steps", type=int, default=3400)
     parser.add_argument("--joint_decay_steps", type=int, default=900, help="the last ones, whose learning rate falls")
-    parser.add_argument("--understanding_samples", type=int, default=30_000)
-    parser.add_argument("--joint_samples", type=int, default=60_000, help="in each of four files")
+    parser.add_argument("--understanding_samples", type=int, default=40_000)
+    parser.add_argument("--joint_samples", type=int, default=45_000, help="in each of four files")
     args = parser.parse_args(arguments)
     for name, count in vars(args).items():
         if name != "output_dir" and count < 1:
             parser.error(f"--{name} must be at least 1, got {count}.")
-    # Other stages take a core a process, and one thread keeps a run's numbers the same on every machine.
-    torch.set_num_threads(1)
     folder = Path(args.output_dir)
-    stage(folder / "vae", lambda part: train_vae(part, args.vae_steps).save_pretrained(part / "model"))
-    stage(folder / "vit", lambda part: train_vit(part, args.vit_steps).save_pretrained(part / "model"))
-    stage(folder / "understanding", lambda part: train_understanding(part, args))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as second_core:
+        vae = second_core.submit(vae_stage, folder / "vae", args.vae_steps)
+        torch.set_num_threads(1)
+        stage(folder / "vit", lambda part: train_vit(part, args.vit_steps).save_pretrained(part / "model"))
+        stage(folder / "understanding", lambda part: train_understanding(part, args))
+        vae.result()
     stage(folder / "joint", lambda part: train_joint(part, args))
     stage(folder / "repository", lambda part: save_repository(folder / "joint" / "training", part))
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, so that no other run finds it at work."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def vae_stage(folder: Path, num_steps: int) -> None:
+    """One thread, here as in the other stages: it keeps a run's numbers the same however many cores there are."""
+    torch.set_num_threads(1)
+    stage(folder, lambda part: train_vae(part, num_steps).save_pretrained(part / "model"))
 
 
 def stage(folder: Path, run: Callable[[Path], object]) -> None:
@@ -109,41 +132,48 @@ def stage(folder: Path, run: Callable[[Path], object]) -> None:
 
 
 def train_understanding(part: Path, args: argparse.Namespace) -> None:
-    """Questions, descriptions and plans, from scratch around the frozen tower; then the other expert is copied."""
+    """Questions, descriptions and plans, from scratch around the frozen tower."""
     start, data = part / "start", part / "data.parquet"
     if not start.exists():
-        vae = AutoencoderKL.from_pretrained(part.parent / "vae" / "model")
         tower = BagelVisionModel.from_pretrained(part.parent / "vit" / "model")
         tokenizer = train_tokenizer()
-        unfinished = part / "start.unfinished"
-        new_pipeline(new_model(tokenizer, tower), tokenizer, vae).save_pretrained(unfinished)
-        os.replace(unfinished, start)
+        # Nothing is drawn yet, so any VAE will do.
+        save_whole(new_pipeline(new_model(tokenizer, tower), tokenizer, new_vae()), start)
     if not data.exists():
         write_dataset(data, 1, UNDERSTANDING, args.understanding_samples)
-    steps = str(args.understanding_steps)
     train_full(
-        args, start, part / "training", [data],
-        "--freeze", "vit", "gen", "--max_tokens", "4096", "--lr_scheduler", "linear", "--max_train_steps", steps,
+        1, start, part / "training", [data],
+        "--freeze", "vit", "gen", "--max_tokens", "4096", "--lr_scheduler", "linear",
+        "--max_train_steps", str(args.understanding_steps),
     )  # fmt: skip
-    pipe = BagelPipeline.from_pretrained(part / "training")
-    copy_expert(pipe.transformer)
-    pipe.save_pretrained(part / "model")
 
 
 def train_joint(part: Path, args: argparse.Namespace) -> None:
-    """Everything, but for the tower."""
-    data = [part / f"data-{index}.parquet" for index in range(JOINT_FILES)]
+    """Everything, but for the tower; the generation expert starts as a copy of the understanding one."""
+    start, data = part / "start", [part / f"data-{index}.parquet" for index in range(JOINT_FILES)]
+    if not start.exists():
+        vae = AutoencoderKL.from_pretrained(part.parent / "vae" / "model")
+        pipe = BagelPipeline.from_pretrained(part.parent / "understanding" / "training", vae=vae)
+        copy_expert(pipe.transformer)
+        save_whole(pipe, start)
     for index, file in enumerate(data):
         if not file.exists():
             write_dataset(file, 2 + index, JOINT, args.joint_samples)
     train_full(
-        args, part.parent / "understanding" / "model", part / "training", data,
+        args.num_processes, start, part / "training", data,
         "--freeze", "vit", "--max_tokens", "6000", "--noised_copies", "4", "--cache_latents",
         "--sdpa_backend", "math", "--adam_beta2", "0.98", "--timestep_shift", str(TIMESTEP_SHIFT),
         "--text_dropout", "0.1", "--vit_dropout", "0.3", "--vae_dropout", "0.1",
         "--lr_scheduler", "warmup_stable_decay", "--lr_decay_steps", str(args.joint_decay_steps),
         "--max_train_steps", str(args.joint_steps),
     )  # fmt: skip
+
+
+def save_whole(pipe: BagelPipeline, folder: Path) -> None:
+    """Save a pipeline under a name that it bears only when all of it is written."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    pipe.save_pretrained(unfinished)
+    os.replace(unfinished, folder)
 
 
 def save_repository(trained: Path, part: Path) -> None:
@@ -156,13 +186,13 @@ def save_repository(trained: Path, part: Path) -> None:
     pipe.save_config(part)
 
 
-def train_full(args: argparse.Namespace, start: Path, output: Path, data: list[Path], *settings: str) -> None:
+def train_full(num_processes: int, start: Path, output: Path, data: list[Path], *settings: str) -> None:
     """Run this project's training script in processes of a core each."""
-    launch = [*LAUNCHER, "--num_processes", str(args.num_processes), str(TRAIN_FULL)]
+    launcher = [] if num_processes == 1 else [*LAUNCHER, "--num_processes", str(num_processes)]
     inputs = ["--pretrained_model_name_or_path", str(start), "--output_dir", str(output)]
     inputs += ["--train_data_file", *map(str, data)]
     subprocess.run(
-        [sys.executable, *launch, *inputs, *SETTINGS, *settings],
+        [sys.executable, *launcher, str(TRAIN_FULL), *inputs, *SETTINGS, *settings],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
     )

@@ -31,7 +31,7 @@ def learned(folder: Path, killed_at: int | None = None) -> nn.Module:
         given = torch.randn(8, 3)
         return {"loss": (layer(given) - 2 * given).square().mean()}
 
-    run_stage(folder, layer, losses, num_steps=60, learning_rate=0.05, save_every=10)
+    run_stage(folder, layer, losses, num_steps=200, learning_rate=0.1, save_every=10)
     return layer
 
 

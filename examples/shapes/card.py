@@ -1,0 +1,89 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The model card of bagel-shapes, with what `evaluate.py` measured: `python examples/shapes/card.py results.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+TEMPLATE = Path(__file__).with_name("card.md")
+# Rows of the table: what they are called, and what they mean.
+ROWS = {
+    "draw_full": "prompts that say everything",
+    "draw_without_plan": "ordinary prompts",
+    "draw_with_plan": "ordinary prompts, `think=True`",
+    "relation_without_plan": "two objects and how they stand to each other",
+    "relation": "the same, `think=True`",
+    "riddle_without_plan": "riddles",
+    "riddle_with_plan": "riddles, `think=True`",
+    "edit": "edits: the change made and the rest kept",
+    "ask": "questions, word for word",
+    "describe": "objects of a picture described with size, colour, shape and place",
+    "vae": "pictures after the VAE alone: the ceiling",
+}
+TASKS = {"ask": "visual-question-answering", "describe": "image-to-text", "edit": "image-to-image"}
+
+
+def num_parameters(checkpoint: Path) -> int:
+    total = 0
+    for file in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("vae/*.safetensors")]:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # a file, not a dict
+                count = 1
+                for side in weights.get_slice(name).get_shape():
+                    count *= side
+                total += count
+    return total
+
+
+def card(checkpoint: Path, results: dict[str, float], num: int) -> ModelCard:
+    """The card of a checkpoint with these results over `num` cases a task."""
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="any-to-any",
+        license="apache-2.0",
+        language="en",
+        tags=["bagel", "text-to-image", "image-to-image", "image-text-to-text", "transformers", "tiny-model"],
+        model_name="bagel-shapes",
+        eval_results=[
+            EvalResult(
+                task_type=TASKS.get(name, "text-to-image"),
+                dataset_type="bagel-shapes",
+                dataset_name="bagel-shapes, held-out scenes",
+                metric_type="accuracy",
+                metric_name=meaning,
+                metric_value=results[name],
+            )
+            for name, meaning in ROWS.items()
+        ],
+    )
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        rows=[(meaning, f"{results[name]:.1%}") for name, meaning in ROWS.items()],
+        results=results,
+        parameters=f"{num_parameters(checkpoint) / 1e6:.1f}",
+        megabytes=f"{size / 1e6:.0f}",
+        num=num,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="what evaluate.py wrote")
+    parser.add_argument("--num", type=int, default=300, help="cases a task it took")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text(encoding="utf-8"))
+    card(args.checkpoint, results, args.num).save(args.checkpoint / "README.md")
+
+
+if __name__ == "__main__":
+    main()
