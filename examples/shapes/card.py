@@ -23,11 +23,17 @@ ROWS = {
     "riddle_without_plan": "riddles",
     "riddle_with_plan": "riddles, `think=True`",
     "edit": "edits: the change made and the rest kept",
-    "ask": "questions, word for word",
+    "ask_without_thought": "questions, answered word for word",
+    "ask_with_thought": "questions, `think=True`",
     "describe": "objects of a picture described with size, colour, shape and place",
     "vae": "pictures after the VAE alone: the ceiling",
 }
-TASKS = {"ask": "visual-question-answering", "describe": "image-to-text", "edit": "image-to-image"}
+TASKS = {
+    "ask_without_thought": "visual-question-answering",
+    "ask_with_thought": "visual-question-answering",
+    "describe": "image-to-text",
+    "edit": "image-to-image",
+}
 
 
 def num_parameters(checkpoint: Path) -> int:

@@ -29,6 +29,7 @@ from judge import (
 from language import DESCRIBE, EDITS, QUESTIONS
 from PIL import Image
 from reader import read
+from tasks import conversation, image, text
 from tqdm.auto import tqdm
 from world import Scene, random_scene, render
 
@@ -88,35 +89,34 @@ class Evaluation:
                 right[case.kind].append(is_edited(picture, case.target))
         return _shares(right)
 
-    def answer(self, scenes: Sequence[Scene], questions: Sequence[str]) -> list[str]:
-        """What the model says about pictures."""
+    def answer(self, scenes: Sequence[Scene], questions: Sequence[str], think: bool = False) -> list[str]:
+        """What the model says about pictures, less what it thought."""
         processor, answers = self.pipe.processor, []
         for start in range(0, len(scenes), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
             conversations = [
-                [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image", "image": render(scene)}, {"type": "text", "text": question}],
-                    }
-                ]
-                for scene, question in zip(
-                    scenes[start : start + BATCH_SIZE], questions[start : start + BATCH_SIZE], strict=True
-                )
+                conversation(("user", [image(scene), text(question)]))
+                for scene, question in zip(scenes[batch], questions[batch], strict=True)
             ]
             inputs = processor.apply_chat_template(
-                conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                think=think,
             )
             ids = self.pipe.transformer.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
             answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answers
+        return [answer.rpartition("</think>")[2].strip() for answer in answers]
 
-    def ask(self) -> dict[str, float]:
+    def ask(self, think: bool = False) -> dict[str, float]:
         """Share of questions that are answered word for word, of each kind and of all."""
         cases = ask_cases(self.num, self.seed)
-        answers = self.answer([case.scene for case in cases], [case.question for case in cases])
+        answers = self.answer([case.scene for case in cases], [case.question for case in cases], think)
         right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS}
         for case, answer in zip(cases, answers, strict=True):
-            right[case.kind].append(answer.strip() == case.answer)
+            right[case.kind].append(answer == case.answer)
         return _shares(right)
 
     def describe(self) -> float:
@@ -187,8 +187,10 @@ def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str,
     add("relation", evaluation.draw(cases["relation"], think=True))
     for kind, share in evaluation.edit(edits).items():
         add("edit" if kind == "all" else f"edit_{kind}", share)
-    for kind, share in evaluation.ask().items():
-        add("ask" if kind == "all" else f"ask_{kind}", share)
+    for think, way in ((False, "without_thought"), (True, "with_thought")):
+        for kind, share in evaluation.ask(think).items():
+            add(f"ask_{way}" if kind == "all" else f"ask_{kind}_{way}", share)
+    add("ask", max(table["ask_without_thought"], table["ask_with_thought"]))
     add("describe", evaluation.describe())
     add("riddle_with_plan", evaluation.draw(cases["riddle"], think=True))
     add("riddle_without_plan", evaluation.draw(cases["riddle"]))

@@ -13,7 +13,7 @@ from transformers_bagel.processing_bagel import GENERATION_THINK_PROMPT, UNDERST
 
 
 # Questions about one picture, in one conversation.
-QUESTIONS_PER_PICTURE = 5
+QUESTIONS_PER_PICTURE = 10
 
 
 def text(words: str) -> dict[str, Any]:
@@ -89,10 +89,13 @@ def describe(generator: random.Random) -> list[dict[str, Any]]:
 
 
 def think_and_answer(generator: random.Random) -> list[dict[str, Any]]:
-    """A riddle about a picture: what is seen, and the answer."""
+    """A question about a picture, half of them riddles: what is seen, and the answer."""
     while True:
         scene = random_scene(generator, held_out=False)
-        asked = language.riddle_question(generator, scene, held_out=False)
+        if generator.random() < 0.5:
+            asked = language.riddle_question(generator, scene, held_out=False)
+        else:
+            asked = language.question(generator, scene, generator.choice(language.QUESTIONS))
         if asked is not None:
             return conversation(
                 ("system", [text(UNDERSTANDING_THINK_PROMPT)]),
@@ -128,12 +131,12 @@ MAKERS = {
 # Shares of the samples of each stage. What is understood comes first, since pictures cost many times more.
 UNDERSTANDING = {"ask": 0.5, "describe": 0.2, "think_and_answer": 0.1, "plan": 0.2}
 JOINT = {
-    "draw": 0.33,
-    "think_and_draw": 0.14,
-    "edit": 0.33,
-    "ask": 0.1,
+    "draw": 0.3,
+    "think_and_draw": 0.13,
+    "edit": 0.31,
+    "ask": 0.14,
     "describe": 0.05,
-    "think_and_answer": 0.05,
+    "think_and_answer": 0.07,
 }
 
 

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--joint_steps", type=int, default=3400)
     parser.add_argument("--joint_decay_steps", type=int, default=900, help="the last ones, whose learning rate falls")
     parser.add_argument("--understanding_samples", type=int, default=40_000)
-    parser.add_argument("--joint_samples", type=int, default=45_000, help="in each of four files")
+    parser.add_argument("--joint_samples", type=int, default=40_000, help="in each of four files")
     args = parser.parse_args(arguments)
     for name, count in vars(args).items():
         if name != "output_dir" and count < 1:

@@ -1,0 +1,43 @@
+"""A LoRA trained for a minute: a new style on demand, and nothing else changed."""
+
+from __future__ import annotations
+
+import pytest
+from evaluate import Evaluation
+from judge import edit_cases
+from style import style_cases, train_style
+
+from diffusers_bagel import BagelPipeline
+from tests.shapes.conftest import CHECKPOINT
+
+
+NUM_CASES = 100
+# What the other tasks may lose.
+TOLERANCE = 0.03
+
+
+def scores(pipe: BagelPipeline) -> dict[str, float]:
+    evaluation = Evaluation(pipe, NUM_CASES, seed=7)
+    return {
+        "in ink": evaluation.draw(style_cases(NUM_CASES, seed=7)),
+        "draw": evaluation.draw(evaluation.cases("draw_full")),
+        "edit": evaluation.edit(edit_cases(NUM_CASES, seed=7))["all"],
+        "ask": evaluation.ask()["all"],
+    }
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("style")
+    train_style(CHECKPOINT, folder, steps=100, num_samples=1200)
+    return folder
+
+
+def test_a_style_is_learned_and_the_other_tasks_stay(adapter):
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT)
+    before = scores(pipe)
+    pipe.load_lora_weights(adapter)
+    after = scores(pipe)
+    assert before["in ink"] < 0.1 and after["in ink"] > 0.7, (before, after)
+    for task in ("draw", "edit", "ask"):
+        assert after[task] >= before[task] - TOLERANCE, (before, after)
