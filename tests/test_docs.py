@@ -45,6 +45,7 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     variables: dict = {"__name__": "snippet"}
     for snippet in snippets(page):
         code = snippet.replace("ByteDance-Seed/BAGEL-7B-MoT", checkpoint)
+        code = code.replace('"examples/', f'"{ROOT}/examples/')
         exec(compile(code, f"{page.name}", "exec"), variables)
     for value in variables.values():
         if isinstance(value, BagelPipeline):

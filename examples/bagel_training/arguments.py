@@ -115,7 +115,10 @@ def _add_training_arguments(group: argparse._ArgumentGroup, learning_rate: float
     group.add_argument("--lr_scheduler", choices=SCHEDULERS, default="constant")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
     group.add_argument(
-        "--lr_decay_steps", type=int, default=0, help="last steps of warmup_stable_decay, which fall to 0"
+        "--lr_decay_steps",
+        type=int,
+        default=0,
+        help="last steps of warmup_stable_decay, which fall to 0; none by default",
     )
     group.add_argument("--lr_num_cycles", type=int, default=1)
     group.add_argument("--lr_power", type=float, default=1.0)

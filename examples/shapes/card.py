@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from parts import CHECKPOINT
 from safetensors import safe_open
 
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 TEMPLATE = Path(__file__).with_name("card.md")
 # Rows of the table: what they are called, and what they mean.
 ROWS = {
@@ -23,16 +23,20 @@ ROWS = {
     "riddle_without_plan": "riddles",
     "riddle_with_plan": "riddles, `think=True`",
     "edit": "edits: the change made and the rest kept",
-    "ask_without_thought": "questions, answered word for word",
+    "ask": "questions, answered word for word",
     "ask_with_thought": "questions, `think=True`",
+    "riddle_answer": "riddles about a picture",
+    "riddle_answer_with_thought": "riddles about a picture, `think=True`",
     "describe": "objects of a picture described with size, colour, shape and place",
     "vae": "pictures after the VAE alone: the ceiling",
 }
 TASKS = {
-    "ask_without_thought": "visual-question-answering",
-    "ask_with_thought": "visual-question-answering",
     "describe": "image-to-text",
     "edit": "image-to-image",
+    "ask": "visual-question-answering",
+    "ask_with_thought": "visual-question-answering",
+    "riddle_answer": "visual-question-answering",
+    "riddle_answer_with_thought": "visual-question-answering",
 }
 
 
@@ -48,8 +52,8 @@ def num_parameters(checkpoint: Path) -> int:
     return total
 
 
-def card(checkpoint: Path, results: dict[str, float], num: int) -> ModelCard:
-    """The card of a checkpoint with these results over `num` cases a task."""
+def card(checkpoint: Path, results: dict[str, float]) -> ModelCard:
+    """The card of a checkpoint with what `evaluate.py` measured."""
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="any-to-any",
@@ -77,18 +81,16 @@ def card(checkpoint: Path, results: dict[str, float], num: int) -> ModelCard:
         results=results,
         parameters=f"{num_parameters(checkpoint) / 1e6:.1f}",
         megabytes=f"{size / 1e6:.0f}",
-        num=num,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="what evaluate.py wrote")
-    parser.add_argument("--num", type=int, default=300, help="cases a task it took")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     args = parser.parse_args()
     results = json.loads(args.results.read_text(encoding="utf-8"))
-    card(args.checkpoint, results, args.num).save(args.checkpoint / "README.md")
+    card(args.checkpoint, results).save(args.checkpoint / "README.md")
 
 
 if __name__ == "__main__":

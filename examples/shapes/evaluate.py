@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from judge import (
     PROMPTS,
+    AskCase,
     DrawCase,
     EditCase,
     ask_cases,
@@ -23,20 +24,21 @@ from judge import (
     edit_cases,
     is_drawn,
     is_edited,
+    riddle_cases,
     seen,
     unseen_scene,
 )
-from language import DESCRIBE, EDITS, QUESTIONS
+from language import DESCRIBE, EDITS
+from parts import CHECKPOINT
 from PIL import Image
 from reader import read
-from tasks import conversation, image, text
+from tasks import conversation, text
 from tqdm.auto import tqdm
-from world import Scene, random_scene, render
+from world import random_scene, render
 
 from diffusers_bagel import BagelPipeline
 
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 BATCH_SIZE = 25
 # What all rows use but those about one of them.
 STEPS = 25
@@ -89,45 +91,47 @@ class Evaluation:
                 right[case.kind].append(is_edited(picture, case.target))
         return _shares(right)
 
-    def answer(self, scenes: Sequence[Scene], questions: Sequence[str], think: bool = False) -> list[str]:
-        """What the model says about pictures, less what it thought."""
-        processor, answers = self.pipe.processor, []
-        for start in range(0, len(scenes), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
-            conversations = [
-                conversation(("user", [image(scene), text(question)]))
-                for scene, question in zip(scenes[batch], questions[batch], strict=True)
-            ]
-            inputs = processor.apply_chat_template(
-                conversations,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                think=think,
-            )
-            ids = self.pipe.transformer.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
-            answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [answer.rpartition("</think>")[2].strip() for answer in answers]
-
-    def ask(self, think: bool = False) -> dict[str, float]:
+    def answers(self, cases: Sequence[AskCase], think: bool = False) -> dict[str, float]:
         """Share of questions that are answered word for word, of each kind and of all."""
-        cases = ask_cases(self.num, self.seed)
-        answers = self.answer([case.scene for case in cases], [case.question for case in cases], think)
-        right: dict[str, list[bool]] = {kind: [] for kind in QUESTIONS}
-        for case, answer in zip(cases, answers, strict=True):
-            right[case.kind].append(answer == case.answer)
+        right: dict[str, list[bool]] = {}
+        said = answer(self.pipe, [render(case.scene) for case in cases], [case.question for case in cases], think)
+        for case, words in zip(cases, said, strict=True):
+            right.setdefault(case.kind, []).append(words == case.answer)
         return _shares(right)
 
     def describe(self) -> float:
         """Share of objects that are described with their size, colour, shape and place."""
         generator = random.Random(f"describe {self.seed}")
         scenes = [unseen_scene(generator) for _ in range(self.num)]
-        texts = self.answer(scenes, [generator.choice(DESCRIBE) for _ in scenes])
+        texts = answer(self.pipe, [render(scene) for scene in scenes], [generator.choice(DESCRIBE) for _ in scenes])
         return float(np.mean([described_share(text, scene) for text, scene in zip(texts, scenes, strict=True)]))
 
     def cases(self, task: str, num_things: int | None = None) -> list[DrawCase]:
         return draw_cases(task, self.num, self.seed, num_things)
+
+
+def answer(
+    pipe: BagelPipeline, pictures: Sequence[Image.Image], questions: Sequence[str], think: bool = False
+) -> list[str]:
+    """What the model says about pictures, one question each, less what it thought."""
+    said: list[str] = []
+    for start in range(0, len(pictures), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        conversations = [
+            conversation(("user", [{"type": "image", "image": picture}, text(question)]))
+            for picture, question in zip(pictures[batch], questions[batch], strict=True)
+        ]
+        inputs = pipe.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            think=think,
+        )
+        ids = pipe.transformer.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+        said += pipe.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [words.rpartition("</think>")[2].strip() for words in said]
 
 
 def judge_error(num: int, seed: int = 0) -> float:
@@ -142,12 +146,12 @@ def reconstruction_score(pipe: BagelPipeline, num: int, seed: int = 0) -> float:
     """Share of pictures that the judge reads right after the VAE has encoded and decoded them: the ceiling."""
     generator = random.Random(f"vae {seed}")
     scenes = [unseen_scene(generator) for _ in range(num)]
-    right = 0
+    images, right = pipe.processor.image_processor, 0
     for scene in scenes:
-        pixels = torch.from_numpy(np.asarray(render(scene)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-        latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-        decoded = pipe.vae.decode(latents).sample[0].float().clamp(-1, 1)
-        picture = Image.fromarray(((decoded + 1) * 127.5).to(torch.uint8).permute(1, 2, 0).numpy())
+        pixels = images(render(scene), return_vae_pixel_values=True, return_tensors="pt")["vae_pixel_values"][0]
+        grid = (pixels.shape[1] // images.vae_stride, pixels.shape[2] // images.vae_stride)
+        latents = pipe.encode_image(pixels, vae_sample_mode="argmax")
+        (picture,) = pipe.decode_latents(latents[None], grid, "pil")
         right += seen(read(picture)) == seen(scene)
     return right / num
 
@@ -167,9 +171,9 @@ def _shares(right: dict[str, list[bool]]) -> dict[str, float]:
 def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str, float]:
     """All rows of the table, in its order."""
     table: dict[str, float] = {}
-    pipe, num = evaluation.pipe, evaluation.num
+    pipe, num, seed = evaluation.pipe, evaluation.num, evaluation.seed
     cases = {task: evaluation.cases(task) for task in PROMPTS}
-    edits = edit_cases(num, evaluation.seed)
+    edits, questions, riddles = edit_cases(num, seed), ask_cases(num, seed), riddle_cases(num, seed)
     progress = tqdm(desc="Rows", unit="row")
 
     def add(name: str, value: float) -> None:
@@ -177,38 +181,46 @@ def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str,
         progress.update()
         progress.set_postfix({name: f"{value:.3f}"})
 
-    add("judge_error", judge_error(max(num, 2000), evaluation.seed))
-    add("vae", reconstruction_score(pipe, num, evaluation.seed))
+    def add_kinds(name: str, shares: dict[str, float]) -> None:
+        for kind, share in shares.items():
+            add(name if kind == "all" else f"{name}_{kind}", share)
+
+    add("judge_error", judge_error(max(num, 2000), seed))
+    add("vae", reconstruction_score(pipe, num, seed))
     add("draw_full", evaluation.draw(cases["draw_full"]))
     add("draw_without_plan", evaluation.draw(cases["draw"]))
     add("draw_with_plan", evaluation.draw(cases["draw"], think=True))
     add("draw", max(table["draw_without_plan"], table["draw_with_plan"]))
     add("relation_without_plan", evaluation.draw(cases["relation"]))
     add("relation", evaluation.draw(cases["relation"], think=True))
-    for kind, share in evaluation.edit(edits).items():
-        add("edit" if kind == "all" else f"edit_{kind}", share)
-    for think, way in ((False, "without_thought"), (True, "with_thought")):
-        for kind, share in evaluation.ask(think).items():
-            add(f"ask_{way}" if kind == "all" else f"ask_{kind}_{way}", share)
-    add("ask", max(table["ask_without_thought"], table["ask_with_thought"]))
+    add_kinds("edit", evaluation.edit(edits))
+    add_kinds("ask", evaluation.answers(questions))
+    add_kinds("ask_with_thought", evaluation.answers(questions, think=True))
     add("describe", evaluation.describe())
     add("riddle_with_plan", evaluation.draw(cases["riddle"], think=True))
     add("riddle_without_plan", evaluation.draw(cases["riddle"]))
     add("think_gain", table["riddle_with_plan"] - table["riddle_without_plan"])
-    for count in (1, 2, 3):
-        name = "draw_full_unseen_pair" if count == 1 else f"draw_full_{count}_objects"
-        add(name, evaluation.draw(evaluation.cases("draw_full", count)))
+    add("riddle_answer", evaluation.answers(riddles)["all"])
+    add("riddle_answer_with_thought", evaluation.answers(riddles, think=True)["all"])
+    for count, name in ((1, "unseen_pair"), (2, "2_objects"), (3, "3_objects")):
+        add(f"draw_full_{name}", evaluation.draw(evaluation.cases("draw_full", count)))
     add("draw_unseen_pair", evaluation.draw(evaluation.cases("draw", 1)))
     for scale in (1.0, 2.0, 3.0, 4.0):
-        add(f"draw_full_guidance_{scale:g}", evaluation.draw(cases["draw_full"], guidance_scale=scale))
+        settings = {"guidance_scale": scale}
+        name = f"draw_full_guidance_{scale:g}"
+        add(name, table["draw_full"] if settings == DRAWING else evaluation.draw(cases["draw_full"], **settings))
     for scale in (1.0, 1.5, 2.0):
-        add(f"edit_image_guidance_{scale:g}", evaluation.edit(edits, image_guidance_scale=scale)["all"])
+        same = scale == EDITING["image_guidance_scale"]
+        name = f"edit_image_guidance_{scale:g}"
+        add(name, table["edit"] if same else evaluation.edit(edits, image_guidance_scale=scale)["all"])
     for steps in (10, 25, 49):
-        add(f"draw_full_{steps}_steps", evaluation.draw(cases["draw_full"], num_inference_steps=steps))
+        same = steps == STEPS
+        name = f"draw_full_{steps}_steps"
+        add(name, table["draw_full"] if same else evaluation.draw(cases["draw_full"], num_inference_steps=steps))
     pipe.enable_taylorseer()
     add("draw_full_taylorseer_49_steps", evaluation.draw(cases["draw_full"], num_inference_steps=49))
     pipe.disable_taylorseer()
-    low = Evaluation(bf16(), num, evaluation.seed)
+    low = Evaluation(bf16(), num, seed)
     add("draw_full_bf16", low.draw(cases["draw_full"]))
     add("edit_bf16", low.edit(edits)["all"])
     progress.close()
@@ -234,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:32} {value:8.2%}")
     print(f"{args.num} cases a task, {time.perf_counter() - start:.0f} s")
     if args.json:
-        Path(args.json).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        results = {"num": args.num, "seed": args.seed} | table
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

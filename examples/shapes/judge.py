@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import language
 import PIL.Image
-from language import Wish
+from language import Prompt, Wish
 from reader import read
 from world import OBJECT_COUNTS, Scene, random_scene
 
@@ -43,11 +43,11 @@ class AskCase:
     answer: str
 
 
-PROMPTS: dict[str, Callable[[random.Random, Scene], tuple[str, Wish] | None]] = {
+PROMPTS: dict[str, Callable[[random.Random, Scene], Prompt | None]] = {
     "draw_full": language.full_prompt,
     "draw": language.ordinary_prompt,
     "relation": language.relation_prompt,
-    "riddle": lambda generator, scene: language.riddle_prompt(generator, scene, held_out=True),
+    "riddle": language.riddle_prompt,
 }
 
 
@@ -65,7 +65,7 @@ def draw_cases(task: str, count: int, seed: int = 0, num_things: int | None = No
         scene = unseen_scene(generator, num_things)
         made = PROMPTS[task](generator, scene)
         if made is not None:
-            cases.append(DrawCase(*made, scene))
+            cases.append(DrawCase(made.text, made.wish, scene))
     return cases
 
 
@@ -93,6 +93,13 @@ def ask_cases(count: int, seed: int = 0) -> list[AskCase]:
         if asked is not None:
             cases.append(AskCase(kind, scene, *asked))
     return cases
+
+
+def riddle_cases(count: int, seed: int = 0) -> list[AskCase]:
+    """Questions about held-out scenes that paraphrase a colour."""
+    generator = random.Random(f"riddle {seed}")
+    scenes = [unseen_scene(generator) for _ in range(count)]
+    return [AskCase("riddle", scene, *language.riddle_question(generator, scene)) for scene in scenes]
 
 
 def is_drawn(picture: PIL.Image.Image, case: DrawCase) -> bool:

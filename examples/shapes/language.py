@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from world import CELLS, COLOURS, SHAPES, SIZES, Scene, Thing, placed, random_thing
+from world import CELLS, COLOURS, SHAPES, SIZES, UNSEEN_PAIRS, Scene, Thing, is_held_out, placed, random_thing
 
 
 PLACES = ("at the top left", "at the top", "at the top right", "at the left", "in the middle", "at the right") + (
@@ -36,15 +36,16 @@ HINTS_OF_SHAPE = {
     "star": ("five points",),
     "cross": ("the shape of a plus sign",),
 }
-# Colour and shape riddles that come in training with plans; the others come in the test only.
-HELD_OUT_RIDDLE = 5
 
 
 def phrase(thing: Thing, size: bool = True, place: bool = True) -> str:
     """`a small red circle at the top left`, or less."""
     words = f"{thing.size} {thing.colour} {thing.shape}" if size else f"{thing.colour} {thing.shape}"
-    article = "an" if words[0] in "aeiou" else "a"
-    return f"{article} {words} {PLACES[thing.cell]}" if place else f"{article} {words}"
+    return f"{with_article(words)} {PLACES[thing.cell]}" if place else with_article(words)
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def joined(parts: list[str]) -> str:
@@ -53,7 +54,8 @@ def joined(parts: list[str]) -> str:
 
 def layout(scene: Scene) -> str:
     """The whole scene in one fixed form, which [`parse_layout`] reads."""
-    return f"{joined([phrase(thing) for thing in scene.things])} on a {scene.background} background"
+    objects = joined([phrase(thing) for thing in scene.things])
+    return f"{objects} on {with_article(scene.background)} background"
 
 
 def parse_layout(text: str) -> Scene | None:
@@ -77,9 +79,9 @@ class Wish:
     """What a picture must show; `None` leaves it open.
 
     Attributes:
-        things (`tuple[dict[str, object], ...]`): Of each object what is asked for: colour, shape, size, cell.
+        things: Of each object what is asked for, as pairs of an attribute of [`Thing`] and its value.
         background (`str`, *optional*)
-        relation (`tuple[str, int, int]`, *optional*): Where the first object stands from the second.
+        relation (`str`, *optional*): Where the first object stands from the second, of `RELATIONS`.
     """
 
     things: tuple[tuple[tuple[str, object], ...], ...]
@@ -125,77 +127,90 @@ def grants(scene: Scene, wish: Wish) -> bool:
 VERBS = ("", "", "draw ", "paint ", "show me ", "i want ", "please draw ", "make a picture of ")
 
 
-def full_prompt(generator: random.Random, scene: Scene) -> tuple[str, Wish]:
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for.
+
+    Attributes:
+        text (`str`)
+        wish ([`Wish`]): What the picture must show.
+        scene ([`Scene`]): One that does, its objects in the order in which the text names them.
+    """
+
+    text: str
+    wish: Wish
+    scene: Scene
+
+
+def full_prompt(generator: random.Random, scene: Scene) -> Prompt:
     """A prompt that says everything."""
-    parts = [phrase(thing) for thing in generator.sample(scene.things, len(scene.things))]
-    return _with_background(generator, joined(parts), scene.background), wish_for(scene)
+    scene = _in_any_order(generator, scene)
+    text = joined([phrase(thing) for thing in scene.things])
+    return Prompt(_with_background(generator, text, scene.background), wish_for(scene), scene)
 
 
-def ordinary_prompt(generator: random.Random, scene: Scene) -> tuple[str, Wish]:
+def ordinary_prompt(generator: random.Random, scene: Scene) -> Prompt:
     """A prompt that leaves the places, and sometimes more, to the painter."""
+    scene = _in_any_order(generator, scene)
     size, background = generator.random() < 0.5, generator.random() < 0.7
-    parts = [phrase(thing, size, place=False) for thing in generator.sample(scene.things, len(scene.things))]
-    wish = wish_for(scene, size, place=False, background=background)
-    return _with_background(generator, joined(parts), scene.background if background else None), wish
+    text = joined([phrase(thing, size, place=False) for thing in scene.things])
+    text = _with_background(generator, text, scene.background if background else None)
+    return Prompt(text, wish_for(scene, size, place=False, background=background), scene)
 
 
-def relation_prompt(generator: random.Random, scene: Scene) -> tuple[str, Wish] | None:
+def relation_prompt(generator: random.Random, scene: Scene) -> Prompt | None:
     """A prompt that says how two objects stand to each other, if there are two."""
     if len(scene.things) != 2:
         return None
-    first, second = generator.sample(scene.things, 2)
+    scene = _in_any_order(generator, scene)
+    first, second = scene.things
     relation = generator.choice([name for name, holds in RELATIONS.items() if holds(first, second)])
     size, background = generator.random() < 0.5, generator.random() < 0.7
     text = f"{phrase(first, size, place=False)} {relation} {phrase(second, size, place=False)}"
-    wish = wish_for(Scene(scene.background, (first, second)), size, place=False, background=background)
-    return _with_background(generator, text, scene.background if background else None), replace(
-        wish, relation=relation
-    )
+    text = _with_background(generator, text, scene.background if background else None)
+    wish = wish_for(scene, size, place=False, background=background)
+    return Prompt(text, replace(wish, relation=relation), scene)
 
 
-def riddle_prompt(generator: random.Random, scene: Scene, held_out: bool) -> tuple[str, Wish] | None:
+def riddle_prompt(generator: random.Random, scene: Scene) -> Prompt | None:
     """A prompt that paraphrases an object's colour, shape, or both; of a picture with one object."""
     if len(scene.things) != 1:
         return None
     (thing,) = scene.things
     colour, shape = generator.choice(THINGS_OF_COLOUR[thing.colour]), generator.choice(HINTS_OF_SHAPE[thing.shape])
-    if is_held_out_riddle(colour, shape) != held_out:
-        return None
     kind = generator.choice(("colour", "shape", "both"))
     if kind == "colour":
         text = f"a {thing.shape} in the colour of {colour}"
     elif kind == "shape":
-        text = f"{phrase(thing, size=False, place=False).rsplit(' ', 1)[0]} thing with {shape}"
+        text = f"{with_article(thing.colour)} thing with {shape}"
     else:
         text = f"something with {shape} in the colour of {colour}"
     background = generator.random() < 0.5
-    wish = wish_for(scene, size=False, place=False, background=background)
-    return _with_background(generator, text, scene.background if background else None), wish
+    text = _with_background(generator, text, scene.background if background else None)
+    return Prompt(text, wish_for(scene, size=False, place=False, background=background), scene)
 
 
-def is_held_out_riddle(colour: str, shape: str) -> bool:
-    """Whether this colour's thing never stands with this shape's hint in training."""
-    return sum(map(ord, colour + shape)) % HELD_OUT_RIDDLE == 0
+def _in_any_order(generator: random.Random, scene: Scene) -> Scene:
+    return replace(scene, things=tuple(generator.sample(scene.things, len(scene.things))))
 
 
 def _with_background(generator: random.Random, objects: str, background: str | None) -> str:
     verb = generator.choice(VERBS)
     if background is None:
         return verb + objects
-    article = "an" if background[0] in "aeiou" else "a"
     form = generator.choice(("on", "on background", "background", "first"))
     if form == "on":
         return f"{verb}{objects} on {background}"
     if form == "on background":
-        return f"{verb}{objects} on {article} {background} background"
+        return f"{verb}{objects} on {with_article(background)} background"
     if form == "background":
-        return f"{verb}{objects} with {article} {background} background"
+        return f"{verb}{objects} with {with_article(background)} background"
     return f"{background} background with {objects}"
 
 
-def plan(scene: Scene) -> str:
-    """What is thought before a scene is drawn."""
-    return f"<think>{layout(scene)}</think>"
+def plan(prompt: Prompt) -> str:
+    """What is thought before a prompt is drawn: the whole layout, in the order of the prompt."""
+    return f"<think>{layout(prompt.scene)}</think>"
 
 
 def edit(generator: random.Random, scene: Scene, kind: str) -> tuple[str, Scene] | None:
@@ -289,15 +304,17 @@ def _exists(generator: random.Random, scene: Scene, chosen: Thing) -> tuple[str,
     """As many yes as no; a no shares its colour or its shape with something that is there."""
     colour, shape = chosen.pair
     pairs = {thing.pair for thing in scene.things}
+    if not is_held_out(scene):
+        # Or training would know that the pairs which it never shows are never there.
+        pairs |= UNSEEN_PAIRS
     is_there = generator.random() < 0.5
     while not is_there and (colour, shape) in pairs:
         if generator.random() < 0.5:
             colour = generator.choice([name for name in COLOURS if name != scene.background])
         else:
             shape = generator.choice(SHAPES)
-    article = "an" if colour[0] in "aeiou" else "a"
-    texts = (f"is there {article} {colour} {shape}?", f"can you see {article} {colour} {shape}?")
-    return generator.choice(texts), "yes" if is_there else "no"
+    name = with_article(f"{colour} {shape}")
+    return generator.choice((f"is there {name}?", f"can you see {name}?")), "yes" if is_there else "no"
 
 
 def _related(generator: random.Random, scene: Scene) -> tuple[str, str] | None:
@@ -314,15 +331,13 @@ def _related(generator: random.Random, scene: Scene) -> tuple[str, str] | None:
 DESCRIBE = ("describe the picture", "what is in the picture?", "what do you see?", "describe this")
 
 
-def riddle_question(generator: random.Random, scene: Scene, held_out: bool) -> tuple[str, str] | None:
+def riddle_question(generator: random.Random, scene: Scene) -> tuple[str, str]:
     """A question that paraphrases a colour, and its answer."""
     colour = generator.choice([name for name in COLOURS if name != scene.background])
     if generator.random() < 0.6:
         colour = generator.choice(scene.things).colour
     source = generator.choice(THINGS_OF_COLOUR[colour])
     matching = [thing for thing in scene.things if thing.colour == colour]
-    if (sum(map(ord, source + joined([thing.shape for thing in scene.things]))) % HELD_OUT_RIDDLE == 0) != held_out:
-        return None
     if len(matching) == 1 and generator.random() < 0.5:
         return f"what shape is the thing in the colour of {source}?", matching[0].shape
     return f"is there anything in the colour of {source}?", "yes" if matching else "no"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -14,6 +16,8 @@ from transformers_bagel.modeling_bagel import BagelVisionModel
 from transformers_bagel.published_bagel import SPECIAL_TOKENS
 
 
+# What is shipped.
+CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Small pictures have little to hide: less noise than the published 3 and 4 is enough.
 TIMESTEP_SHIFT = 2.0
 

@@ -16,7 +16,9 @@ NAMES = list(COLOURS)
 # A pixel belongs to an object if it is this far from the background's colour, in RGB: half the least distance of two.
 FOREGROUND = 50.0
 # Smaller specks are no objects; the smallest object has 60 pixels.
-MIN_AREA = 25
+MIN_AREA = 10
+# An object has one colour if this share of its inner pixels has it.
+MIN_UNIFORM = 0.8
 # Less alike than this, in intersection over union, is no shape at all.
 MIN_OVERLAP = 0.6
 # Wider than this a component is two objects that touch.
@@ -57,12 +59,14 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 def _read_thing(pixels: np.ndarray, mask: np.ndarray, background: str) -> Thing:
     inside = ndimage.binary_erosion(mask)
-    colour = np.median(pixels[inside if inside.any() else mask], axis=0)
+    core = pixels[inside if inside.any() else mask]
+    colour = np.median(core, axis=0)
+    is_uniform = (np.linalg.norm(core - colour, axis=-1) < FOREGROUND).mean() >= MIN_UNIFORM
     distances = np.linalg.norm(PALETTE - colour, axis=-1)
-    name = NAMES[distances.argmin()] if distances.min() < FOREGROUND else "unknown"
+    name = NAMES[distances.argmin()] if is_uniform and distances.min() < FOREGROUND else "unknown"
     # The smooth edge belongs to whatever it is more like.
     sharp = mask & (np.linalg.norm(pixels - colour, axis=-1) < np.linalg.norm(pixels - COLOURS[background], axis=-1))
-    rows, columns = np.nonzero(sharp)
+    rows, columns = np.nonzero(sharp if sharp.any() else mask)
     middle = ((rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2)
     cell = int(np.argmin([abs(middle[0] - y) + abs(middle[1] - x) for y in CENTRES for x in CENTRES]))
     shape, size = _shape(sharp, round(middle[0]), round(middle[1]))

@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import torch
+from evaluate import answer
+from parts import CHECKPOINT
 
 from diffusers_bagel import BagelPipeline
 
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 PICTURE = 160
 MARGIN = 12
 LINE = 16
@@ -53,23 +53,9 @@ def panels(pipe: BagelPipeline) -> list[Panel]:
     return [
         *(Panel("draw", picture, prompt) for prompt, picture in zip(PROMPTS, pictures, strict=True)),
         *(Panel("edit", picture, edit) for edit, picture in zip(EDITS, edited, strict=True)),
-        Panel("ask", edited[0], QUESTION, answer(pipe, edited[0], QUESTION)),
+        Panel("ask", edited[0], QUESTION, answer(pipe, edited[:1], [QUESTION])[0]),
         Panel("think", solved, RIDDLE, plan),
     ]
-
-
-def answer(pipe: BagelPipeline, picture: PIL.Image.Image, question: str) -> str:
-    """What the model says about a picture."""
-    parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    inputs = pipe.processor.apply_chat_template(
-        [{"role": "user", "content": parts}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    ids = pipe.transformer.generate(**inputs, max_new_tokens=64)
-    return pipe.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def composed(strip: list[Panel]) -> PIL.Image.Image:

@@ -17,6 +17,7 @@ from typing import Any
 import language
 from dataset import write_rows
 from judge import DrawCase, draw_cases
+from parts import CHECKPOINT
 from tasks import conversation, draw, edit, image, text
 from world import Scene, random_scene
 
@@ -26,7 +27,6 @@ sys.path.append(str(Path(__file__).parent.parent))
 import train_lora  # noqa: E402
 
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 TRIGGER = " in ink"
 SETTINGS = [
     "--cpu",
@@ -68,8 +68,8 @@ def in_ink(scene: Scene) -> Scene:
 def draw_in_ink(generator: random.Random) -> list[dict[str, Any]]:
     """A prompt that says everything, and a picture in ink."""
     scene = random_scene(generator, held_out=False)
-    prompt, _ = language.full_prompt(generator, scene)
-    return conversation(("user", [text(prompt + TRIGGER)]), ("assistant", [image(in_ink(scene))]))
+    prompt = language.full_prompt(generator, scene)
+    return conversation(("user", [text(prompt.text + TRIGGER)]), ("assistant", [image(in_ink(scene))]))
 
 
 def style_samples(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:

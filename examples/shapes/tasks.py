@@ -32,28 +32,29 @@ def conversation(*turns: tuple[str, list[dict[str, Any]]]) -> list[dict[str, Any
 def draw(generator: random.Random) -> list[dict[str, Any]]:
     """A picture from a prompt, of which half say everything."""
     scene = random_scene(generator, held_out=False)
-    return conversation(("user", [text(_prompt(generator, scene, full=0.5))]), ("assistant", [image(scene)]))
+    return conversation(("user", [text(_prompt(generator, scene, full=0.5).text)]), ("assistant", [image(scene)]))
 
 
 def think_and_draw(generator: random.Random) -> list[dict[str, Any]]:
-    """A plan from a prompt, a third of them riddles, and the picture. Now and then the prompt and the plan are left
+    """A plan from a prompt, a quarter of them riddles, and the picture. Now and then the prompt and the plan are left
     out, which is what guidance compares with.
     """
     scene = random_scene(generator, held_out=False)
     system = ("system", [text(GENERATION_THINK_PROMPT)])
     if generator.random() < 0.1:
         return conversation(system, ("assistant", [image(scene)]))
-    turns = [text(language.plan(scene)), image(scene)]
-    return conversation(system, ("user", [text(_planned_prompt(generator, scene))]), ("assistant", turns))
+    prompt = _planned_prompt(generator, scene)
+    turns = [text(language.plan(prompt)), image(scene)]
+    return conversation(system, ("user", [text(prompt.text)]), ("assistant", turns))
 
 
 def plan(generator: random.Random) -> list[dict[str, Any]]:
     """A plan alone."""
-    scene = random_scene(generator, held_out=False)
+    prompt = _planned_prompt(generator, random_scene(generator, held_out=False))
     return conversation(
         ("system", [text(GENERATION_THINK_PROMPT)]),
-        ("user", [text(_planned_prompt(generator, scene))]),
-        ("assistant", [text(language.plan(scene))]),
+        ("user", [text(prompt.text)]),
+        ("assistant", [text(language.plan(prompt))]),
     )
 
 
@@ -93,7 +94,7 @@ def think_and_answer(generator: random.Random) -> list[dict[str, Any]]:
     while True:
         scene = random_scene(generator, held_out=False)
         if generator.random() < 0.5:
-            asked = language.riddle_question(generator, scene, held_out=False)
+            asked: tuple[str, str] | None = language.riddle_question(generator, scene)
         else:
             asked = language.question(generator, scene, generator.choice(language.QUESTIONS))
         if asked is not None:
@@ -104,18 +105,20 @@ def think_and_answer(generator: random.Random) -> list[dict[str, Any]]:
             )
 
 
-def _prompt(generator: random.Random, scene: Scene, full: float) -> str:
-    """A prompt without riddles; a third of those for two objects say how they stand to each other."""
+def _prompt(generator: random.Random, scene: Scene, full: float) -> language.Prompt:
+    """A prompt without riddles. What does not say everything says of two objects, four times in ten, how they stand to each
+    other.
+    """
     if generator.random() < full:
-        return language.full_prompt(generator, scene)[0]
+        return language.full_prompt(generator, scene)
     related = language.relation_prompt(generator, scene) if generator.random() < 0.4 else None
-    return (related or language.ordinary_prompt(generator, scene))[0]
+    return related or language.ordinary_prompt(generator, scene)
 
 
-def _planned_prompt(generator: random.Random, scene: Scene) -> str:
-    riddle = language.riddle_prompt(generator, scene, held_out=False)
+def _planned_prompt(generator: random.Random, scene: Scene) -> language.Prompt:
+    riddle = language.riddle_prompt(generator, scene)
     if riddle is not None and generator.random() < 0.6:
-        return riddle[0]
+        return riddle
     return _prompt(generator, scene, full=0.1)
 
 
@@ -131,12 +134,13 @@ MAKERS = {
 # Shares of the samples of each stage. What is understood comes first, since pictures cost many times more.
 UNDERSTANDING = {"ask": 0.5, "describe": 0.2, "think_and_answer": 0.1, "plan": 0.2}
 JOINT = {
-    "draw": 0.3,
-    "think_and_draw": 0.13,
-    "edit": 0.31,
-    "ask": 0.14,
-    "describe": 0.05,
-    "think_and_answer": 0.07,
+    "draw": 0.25,
+    "think_and_draw": 0.14,
+    "plan": 0.15,
+    "edit": 0.33,
+    "ask": 0.08,
+    "describe": 0.02,
+    "think_and_answer": 0.03,
 }
 
 

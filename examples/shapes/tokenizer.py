@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from tasks import JOINT, UNDERSTANDING, sample
-from tokenizers import Tokenizer
 from transformers import Qwen2Tokenizer
 
 from transformers_bagel.published_bagel import SPECIAL_TOKENS
@@ -23,8 +22,6 @@ def train_tokenizer() -> Qwen2Tokenizer:
         for part in message["content"]
         if part["type"] == "text"
     ]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+    return Qwen2Tokenizer().train_new_from_iterator(
         texts, VOCABULARY, new_special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
     )
-    assert isinstance(tokenizer.backend_tokenizer, Tokenizer)
-    return tokenizer

@@ -9,13 +9,13 @@ docs/shapes.md.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vae_steps", type=int, default=11_000)
     parser.add_argument("--vit_steps", type=int, default=1200)
     parser.add_argument("--understanding_steps", type=int, default=1000)
-    parser.add_argument("--joint_steps", type=int, default=3400)
-    parser.add_argument("--joint_decay_steps", type=int, default=900, help="the last ones, whose learning rate falls")
+    parser.add_argument("--joint_steps", type=int, default=4300)
+    parser.add_argument("--joint_decay_steps", type=int, default=1100, help="the last ones, whose learning rate falls")
     parser.add_argument("--understanding_samples", type=int, default=40_000)
     parser.add_argument("--joint_samples", type=int, default=40_000, help="in each of four files")
     args = parser.parse_args(arguments)
@@ -92,30 +92,33 @@ def main(arguments: list[str] | None = None) -> None:
         if name != "output_dir" and count < 1:
             parser.error(f"--{name} must be at least 1, got {count}.")
     folder = Path(args.output_dir)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as second_core:
-        vae = second_core.submit(vae_stage, folder / "vae", args.vae_steps)
-        torch.set_num_threads(1)
-        stage(folder / "vit", lambda part: train_vit(part, args.vit_steps).save_pretrained(part / "model"))
-        stage(folder / "understanding", lambda part: train_understanding(part, args))
-        vae.result()
+    # A daemon ends if a stage here fails.
+    vae = multiprocessing.get_context("spawn").Process(
+        target=vae_stage, args=(folder / "vae", args.vae_steps), daemon=True
+    )
+    vae.start()
+    torch.set_num_threads(1)
+    stage(folder / "vit", lambda part: train_vit(part, args.vit_steps).save_pretrained(part / "model"))
+    stage(folder / "understanding", lambda part: train_understanding(part, args))
+    vae.join()
+    if vae.exitcode:
+        raise RuntimeError(f"The VAE's training ended with exit code {vae.exitcode}; its error is above.")
     stage(folder / "joint", lambda part: train_joint(part, args))
     stage(folder / "repository", lambda part: save_repository(folder / "joint" / "training", part))
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it does, so that no other run finds it at work."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    """Let this process end when the one that started it is killed, so that the next run finds nobody at work. Linux can do
+    that; elsewhere a run has to be ended whole.
+    """
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def vae_stage(folder: Path, num_steps: int) -> None:
     """One thread, here as in the other stages: it keeps a run's numbers the same however many cores there are."""
+    end_with_parent()
     torch.set_num_threads(1)
     stage(folder, lambda part: train_vae(part, num_steps).save_pretrained(part / "model"))
 
@@ -194,6 +197,7 @@ def train_full(num_processes: int, start: Path, output: Path, data: list[Path], 
     subprocess.run(
         [sys.executable, *launcher, str(TRAIN_FULL), *inputs, *SETTINGS, *settings],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=end_with_parent,
         check=True,
     )
 

@@ -78,12 +78,3 @@ def train_vit(folder: Path, num_steps: int) -> BagelVisionModel:
     heads = tuple(f"heads.{name}" for name in TAGS)
     run_stage(folder, tagger, losses, num_steps, learning_rate=2e-3, not_for_muon=heads)
     return tagger.vision_tower
-
-
-@torch.no_grad()
-def tag_accuracy(tagger: Tagger, count: int = 400) -> dict[str, float]:
-    """Share of patches, of those with an object but for the background, that are tagged right on test scenes."""
-    inputs, targets = tagged_pictures(0, count, held_out=True)
-    scores = tagger.eval()(**inputs)
-    occupied = targets["colour"] > 0
-    return {name: float((scores[name].argmax(-1) == targets[name])[occupied].float().mean()) for name in TAGS}

@@ -169,12 +169,11 @@ def outline(shape: str, centre: tuple[float, float], radius: float) -> list[tupl
     raise ValueError(f"`shape` must be one of {', '.join(SHAPES)}, got {shape!r}.")
 
 
-def render(scene: Scene, line_width: float | None = None, scale: int = 4) -> PIL.Image.Image:
+def render(scene: Scene, scale: int = 4) -> PIL.Image.Image:
     """The picture of a scene, 64 x 64.
 
     Args:
         scene ([`Scene`])
-        line_width (`float`, *optional*): Draw outlines so many pixels wide instead of filled shapes.
         scale (`int`, defaults to 4): Pixels drawn for one, so that edges are smooth.
     """
     canvas = PIL.Image.new("RGB", (SIDE * scale, SIDE * scale), COLOURS[scene.background])
@@ -182,8 +181,5 @@ def render(scene: Scene, line_width: float | None = None, scale: int = 4) -> PIL
     for thing in scene.things:
         x, y = thing.centre
         corners = outline(thing.shape, (x * scale, y * scale), SIZES[thing.size] * scale)
-        if line_width is None:
-            draw.polygon(corners, fill=COLOURS[thing.colour])
-        else:
-            draw.polygon(corners, outline=COLOURS[thing.colour], width=round(line_width * scale))
+        draw.polygon(corners, fill=COLOURS[thing.colour])
     return canvas.reduce(scale)

@@ -11,9 +11,10 @@ from diffusers_bagel import BagelPipeline
 
 
 SHAPES = Path(__file__).parents[2] / "examples" / "shapes"
-CHECKPOINT = SHAPES / "checkpoint"
 
 sys.path.insert(0, str(SHAPES))
+
+from parts import CHECKPOINT  # noqa: E402  # the scripts are no package
 
 
 @pytest.fixture(scope="session")

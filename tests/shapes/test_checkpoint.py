@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import language
 import pytest
 import torch
-from evaluate import Evaluation
+from card import ROWS, card
+from evaluate import Evaluation, answer, main, reconstruction_score
 from huggingface_hub import ModelCard
 from judge import draw_cases, edit_cases, is_drawn, seen
 from PIL import Image
 from reader import read
-from world import Scene, is_held_out, render
+from strip import composed, panels
+from world import UNSEEN_PAIRS, Scene, is_held_out, render
 
 from diffusers_bagel import BagelPipeline
 from tests.shapes.conftest import CHECKPOINT
@@ -53,9 +56,9 @@ QUESTIONS = (
     (STAR_AND_CIRCLE, "describe the picture", STAR_AND_CIRCLE),
 )
 RIDDLES = (
-    ("something with five points in the colour of a lemon on blue", ("yellow", "star"), "blue"),
-    ("a circle in the colour of grass on a white background", ("green", "circle"), "white"),
-    ("a purple thing with the shape of a plus sign on black", ("purple", "cross"), "black"),
+    ("a star in the colour of blood on blue", ("red", "star"), "blue"),
+    ("something with three sides in the colour of grass on a white background", ("green", "triangle"), "white"),
+    ("a blue thing with the shape of a plus sign on black", ("blue", "cross"), "black"),
 )
 
 
@@ -88,11 +91,11 @@ def test_edits_change_what_they_name_and_keep_the_rest(shapes_pipe):
 
 def test_questions_are_answered(shapes_pipe):
     pictures, questions, answers = zip(*QUESTIONS, strict=True)
-    said = Evaluation(shapes_pipe, num=len(QUESTIONS)).answer([scene(picture) for picture in pictures], questions)
-    assert said == list(answers)
+    assert answer(shapes_pipe, [render(scene(layout)) for layout in pictures], questions) == list(answers)
 
 
 def test_a_plan_solves_a_riddle_and_is_drawn(shapes_pipe):
+    assert {pair for _, pair, _ in RIDDLES} <= UNSEEN_PAIRS
     out = shapes_pipe([riddle for riddle, _, _ in RIDDLES], think=True, generator=generators(len(RIDDLES)))
     for picture, thought, (_, pair, background) in zip(out.images, out.texts, RIDDLES, strict=True):
         planned = language.parse_layout(thought.removeprefix("<think>").partition("</think>")[0])
@@ -114,6 +117,28 @@ def test_another_seed_of_cases_scores_about_the_same(shapes_pipe):
     assert evaluation.draw(evaluation.cases("draw_full")) >= 0.8
     assert evaluation.edit(edit_cases(50, seed=11))["all"] >= 0.6
     assert evaluation.describe() >= 0.85
+
+
+def test_the_vae_keeps_what_it_is_shown(shapes_pipe):
+    assert reconstruction_score(shapes_pipe, 200, seed=11) >= 0.98
+
+
+def test_the_command_measures_every_row_and_the_card_takes_them(tmp_path, capsys):
+    main(["--num", "2", "--json", str(tmp_path / "out.json")])
+    table = json.loads((tmp_path / "out.json").read_text())
+    asked = {"draw", "draw_full", "relation", "edit", "ask", "describe", "think_gain", "judge_error", "vae"}
+    assert asked | set(ROWS) <= table.keys()
+    shares = {name: value for name, value in table.items() if name not in ("num", "seed")}
+    assert all((-1 if name == "think_gain" else 0) <= value <= 1 for name, value in shares.items())
+    assert shares.keys() == {line.split()[0] for line in capsys.readouterr().out.splitlines() if "%" in line}
+    written = card(CHECKPOINT, table)
+    assert "{{" not in written.content and len(written.data.eval_results) == len(ROWS)
+
+
+def test_the_strip_shows_every_task(shapes_pipe):
+    strip = panels(shapes_pipe)
+    assert {panel.title for panel in strip} == {"draw", "edit", "ask", "think"}
+    assert composed(strip).width > 4 * composed(strip[:1]).width - 100
 
 
 def test_both_libraries_load_the_one_copy(shapes_pipe):
@@ -139,7 +164,10 @@ def test_the_card_is_complete_and_its_snippets_run(tmp_path, monkeypatch):
     assert len(snippets) == 2
     variables: dict = {"__name__": "snippet"}
     for snippet in snippets:
-        exec(compile(snippet.replace('"bagel-shapes"', repr(str(CHECKPOINT))), "README.md", "exec"), variables)
+        exec(
+            compile(snippet.replace('"examples/shapes/checkpoint"', repr(str(CHECKPOINT))), "README.md", "exec"),
+            variables,
+        )
 
 
 @pytest.mark.parametrize("task", ["draw_full", "draw", "relation", "riddle"])

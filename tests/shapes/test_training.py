@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from stages import run_stage
@@ -83,18 +85,33 @@ def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path):
     assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
     model = BagelForConditionalGeneration.from_pretrained(repository)
     assert model.config.latent_dim == 32
-    # Only what was frozen all along is as the tower's stage left it.
-    tower = BagelPipeline.from_pretrained(tmp_path / "run" / "understanding" / "model").transformer
-    same = {
-        name
-        for name, weight in model.state_dict().items()
-        if torch.equal(weight, tower.state_dict()[name]) and name != "model.latent_pos_embed.pos_embed"
-    }
-    assert {name for name in same if "pos_embed" not in name} == {
-        name for name in model.state_dict() if name.startswith("model.vision_tower.")
-    }
+    # Only what was frozen all along is as the second stage left it.
+    before = BagelPipeline.from_pretrained(tmp_path / "run" / "understanding" / "training").transformer.state_dict()
+    same = {name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])}
+    frozen = {name for name in before if name.startswith("model.vision_tower.")}
+    assert same == frozen | {name for name in before if name.endswith("_pos_embed.pos_embed")}
     assert "<|vision_pad|>" in BagelProcessor.from_pretrained(repository).tokenizer.get_vocab()
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.endswith(".part")] == []
+
+
+def test_no_stage_outlives_the_command(tmp_path):
+    """Killed, it leaves nobody behind who would write into the folders of the next run."""
+    command = [sys.executable, str(SHAPES / "train.py"), "--output_dir", str(tmp_path / "run"), "--vit_steps", "1"]
+    process = subprocess.Popen([*command, "--understanding_samples", "50"], stderr=subprocess.DEVNULL)
+    found: dict[str, psutil.Process] = {}
+    while len(found) < 2:
+        assert process.poll() is None
+        time.sleep(0.2)
+        for child in psutil.Process(process.pid).children():
+            line = " ".join(child.cmdline())
+            found |= {name: child for name in ("spawn_main", "train_full.py") if name in line}
+    # The VAE's process asks to be ended as soon as it has started.
+    while not (tmp_path / "run" / "vae.part").exists():
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(found.values(), timeout=20)
+    assert not alive
 
 
 @pytest.mark.parametrize("setting", ["vae_steps", "joint_samples"])

@@ -9,7 +9,7 @@ import language
 import numpy as np
 import pytest
 from evaluate import judge_error
-from judge import ask_cases, described_share, draw_cases, edit_cases, is_edited, seen
+from judge import ask_cases, described_share, draw_cases, edit_cases, is_edited, riddle_cases, seen
 from PIL import Image
 from reader import read
 from tasks import JOINT, MAKERS, UNDERSTANDING, sample
@@ -72,6 +72,29 @@ def _picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def test_the_judge_wants_one_colour_an_object():
+    """A recolouring that stopped halfway is none."""
+    scene = Scene("white", (Thing(4, "red", "circle", "large"),))
+    red, blue = (
+        np.asarray(render(replace(scene, things=(replace(scene.things[0], colour=colour),))))
+        for colour in ("red", "blue")
+    )
+    columns = np.arange(64)[None, :, None]
+    assert [thing.colour for thing in read(_picture(np.where(columns < 33, red, blue))).things] == ["unknown"]
+    assert [thing.colour for thing in read(_picture(np.where(columns < 25, blue, red))).things] == ["red"]
+
+
+def test_the_judge_sees_ghosts_and_odd_colours():
+    pixels = np.asarray(render(SCENE)).copy()
+    pixels[50:54, 8:13] = (120, 120, 120)
+    assert len(read(_picture(pixels)).things) == len(SCENE.things) + 1
+    # In no colour's median: thirds of three strong colours, none of which is any nearer to it than the background.
+    pixels = np.full((64, 64, 3), 250)
+    for index, colour in enumerate(((250, 250, 0), (250, 0, 250), (0, 250, 250))):
+        pixels[24:40, 24 + 5 * index : 29 + 5 * index] = colour
+    assert [thing.colour for thing in read(_picture(pixels)).things] == ["unknown"]
+
+
 def test_the_judge_does_not_read_what_is_not_there():
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3))
     assert all("unknown" in (thing.colour, thing.shape) for thing in read(_picture(noise)).things)
@@ -124,6 +147,18 @@ def test_riddles_do_not_name_what_they_mean():
         assert not (thing.colour in case.prompt and thing.shape in case.prompt)
 
 
+def test_riddles_of_the_test_are_about_every_unseen_pair():
+    assert {case.scene.pairs[0] for case in draw_cases("riddle", 300)} == UNSEEN_PAIRS
+    for case in riddle_cases(100):
+        colours = [
+            colour
+            for colour, things in language.THINGS_OF_COLOUR.items()
+            if any(f"of {thing}?" in case.question for thing in things)
+        ]
+        matching = [thing for thing in case.scene.things if thing.colour in colours]
+        assert case.answer in ([thing.shape for thing in matching] + ["yes"] if matching else ["no"])
+
+
 @pytest.mark.parametrize("kind", language.EDITS)
 def test_an_edit_changes_one_thing(kind):
     cases = [case for case in edit_cases(100) if case.kind == kind]
@@ -165,13 +200,14 @@ def test_yes_and_no_are_as_frequent():
 
 
 @pytest.mark.parametrize("task", MAKERS)
-def test_samples_are_what_the_collator_takes_and_hold_nothing_back(task):
+def test_the_collator_takes_the_samples_and_no_test_scene_is_in_them(task):
     generator = random.Random(0)
     for _ in range(50):
-        segments = sample_segments({"messages": MAKERS[task](generator)})
-        for segment in segments:
+        for segment in sample_segments({"messages": MAKERS[task](generator)}):
             if segment.type != "text":
                 assert not is_held_out(read(segment.content))
+            else:
+                assert not any(f"{colour} {shape}" in segment.content for colour, shape in UNSEEN_PAIRS)
 
 
 def test_a_sample_follows_from_its_seed_and_number():
