@@ -181,8 +181,10 @@ class BagelConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         published = {key: kwargs.pop(key) for key in PUBLISHED_KEYS if key in kwargs}
-        for key, value in rename_published_keys(published).items():
-            setattr(self, key, value)
+        # A converted repository has both spellings; the published ones are there for other engines.
+        if self.text_config is None:
+            for key, value in rename_published_keys(published).items():
+                setattr(self, key, value)
         super().__post_init__(**kwargs)
         self.get_text_config().visual_gen = self.visual_gen
 

@@ -1,0 +1,150 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Tensors from file to file, a piece at a time: memory does not grow with them, and what is written is written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safe_files import DTYPES, StoredTensor, stored_tensors
+from tqdm.auto import tqdm
+
+
+# Bytes in memory at a time. A whole number of elements of any type.
+PIECE = 2**25
+# What transformers and diffusers ask of a file that they read.
+FORMAT = {"format": "pt"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    A file to write.
+
+    Attributes:
+        name (`str`)
+        tensors (`tuple[StoredTensor, ...]`): In their order in the file.
+        dtype (`torch.dtype`, *optional*): Of floating tensors; by default each keeps its own.
+        metadata (`dict[str, str]`, *optional*): Of the header.
+    """
+
+    name: str
+    tensors: tuple[StoredTensor, ...]
+    dtype: torch.dtype | None = None
+    metadata: dict[str, str] | None = None
+
+    def dtype_of(self, tensor: StoredTensor) -> torch.dtype:
+        return self.dtype if self.dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(tensor.num_elements * self.dtype_of(tensor).itemsize for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """What a safetensors file begins with."""
+        entries: dict[str, object] = {} if self.metadata is None else {"__metadata__": self.metadata}
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.num_elements * self.dtype_of(tensor).itemsize
+            dtype = NAMES[self.dtype_of(tensor)]
+            entries[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        # Padded so that the data are aligned, as the format asks for.
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def plan_shards(
+    tensors: list[StoredTensor], dtype: torch.dtype | None, max_shard_size: int | str, pattern: str
+) -> tuple[list[Shard], dict[str, Any] | None]:
+    """Files of at most `max_shard_size`, and the index of them, if there is more than one.
+
+    Args:
+        tensors (`list[StoredTensor]`): In the order in which they are to be written.
+        dtype (`torch.dtype`, *optional*): Of floating tensors; by default each keeps its own.
+        max_shard_size (`int` or `str`): Such as `"5GB"`.
+        pattern (`str`): Name of the files, with `{suffix}`.
+    """
+    whole = Shard("", tuple(tensors), dtype)
+    split = split_state_dict_into_shards_factory(
+        {tensor.name: tensor for tensor in tensors},
+        get_storage_size=lambda tensor: tensor.num_elements * whole.dtype_of(tensor).itemsize,
+        filename_pattern=pattern,
+        max_shard_size=max_shard_size,
+    )
+    by_name = {tensor.name: tensor for tensor in tensors}
+    shards = [
+        Shard(file, tuple(by_name[name] for name in names), dtype, FORMAT)
+        for file, names in split.filename_to_tensors.items()
+    ]
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
+    return shards, index
+
+
+def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[bytes]:
+    """The bytes of a tensor as `dtype`, at most [`PIECE`] read at a time. Nothing is mapped into memory."""
+    with open(tensor.file, "rb") as stream:
+        stream.seek(tensor.start)
+        for start in range(tensor.start, tensor.end, PIECE):
+            piece = stream.read(min(PIECE, tensor.end - start))
+            if dtype != tensor.dtype:
+                values = torch.frombuffer(bytearray(piece), dtype=tensor.dtype).to(dtype)
+                piece = values.view(torch.uint8).numpy().tobytes()
+            yield piece
+
+
+def write_shard(shard: Shard, folder: Path, progress: tqdm) -> None:
+    """Write a file, unless it is there; it bears its name only when all of it is on the disk."""
+    path = folder / shard.name
+    if path.exists():
+        progress.update(shard.num_bytes)
+        return
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with open(unfinished, "wb") as stream:
+        stream.write(shard.header())
+        for tensor in shard.tensors:
+            for piece in pieces(tensor, shard.dtype_of(tensor)):
+                stream.write(piece)
+                progress.update(len(piece))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+
+
+def verify_shard(shard: Shard, folder: Path, progress: tqdm) -> None:
+    """
+    Read a file again, and what it was made of.
+
+    Raises:
+        ValueError: naming the first tensor that differs.
+    """
+    written = stored_tensors(folder / shard.name)
+    if [tensor.name for tensor in written] != [tensor.name for tensor in shard.tensors]:
+        raise ValueError(f"'{folder / shard.name}' holds other tensors than it should.")
+    for copy, tensor in zip(written, shard.tensors, strict=True):
+        dtype = shard.dtype_of(tensor)
+        same = (copy.dtype, copy.shape) == (dtype, tensor.shape)
+        # Both in the pieces of the source, which a change of type makes shorter.
+        with open(copy.file, "rb") as stream:
+            stream.seek(copy.start)
+            for piece in pieces(tensor, dtype):
+                same = same and stream.read(len(piece)) == piece
+                progress.update(len(piece))
+        if not same:
+            raise ValueError(f"'{tensor.name}' in '{copy.file}' is not what '{tensor.file}' holds.")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,140 @@
+"""Published -> Hub -> published: nothing is lost, and both load as the same model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from convert_bagel_to_hf import main
+from convert_hf_to_bagel import convert_back
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from diffusers_bagel import BagelPipeline
+from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, turn
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+
+
+def test_there_and_back_is_the_same_bit_for_bit(repository, tmp_path):
+    convert_back(str(repository), tmp_path / "published")
+    for name in ("ema.safetensors", "ae.safetensors"):
+        assert (tmp_path / "published" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "published" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
+
+
+def test_what_comes_back_says_what_was_published_less_its_mistakes(repository, tmp_path):
+    convert_back(str(repository), tmp_path / "published")
+    published = json.loads((CHECKPOINT / "config.json").read_text())
+    back = json.loads((tmp_path / "published" / "config.json").read_text())
+    published["llm_config"]["bos_token_id"] = 421
+    published["max_latent_size"] = 8
+    assert back == published
+    for key in ("llm_config", "vit_config"):
+        assert json.loads((tmp_path / "published" / f"{key}.json").read_text()) == published[key]
+    weight_map = json.loads((tmp_path / "published" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weight_map.values()) == {"ema.safetensors"}
+    # And again: what came back is read as what was published.
+    again, first = (BagelConfig.from_pretrained(path).to_dict() for path in (tmp_path / "published", CHECKPOINT))
+    assert {**again, "_name_or_path": "", "transformers_weights": ""} == {
+        **first,
+        "_name_or_path": "",
+        "transformers_weights": "",
+    }
+
+
+def test_diffusers_own_layout_goes_back_too(repository, tmp_path):
+    BagelPipeline.from_pretrained(repository).save_pretrained(tmp_path / "saved")
+    convert_back(str(tmp_path / "saved"), tmp_path / "published")
+    for name in ("ema.safetensors", "ae.safetensors"):
+        back, published = load_file(tmp_path / "published" / name), load_file(CHECKPOINT / name)
+        assert back.keys() == published.keys()
+        assert all(torch.equal(back[key], published[key]) for key in published)
+    pipe = BagelPipeline.from_pretrained(tmp_path / "published", processor=load_processor())
+    assert pipe.transformer.config.max_latent_size == 8
+
+
+def test_every_reader_finds_the_same_model_in_the_repository(repository):
+    inputs = load_processor().apply_chat_template(
+        [turn("user", golden_image("wide"), "how many shapes?")],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    published = load_model()
+    pipe = BagelPipeline.from_pretrained(repository)
+    with torch.no_grad():
+        expected = published(**inputs).logits
+        for model in (
+            BagelForConditionalGeneration.from_pretrained(repository),
+            AutoModelForImageTextToText.from_pretrained(repository),
+            pipe.transformer,
+        ):
+            assert torch.equal(model(**inputs).logits, expected)
+    assert type(AutoProcessor.from_pretrained(repository)).__name__ == "BagelProcessor"
+
+
+def test_pictures_are_the_same_through_both_layouts(repository):
+    processor = load_processor()
+    pictures = []
+    for path in (CHECKPOINT, repository):
+        pipe = BagelPipeline.from_pretrained(path, processor=processor)
+        pipe.set_progress_bar_config(disable=True)
+        settings = {"num_inference_steps": 3, "output_type": "np", "vae_sample_mode": "argmax"}
+        generator = torch.Generator().manual_seed(0)
+        pictures.append(pipe("make it red", image=golden_image("square"), generator=generator, **settings).images)
+    # The VAE's convolutions may add in another order, as its weights lie otherwise in memory.
+    assert abs(pictures[0] - pictures[1]).max() < 1e-5
+
+
+def test_the_configuration_has_both_spellings(repository):
+    written = json.loads((repository / "config.json").read_text())
+    assert written["architectures"] == ["BagelForConditionalGeneration"] and written["model_type"] == "bagel"
+    assert {"llm_config", "vit_config", "vae_config", "text_config", "vision_config"} <= written.keys()
+    # The published code builds one layer fewer than it says.
+    assert written["vit_config"]["num_hidden_layers"] == 3
+    assert written["vision_config"]["num_hidden_layers"] == 2
+    assert written["llm_config"]["bos_token_id"] == written["text_config"]["bos_token_id"] == 421
+    # A reader of the one spelling and a reader of the other build the same model.
+    alone = BagelConfig.from_dict({key: value for key, value in written.items() if key not in ("text_config",)})
+    assert alone.text_config.hidden_size == BagelConfig.from_pretrained(repository).text_config.hidden_size
+
+
+def test_mistakes_of_the_published_json_are_reported(tmp_path, capsys):
+    assert main([str(CHECKPOINT), str(tmp_path / "repository")]) == 0
+    said = capsys.readouterr().out
+    assert "max_latent_size: the JSON says 4, the weights and the tokenizer 8." in said
+    assert "llm_config.bos_token_id: the JSON says 420, the weights and the tokenizer 421." in said
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_the_type_of_the_weights_can_be_chosen(name, tmp_path):
+    assert main([str(CHECKPOINT), str(tmp_path / "repository"), "--dtype", name, "--verify"]) == 0
+    dtype = getattr(torch, name)
+    published = load_file(CHECKPOINT / "ema.safetensors")
+    written = load_file(tmp_path / "repository" / "model.safetensors")
+    assert all(torch.equal(written[key], published[key].to(dtype)) for key in published)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "repository", dtype="auto")
+    assert model.dtype == dtype
+    vae = load_file(tmp_path / "repository" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in vae.values()} == {dtype}
+
+
+def test_the_card_names_what_was_corrected_and_its_snippets_run(repository, tmp_path, monkeypatch):
+    card = ModelCard.load(repository / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "any-to-any")
+    assert card.data.base_model == "ByteDance-Seed/BAGEL-7B-MoT"
+    assert "- `max_latent_size`: 8 instead of 4" in card.text
+    shutil.copytree(repository, tmp_path / "repository")
+    # The published layout has no settings of images, and the tiny model takes small ones only.
+    load_processor().save_pretrained(tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {"__name__": "snippet"}
+    for snippet in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
+        exec(compile(snippet, "README.md", "exec"), variables)
+    assert variables["edited"].size == variables["picture"].size
