@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
@@ -43,7 +44,7 @@ class Panel:
 def panels(pipe: BagelPipeline) -> list[Panel]:
     """Draw, edit, ask and think, all with the pipeline's own defaults but for the seed."""
 
-    def drawn(prompt: str, **settings) -> tuple[PIL.Image.Image, str]:
+    def drawn(prompt: str, **settings: Any) -> tuple[PIL.Image.Image, str]:
         out = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings)
         return out.images[0], out.texts[0] if out.texts else ""
 

@@ -17,7 +17,7 @@ from transformers_bagel.modeling_bagel import BagelVisionModel
 
 BATCH_SIZE = 48
 # Per patch: the picture's background, and of the object in its cell, or 0 for none.
-TAGS = {
+TAGS: dict[str, list[str | None]] = {
     "background": list(COLOURS),
     "colour": [None, *COLOURS],
     "shape": [None, *SHAPES],
