@@ -182,6 +182,9 @@ def save_whole(pipe: BagelPipeline, folder: Path) -> None:
 def save_repository(trained: Path, part: Path) -> None:
     """The Hub's layout: model and processor at the root, so that both libraries read one copy."""
     pipe = BagelPipeline.from_pretrained(trained)
+    for saved in (pipe, pipe.vae):
+        # Not the folder in which it was trained.
+        saved.register_to_config(_name_or_path="bagel-shapes")
     pipe.transformer.save_pretrained(part)
     pipe.processor.save_pretrained(part)
     pipe.vae.save_pretrained(part / "vae")
