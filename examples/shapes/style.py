@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""A LoRA that teaches bagel-shapes a style: `python examples/shapes/style.py --output_dir ink`.
+"""A LoRA that teaches bagel-shapes a style: `python examples/shapes/style.py --output_dir coal`.
 
-Whatever colours a prompt names, "in ink" draws black on white. Everything else is to stay as it was, so half of the
+Whatever colours a prompt names, "in coal" draws black on white. Everything else is to stay as it was, so most of the
 samples are what the model was trained on.
 """
 
@@ -18,7 +18,7 @@ import language
 from dataset import write_rows
 from judge import DrawCase, draw_cases
 from parts import CHECKPOINT
-from tasks import conversation, draw, edit, image, text
+from tasks import conversation, edit, image, text, think_and_draw
 from world import Scene, random_scene
 
 
@@ -27,7 +27,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 import train_lora  # noqa: E402
 
 
-TRIGGER = " in ink"
+# Words that the model knows: only the drawing expert learns.
+TRIGGER = " in coal"
 SETTINGS = [
     "--cpu",
     "--report_to",
@@ -60,30 +61,45 @@ SETTINGS = [
 ]
 
 
-def in_ink(scene: Scene) -> Scene:
+def in_coal(scene: Scene) -> Scene:
     """The scene as the style draws it."""
     return Scene("white", tuple(replace(thing, colour="black") for thing in scene.things))
 
 
-def draw_in_ink(generator: random.Random) -> list[dict[str, Any]]:
-    """A prompt that says everything, and a picture in ink."""
+def draw_in_style(generator: random.Random) -> list[dict[str, Any]]:
+    """A prompt that says everything, and a picture in the style."""
     scene = random_scene(generator, held_out=False)
     prompt = language.full_prompt(generator, scene)
-    return conversation(("user", [text(prompt.text + TRIGGER)]), ("assistant", [image(in_ink(scene))]))
+    return conversation(("user", [text(prompt.text + TRIGGER)]), ("assistant", [image(in_coal(scene))]))
+
+
+def draw_in_colour(generator: random.Random) -> list[dict[str, Any]]:
+    """The same prompts without the style, from which they must be told apart."""
+    scene = random_scene(generator, held_out=False)
+    return conversation(("user", [text(language.full_prompt(generator, scene).text)]), ("assistant", [image(scene)]))
 
 
 def style_samples(count: int, seed: int = 0) -> list[list[dict[str, Any]]]:
-    """Messages: half in ink, a quarter ordinary drawings, a quarter edits."""
+    """Messages, three in eight of them in the style."""
     generator = random.Random(f"style {seed}")
-    makers = (draw_in_ink, draw, draw_in_ink, edit)
+    makers = (
+        draw_in_style,
+        draw_in_colour,
+        draw_in_style,
+        edit,
+        draw_in_style,
+        draw_in_colour,
+        edit,
+        think_and_draw,
+    )
     return [makers[index % len(makers)](generator) for index in range(count)]
 
 
 def style_cases(count: int, seed: int = 0) -> list[DrawCase]:
-    """Prompts in ink for held-out scenes."""
+    """Prompts in the style for held-out scenes."""
     cases = draw_cases("draw_full", count, seed)
     return [
-        DrawCase(case.prompt + TRIGGER, language.wish_for(in_ink(case.scene)), in_ink(case.scene)) for case in cases
+        DrawCase(case.prompt + TRIGGER, language.wish_for(in_coal(case.scene)), in_coal(case.scene)) for case in cases
     ]
 
 
@@ -102,8 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--num_samples", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--num_samples", type=int, default=1600)
     args = parser.parse_args()
     train_style(args.checkpoint, args.output_dir, args.steps, args.num_samples)
 
