@@ -125,17 +125,10 @@ def make_optimizer(args: argparse.Namespace, accelerator: Accelerator, model: nn
 def make_scheduler(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The course of the learning rate.
-
-    Raises:
-        ValueError: if it would have to fall before it has risen.
+    """The course of the learning rate. Until it falls it depends on the step alone, so that a training may be given more
+    steps when it is resumed.
     """
     if args.lr_scheduler == "warmup_stable_decay":
-        if args.lr_warmup_steps + args.lr_decay_steps > num_steps:
-            raise ValueError(
-                f"--lr_warmup_steps {args.lr_warmup_steps} and --lr_decay_steps {args.lr_decay_steps} are more than the "
-                f"{num_steps} steps of the training."
-            )
         return get_wsd_schedule(
             optimizer,
             num_warmup_steps=args.lr_warmup_steps,

@@ -124,7 +124,7 @@ def test_the_vae_keeps_what_it_is_shown(shapes_pipe):
 
 
 def test_the_command_measures_every_row_and_the_card_takes_them(tmp_path, capsys):
-    main(["--num", "2", "--json", str(tmp_path / "out.json")])
+    main(["--num", "8", "--json", str(tmp_path / "out.json")])
     table = json.loads((tmp_path / "out.json").read_text())
     asked = {"draw", "draw_full", "relation", "edit", "ask", "describe", "think_gain", "judge_error", "vae"}
     assert asked | set(ROWS) <= table.keys()

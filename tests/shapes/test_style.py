@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from evaluate import Evaluation, answer
 from judge import ask_cases, edit_cases
-from style import style_cases, train_style
+from style import style_cases
 from world import render
 
 from diffusers_bagel import BagelPipeline
-from tests.shapes.conftest import CHECKPOINT
+from tests.shapes.conftest import CHECKPOINT, SHAPES
 
 
 NUM_CASES = 100
@@ -32,7 +36,11 @@ def scores(pipe: BagelPipeline) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("style")
-    train_style(CHECKPOINT, folder, steps=200, num_samples=1600)
+    command = [sys.executable, str(SHAPES / "style.py"), "--output_dir", str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
