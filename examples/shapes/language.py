@@ -318,14 +318,16 @@ def _exists(generator: random.Random, scene: Scene, chosen: Thing) -> tuple[str,
 
 
 def _related(generator: random.Random, scene: Scene) -> tuple[str, str] | None:
+    """The answer says where both things are before it says yes or no: asked for the word alone, the model guessed."""
     if len(scene.things) < 2:
         return None
     first, second = generator.sample(scene.things, 2)
     is_so = generator.random() < 0.5
     relations = [name for name, holds in RELATIONS.items() if holds(first, second) == is_so]
     relation = generator.choice(relations)
-    text = f"is the {first.colour} {first.shape} {relation} the {second.colour} {second.shape}?"
-    return text, "yes" if is_so else "no"
+    names = [f"the {thing.colour} {thing.shape}" for thing in (first, second)]
+    places = [f"{name} is {PLACES[thing.cell]}" for name, thing in zip(names, (first, second), strict=True)]
+    return f"is {names[0]} {relation} {names[1]}?", f"{joined(places)} so {'yes' if is_so else 'no'}"
 
 
 DESCRIBE = ("describe the picture", "what is in the picture?", "what do you see?", "describe this")

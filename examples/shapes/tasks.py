@@ -14,6 +14,9 @@ from transformers_bagel.processing_bagel import GENERATION_THINK_PROMPT, UNDERST
 
 # Questions about one picture, in one conversation.
 QUESTIONS_PER_PICTURE = 10
+# What is hardest to learn comes twice.
+ASKED = (*language.QUESTIONS, "relation")
+EDITED = (*language.EDITS, "recolour")
 
 
 def text(words: str) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def edit(generator: random.Random) -> list[dict[str, Any]]:
     """A picture, an instruction, and the picture that it makes."""
     while True:
         scene = random_scene(generator, held_out=False)
-        edited = language.edit(generator, scene, generator.choice(language.EDITS))
+        edited = language.edit(generator, scene, generator.choice(EDITED))
         # What comes out must not be a test picture either.
         if edited is not None and not is_held_out(edited[1]):
             return conversation(("user", [image(scene), text(edited[0])]), ("assistant", [image(edited[1])]))
@@ -73,7 +76,7 @@ def ask(generator: random.Random) -> list[dict[str, Any]]:
     scene = random_scene(generator, held_out=False)
     turns: list[tuple[str, list[dict[str, Any]]]] = []
     while len(turns) < 2 * QUESTIONS_PER_PICTURE:
-        asked = language.question(generator, scene, generator.choice(language.QUESTIONS))
+        asked = language.question(generator, scene, generator.choice(ASKED))
         if asked is not None:
             turns += [("user", [text(asked[0])]), ("assistant", [text(asked[1])])]
     turns[0] = ("user", [image(scene), *turns[0][1]])
@@ -96,7 +99,7 @@ def think_and_answer(generator: random.Random) -> list[dict[str, Any]]:
         if generator.random() < 0.5:
             asked: tuple[str, str] | None = language.riddle_question(generator, scene)
         else:
-            asked = language.question(generator, scene, generator.choice(language.QUESTIONS))
+            asked = language.question(generator, scene, generator.choice(ASKED))
         if asked is not None:
             return conversation(
                 ("system", [text(UNDERSTANDING_THINK_PROMPT)]),
@@ -134,13 +137,13 @@ MAKERS = {
 # Shares of the samples of each stage. What is understood comes first, since pictures cost many times more.
 UNDERSTANDING = {"ask": 0.5, "describe": 0.2, "think_and_answer": 0.1, "plan": 0.2}
 JOINT = {
-    "draw": 0.25,
-    "think_and_draw": 0.14,
-    "plan": 0.15,
-    "edit": 0.33,
-    "ask": 0.08,
+    "draw": 0.21,
+    "think_and_draw": 0.13,
+    "plan": 0.14,
+    "edit": 0.35,
+    "ask": 0.09,
     "describe": 0.02,
-    "think_and_answer": 0.03,
+    "think_and_answer": 0.06,
 }
 
 
