@@ -18,6 +18,7 @@ from diffusers.loaders.lora_base import (
     _func_optionally_disable_offloading,
 )
 from diffusers.utils import is_peft_available, logging, recurse_remove_peft_layers, require_peft_backend
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -106,7 +107,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
                 **hub,
             )
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError, IndexError, SafetensorError) as error:
             raise OSError(
                 f"{SOURCE}: no LoRA weights at {str(pretrained_model_name_or_path_or_dict)!r} ({error}). It must be "
                 f"{SOURCES}."
@@ -174,9 +175,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         transformer = getattr(transformer, "_orig_mod", transformer)  # of a compiled one
         _check_is_model(transformer)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
-        _check_names(weights, transformer)
-        config = _lora_config(weights, metadata, transformer)
-        _check_shapes(weights, config, transformer)
+        check_lora_names(weights, transformer)
+        config = lora_config(weights, metadata, transformer.name_or_path)
+        check_lora_shapes(weights, config, transformer)
         adapters = getattr(transformer, "peft_config", {})
         if hotswap and adapter_name not in adapters:
             raise ValueError(
@@ -409,7 +410,11 @@ def _with_alphas(weights: dict[str, torch.Tensor], alphas: dict[str, float]) -> 
     return weights
 
 
-def _check_names(weights: dict[str, torch.Tensor], transformer: PreTrainedModel) -> None:
+def check_lora_names(weights: dict[str, torch.Tensor], transformer: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: if a name is not of a LoRA of one of the transformer's layers, or if there are none.
+    """
     modules = dict(transformer.named_modules())
     unknown = sorted(name for name in weights if ".lora_" not in name or _module_of(name) not in modules)
     if unknown or not weights:
@@ -421,7 +426,22 @@ def _check_names(weights: dict[str, torch.Tensor], transformer: PreTrainedModel)
         )
 
 
-def _lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, transformer: Any) -> Any:
+def lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, base_model: str | None) -> Any:
+    """
+    Settings of LoRA weights.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): By name of the module, without a prefix.
+        metadata (`dict[str, Any]`, *optional*): What [`BagelLoraLoaderMixin.lora_state_dict`] returns beside them. Without
+            it alpha is the rank.
+        base_model (`str`, *optional*): Name of what they adapt.
+
+    Returns:
+        `peft.LoraConfig`
+
+    Raises:
+        ValueError: if the settings are of another kind of adapter, or say that there are whole modules beside.
+    """
     from peft import LoraConfig
 
     if metadata is not None:
@@ -442,11 +462,15 @@ def _lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | No
             f"{getattr(config, 'modules_to_save', None)}, but only plain LoRA is loaded here. Use "
             "`pipe.transformer.load_adapter`."
         )
-    config.base_model_name_or_path = transformer.name_or_path
+    config.base_model_name_or_path = base_model
     return config
 
 
-def _check_shapes(weights: dict[str, torch.Tensor], config: Any, transformer: PreTrainedModel) -> None:
+def check_lora_shapes(weights: dict[str, torch.Tensor], config: Any, transformer: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: if a weight is missing, or does not have the shape of its layer and the rank of its `LoraConfig`.
+    """
     for module in sorted({_module_of(name) for name in weights}):
         layer = transformer.get_submodule(module)
         rank, _ = configured_strength(config, module)
@@ -519,7 +543,8 @@ def _inject(
         set_peft_model_state_dict(transformer, weights, adapter_name, low_cpu_mem_usage=True)
     settle_adapter(transformer, adapter_name)
     result = set_peft_model_state_dict(transformer, weights, adapter_name)
-    missing = [name for name in result.missing_keys if f".{adapter_name}" in name]
+    # As in `lora_A.<adapter>.weight`: what other adapters hold is missing, too, and their names may begin alike.
+    missing = [name for name in result.missing_keys if name.partition(".lora_")[2].split(".")[1:2] == [adapter_name]]
     if missing or result.unexpected_keys:
         raise ValueError(
             f"{SOURCE} does not fit the transformer: {missing[:3]} are missing, {result.unexpected_keys[:3]} unknown. "
@@ -535,10 +560,15 @@ def _swap(transformer: Any, weights: dict[str, torch.Tensor], config: Any, adapt
     from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 
     check_hotswap_configs_compatible(transformer.peft_config[adapter_name], config)
+    hotswap_adapter_from_state_dict(transformer, lora_parameters(weights, adapter_name), adapter_name, config)
+
+
+def lora_parameters(weights: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    """LoRA weights by their names in the module tree: between part and parameter stands the adapter's."""
     named = {}
     for name, tensor in weights.items():
         module = _module_of(name)
         # The magnitudes of DoRA are saved without the name of their parameter.
         part, _, parameter = name[len(module) + 1 :].partition(".")
         named[f"{module}.{part}.{adapter_name}.{parameter or 'weight'}"] = tensor
-    hotswap_adapter_from_state_dict(transformer, named, adapter_name, config)
+    return named

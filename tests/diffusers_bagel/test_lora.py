@@ -445,6 +445,15 @@ def test_settings_that_do_not_fit_the_weights_are_refused(lora, tmp_path):
     assert not lora_weights(pipe.transformer)
 
 
+def test_name_may_begin_as_another_does_or_as_the_layers_of_a_lora_do(lora, other_lora, with_lora):
+    pipe = make_pipe()
+    pipe.load_lora_weights(other_lora, adapter_name="style_2")
+    pipe.load_lora_weights(other_lora, adapter_name="lora")
+    pipe.load_lora_weights(lora, adapter_name="style")
+    pipe.set_adapters("style")
+    assert torch.equal(draw(pipe), with_lora)
+
+
 def test_taken_name_is_refused(lora):
     pipe = make_pipe()
     pipe.load_lora_weights(lora, adapter_name="one")

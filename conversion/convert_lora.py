@@ -1,0 +1,130 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Turn a LoRA from peft's format into diffusers', or the other way, with a card that shows what it does.
+
+    python conversion/convert_lora.py coal coal-peft --to peft --sample "a star in coal" star.png
+
+SRC is a Hub id, a folder or a file in either format. peft's is `adapter_model.safetensors` with `adapter_config.json`, for
+`model.load_adapter` and `PeftModel`; diffusers' is `pytorch_lora_weights.safetensors` with the settings inside, for
+`pipe.load_lora_weights`. Tensors stay as they are, except where only `.alpha` tensors tell the strength: these are
+multiplied in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
+from streaming import FORMAT, whole_folder
+
+from diffusers_bagel import BagelPipeline
+from diffusers_bagel.lora import DIFFUSERS_PREFIX, PEFT_PREFIX, lora_config
+
+
+CARD = Path(__file__).with_name("lora_card.md")
+PICTURES = "pictures"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", help="folder, file or Hub id of a LoRA")
+    parser.add_argument("dst", type=Path, help="folder to write")
+    parser.add_argument("--to", choices=("peft", "diffusers"), required=True, help="format")
+    parser.add_argument("--base-model", help="what the LoRA adapts; by default what its settings say")
+    parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
+    parser.add_argument(
+        "--sample",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PROMPT", "PICTURE"),
+        help="for the card: a prompt, and a picture drawn from it; may be given several times",
+    )
+    args = parser.parse_args(arguments)
+    samples = [(prompt, Path(picture)) for prompt, picture in args.sample]
+    try:
+        convert_lora(args.src, args.dst, args.to, args.base_model, args.repo_id, samples)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert_lora(
+    src: str,
+    dst: Path,
+    to: str,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+    samples: Sequence[tuple[str, Path]] = (),
+) -> None:
+    """
+    See the module's docstring.
+
+    Raises:
+        OSError, ValueError: before anything is written, if SRC is no LoRA, a picture is missing, the name of the base
+            model is unknown, or DST is taken.
+    """
+    for _, picture in samples:
+        if not picture.is_file():
+            raise FileNotFoundError(f"--sample: there is no picture '{picture}'.")
+    state_dict, metadata = BagelPipeline.lora_state_dict(src, return_lora_metadata=True, use_safetensors=True)
+    weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
+    base_model = base_model or (metadata or {}).get(f"{DIFFUSERS_PREFIX}base_model_name_or_path")
+    if not base_model:
+        raise ValueError(f"'{src}' does not say what it adapts. Name it with --base-model: a Hub id, or a folder.")
+    config = lora_config(weights, metadata, base_model)
+    with whole_folder(dst) as unfinished:
+        if to == "peft":
+            named = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
+            save_file(named, unfinished / "adapter_model.safetensors", metadata=FORMAT)
+            config.inference_mode = True
+            config.save_pretrained(str(unfinished))
+        else:
+            BagelPipeline.save_lora_weights(
+                unfinished, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config.to_dict()
+            )
+        for number, (_, picture) in enumerate(samples):
+            (unfinished / PICTURES).mkdir(exist_ok=True)
+            shutil.copyfile(picture, unfinished / picture_name(number, picture))
+        lora_card(repo_id or dst.resolve().name, to, config, samples).save(unfinished / "README.md")
+    print(f"{dst}: {len(weights)} tensors, rank {config.r}, in {to}'s format.")
+
+
+def picture_name(number: int, picture: Path) -> str:
+    return f"{PICTURES}/{number}{picture.suffix}"
+
+
+def lora_card(name: str, to: str, config: Any, samples: Sequence[tuple[str, Path]]) -> ModelCard:
+    """A card with a gallery of prompts and pictures."""
+    data = ModelCardData(
+        base_model=config.base_model_name_or_path,
+        library_name=to,
+        license="apache-2.0",
+        pipeline_tag="any-to-any",
+        tags=["lora", "bagel", "peft", "diffusers", "text-to-image"],
+        widget=[
+            {"text": prompt, "output": {"url": picture_name(number, picture)}}
+            for number, (prompt, picture) in enumerate(samples)
+        ],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(CARD),
+        name=name,
+        base_model=config.base_model_name_or_path,
+        format=to,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        prompt=samples[0][0] if samples else "a red circle",
+        gallery=[(prompt, picture_name(number, picture)) for number, (prompt, picture) in enumerate(samples)],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Merge LoRAs into a repository, which then draws and answers by itself, without peft.
+
+    python conversion/merge_lora.py bagel bagel-coal --loras coal --scales 0.8
+
+SRC is a folder or a Hub id, flat or in diffusers' layout. A LoRA is a Hub id, a folder or a file, in diffusers' format or
+peft's. Weights go from file to file, a layer at a time; sums are made in float32 and rounded once. DST has SRC's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from convert_bagel_to_hf import SPARE_BYTES
+from convert_hf_to_bagel import model_files, opened
+from huggingface_hub import ModelCard, ModelCardData
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safe_files import StoredTensor, file_inside, stored_tensors
+from streaming import FORMAT, Shard, check_room, read_tensor, whole_folder, write_shard
+from torch import nn
+from tqdm.auto import tqdm
+
+from diffusers_bagel import BagelPipeline
+from diffusers_bagel.lora import (
+    DIFFUSERS_PREFIX,
+    check_lora_names,
+    check_lora_shapes,
+    lora_config,
+    lora_parameters,
+)
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.checkpoint_bagel import module_name
+
+
+CARD = Path(__file__).with_name("merged_card.md")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", help="folder or Hub id of a repository of this package")
+    parser.add_argument("dst", type=Path, help="folder to write")
+    parser.add_argument("--loras", nargs="+", required=True, help="folders, files or Hub ids")
+    parser.add_argument("--scales", nargs="+", type=float, help="strength of each LoRA; by default 1")
+    parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
+    parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
+    args = parser.parse_args(arguments)
+    scales = args.scales or [1.0] * len(args.loras)
+    if len(scales) != len(args.loras):
+        parser.error(f"--scales must be one number for each LoRA: {len(args.loras)}, got {len(scales)}.")
+    try:
+        merge(args.src, args.dst, args.loras, scales, args.revision, args.repo_id)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def merge(
+    src: str,
+    dst: Path,
+    loras: Sequence[str],
+    scales: Sequence[float],
+    revision: str | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """
+    See the module's docstring.
+
+    Raises:
+        OSError, ValueError: before anything is written, if SRC or a LoRA is broken or does not fit, or if DST is taken
+            or the disk is full.
+    """
+    folder, root = opened(src, revision)
+    model_folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config = BagelConfig.from_pretrained(file_inside(root, "config.json", model_folder).parent)
+    shards = [Shard(file.name, tuple(stored_tensors(file)), None, FORMAT) for file in model_files(model_folder, root)]
+    layers = adapted_layers(config, loras, scales)
+    tensors = {module_name(tensor.name): tensor for shard in shards for tensor in shard.tensors}
+    weights = {shard.name for shard in shards}
+    others = [
+        file.relative_to(folder)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not (file.parent == model_folder and file.name in weights)
+    ]
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    copied = sum((folder / file).stat().st_size for file in others)
+    check_room(dst, num_bytes + copied + SPARE_BYTES)
+
+    def compute(tensor: StoredTensor) -> torch.Tensor | None:
+        module, _, parameter = module_name(tensor.name).rpartition(".")
+        layer = layers.get(module)
+        if layer is None or (parameter == "bias" and not any(layer.lora_bias.values())):
+            return None
+        return merged_parameter(layer, module, parameter, tensors)
+
+    with whole_folder(dst) as unfinished:
+        for file in others:
+            (unfinished / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file_inside(root, str(file), folder), unfinished / file)
+        with tqdm(total=num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
+            for shard in shards:
+                write_shard(shard, unfinished / model_folder.relative_to(folder), progress, compute)
+        merged_card(folder, repo_id or dst.resolve().name, src, loras, scales).save(unfinished / "README.md")
+    print(f"{dst}: {len(layers)} layers with {', '.join(loras)}.")
+
+
+def adapted_layers(config: BagelConfig, loras: Sequence[str], scales: Sequence[float]) -> dict[str, Any]:
+    """The layers of peft of a model without weights, by name: they have the LoRAs' weights, and wait for their own.
+
+    Raises:
+        OSError, ValueError: if a LoRA is not there, or does not fit the model.
+    """
+    with init_empty_weights():
+        model = BagelForConditionalGeneration(config)
+    for index, lora in enumerate(loras):
+        state_dict, metadata = BagelPipeline.lora_state_dict(lora, return_lora_metadata=True, use_safetensors=True)
+        weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor.float() for name, tensor in state_dict.items()}
+        check_lora_names(weights, model)
+        settings = lora_config(weights, metadata, None)
+        check_lora_shapes(weights, settings, model)
+        inject_adapter_in_model(settings, model, f"lora_{index}", state_dict=weights, low_cpu_mem_usage=True)
+        model.load_state_dict(lora_parameters(weights, f"lora_{index}"), strict=False, assign=True)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        for index, scale in enumerate(scales):
+            if f"lora_{index}" in layer.scaling:
+                layer.scaling[f"lora_{index}"] *= scale
+    return layers
+
+
+def merged_parameter(layer: Any, module: str, parameter: str, tensors: dict[str, StoredTensor]) -> torch.Tensor:
+    """
+    A weight or bias with all LoRAs of its layer.
+
+    Args:
+        layer (`peft.tuners.lora.LoraLayer`): Around a layer without weights, as which it is left.
+        module (`str`): Its name.
+        parameter (`str`): `"weight"` or `"bias"`.
+        tensors (`dict[str, StoredTensor]`): What is stored, by name in the module tree.
+
+    Raises:
+        ValueError: if the sum is not finite.
+    """
+    base = layer.get_base_layer()
+    empty = dict(base.named_parameters())
+    try:
+        for name in empty:
+            # LoRAs of one layer are summed before anything is rounded.
+            stored = read_tensor(tensors[f"{module}.{name}"], torch.float32)
+            setattr(base, name, nn.Parameter(stored, requires_grad=False))
+        layer.merge(safe_merge=True, adapter_names=list(layer.scaling))
+        return getattr(base, parameter).data
+    finally:
+        layer.merged_adapters.clear()
+        for name, value in empty.items():
+            setattr(base, name, value)
+
+
+def merged_card(folder: Path, name: str, src: str, loras: Sequence[str], scales: Sequence[float]) -> ModelCard:
+    """The card of the result; licence and tags are those of SRC, if it has a card."""
+    of_source = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").exists() else {}
+    data = ModelCardData(
+        base_model=[src, *loras],
+        base_model_relation="merge",
+        library_name=of_source.get("library_name", "transformers"),
+        license=of_source.get("license", "apache-2.0"),
+        pipeline_tag="any-to-any",
+        tags=of_source.get("tags", ["bagel", "diffusers"]),
+    )
+    return ModelCard.from_template(
+        data, template_path=str(CARD), name=name, source=src, merged=list(zip(loras, scales, strict=True))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
