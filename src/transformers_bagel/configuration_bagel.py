@@ -15,6 +15,7 @@ from .published_bagel import (
     is_published_config,
     rename_published_keys,
 )
+from .remote_code_bagel import InstalledCodeMixin
 
 
 @strict
@@ -107,7 +108,7 @@ class BagelVisionConfig(PreTrainedConfig):
 
 
 @strict
-class BagelConfig(PreTrainedConfig):
+class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
     r"""
     Configuration of a [`BagelForConditionalGeneration`]. `BagelConfig()` is ByteDance-Seed/BAGEL-7B-MoT.
 
@@ -181,6 +182,9 @@ class BagelConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         published = {key: kwargs.pop(key) for key in PUBLISHED_KEYS if key in kwargs}
+        if type(self) is BagelConfig:
+            # Names files of the repository that it was read from, which are not written beside a saved configuration.
+            kwargs.pop("auto_map", None)
         # A converted repository has both spellings; the published ones are there for other engines.
         if self.text_config is None:
             for key, value in rename_published_keys(published).items():

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
 from .published_bagel import SPECIAL_TOKENS
+from .remote_code_bagel import InstalledCodeMixin
 from .sequence_bagel import LATENT_TOKEN
 
 
@@ -65,7 +66,7 @@ class BagelProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-
     images_kwargs: BagelImageProcessorKwargs
 
 
-class BagelProcessor(ProcessorMixin):
+class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
     r"""
     Turns conversations, or text with placeholders and images, into the inputs of [`BagelForConditionalGeneration`].
 
