@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,9 @@ from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard, ModelCardData
 from published_files import INDEX, VAE, PublishedFiles, find_published_files
-from streaming import UNFINISHED, Shard, plan_shards, verify_shard, write_json, write_shard
+from remote_code import write_remote_code
+from safe_files import StoredTensor
+from streaming import UNFINISHED, Shard, check_room, plan_shards, verify_shard, write_json, write_shard
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
@@ -54,6 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", help="complete checkpoint, for what SRC lacks: settings, tokenizer, VAE")
     parser.add_argument("--which", choices=("ema", "model"), help="weights, if there are both; the average by default")
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
+    parser.add_argument(
+        "--allow-pickle",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of SRC that hold its weights and may be read although they are pickles; only tensors are unpickled",
+    )
     parser.add_argument("--dtype", choices=tuple(TYPES), help="of the weights; by default as they are")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
@@ -67,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             base=args.base,
             which=args.which,
             revision=args.revision,
+            pickles=args.allow_pickle,
             dtype=None if args.dtype is None else TYPES[args.dtype],
             max_shard_size=args.max_shard_size,
             verify=args.verify,
@@ -90,6 +100,7 @@ def convert(
     verify: bool = False,
     repo_id: str | None = None,
     base_model: str = PUBLISHER,
+    pickles: Sequence[str] = (),
 ) -> None:
     """
     See the module's docstring, and `--help` for the arguments.
@@ -98,16 +109,17 @@ def convert(
         OSError, ValueError: before anything is written, if the checkpoint is broken or incomplete, does not fit its
             own settings, or if DST is taken or the disk is full.
     """
-    files = find_published_files(src, base, which, revision)
+    files = find_published_files(src, base, which, revision, pickles)
     tensors = files.tensors()
-    with assembled(files) as folder:
+    with assembled(files, tensors) as folder:
         config = BagelConfig.from_pretrained(folder)
         with init_empty_weights():
             model = BagelForConditionalGeneration(config)
         origin = SimpleNamespace(pretrained_model_name_or_path=src, ignore_mismatched_sizes=False)
-        check_checkpoint_files(model, [str(file) for file in files.weights], origin)
+        weights = [str(file) for file in folder.glob("*.safetensors") if file.name != VAE]
+        check_checkpoint_files(model, weights, origin)
         shards, index = plan_shards(tensors, dtype, max_shard_size, WEIGHTS_PATTERN)
-        prepare(dst, files, shards)
+        prepare(dst, [identity(file) for file in files.weights], files.vae.stat().st_size, shards)
         corrected = corrections(folder, config)
         for name, said, right in corrected:
             print(f"{name}: the JSON says {said}, the weights and the tokenizer {right}.")
@@ -120,56 +132,88 @@ def convert(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             processor=BagelProcessor.from_pretrained(folder),
         )
-        vae.save_pretrained(dst / "vae")
-        pipe.scheduler.save_pretrained(dst / "scheduler")
-        pipe.processor.save_pretrained(dst)
-        for name in ("vocab.json", "merges.txt"):
-            if name in files.descriptions:
-                # Not needed here; other readers of the repository take the tokenizer from them.
-                shutil.copyfile(files.descriptions[name], dst / name)
-        model.generation_config.save_pretrained(dst)
-        pipe.save_config(dst)
-        write_json(dst / "config.json", repository_config(folder, config, dtype or tensors[0].dtype))
+        settings = repository_config(folder, config, dtype or tensors[0].dtype)
+        write_small_files(dst, pipe, settings, files.descriptions)
+    card = ModelCardData(base_model=base_model, license="apache-2.0")
+    write_card(dst, repo_id, card, shards, source=src, corrections=corrected)
+    write_weights(dst, shards, index, verify)
 
+
+def write_small_files(dst: Path, pipe: BagelPipeline, settings: dict[str, Any], descriptions: dict[str, Path]) -> None:
+    """All but the weights of the model and the card.
+
+    Args:
+        dst (`Path`)
+        pipe (`BagelPipeline`): Its model may be without weights.
+        settings (`dict[str, Any]`): What `config.json` is to say.
+        descriptions (`dict[str, Path]`): Files beside the source's weights, by name.
+    """
+    pipe.vae.save_pretrained(dst / "vae")
+    pipe.scheduler.save_pretrained(dst / "scheduler")
+    pipe.processor.save_pretrained(dst)
+    for name in ("vocab.json", "merges.txt"):
+        if name in descriptions:
+            # Not needed here; other readers of the repository take the tokenizer from them.
+            shutil.copyfile(descriptions[name], dst / name)
+    pipe.transformer.generation_config.save_pretrained(dst)
+    pipe.save_config(dst)
+    write_json(dst / "config.json", settings)
+    write_remote_code(dst)
+
+
+def write_card(dst: Path, repo_id: str | None, data: ModelCardData, shards: list[Shard], **facts: Any) -> None:
+    """The README: what every repository has, and the facts of this one."""
+    data.library_name = "transformers"
+    data.pipeline_tag = "any-to-any"
+    data.tags = ["bagel", "diffusers", "text-to-image", "image-to-image", "image-text-to-text"]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(CARD),
+        name=repo_id or dst.resolve().name,
+        tensors=sum(len(shard.tensors) for shard in shards),
+        gigabytes=sum(shard.num_bytes for shard in shards) / 1e9,
+        **facts,
+    )
+    card.save(dst / "README.md")
+
+
+def write_weights(dst: Path, shards: list[Shard], index: dict[str, Any] | None, verify: bool) -> None:
+    """The long part, after which DST is no unfinished run any more.
+
+    Raises:
+        ValueError: if it was to be verified, and something that was written differs from its source.
+    """
     total = sum(shard.num_bytes for shard in shards)
     with tqdm(total=total, desc="Weights", unit="B", unit_scale=True) as progress:
         for shard in shards:
             write_shard(shard, dst, progress)
     if index is not None:
         write_json(dst / INDEX, index)
-    card = ModelCard.from_template(
-        ModelCardData(
-            base_model=base_model,
-            library_name="transformers",
-            license="apache-2.0",
-            pipeline_tag="any-to-any",
-            tags=["bagel", "diffusers", "text-to-image", "image-to-image", "image-text-to-text"],
-        ),
-        template_path=str(CARD),
-        name=repo_id or dst.resolve().name,
-        source=src,
-        tensors=len(tensors),
-        gigabytes=total / 1e9,
-        corrections=corrected,
-    )
-    card.save(dst / "README.md")
     if verify:
         with tqdm(total=total, desc="Verified", unit="B", unit_scale=True) as progress:
             for shard in shards:
                 verify_shard(shard, dst, progress)
     (dst / STATE).unlink()
-    print(f"{dst}: {len(tensors)} tensors, {total / 1e9:.2f} GB in {len(shards)} files.")
+    num_tensors = sum(len(shard.tensors) for shard in shards)
+    print(f"{dst}: {num_tensors} tensors, {total / 1e9:.2f} GB in {len(shards)} files.")
 
 
 @contextmanager
-def assembled(files: PublishedFiles) -> Iterator[Path]:
-    """One folder of links in the published layout, whatever places its files come from."""
+def assembled(files: PublishedFiles, tensors: list[StoredTensor]) -> Iterator[Path]:
+    """One folder of links in the published layout, whatever places its files come from. Pickles, which no other code is to
+    touch, are stood for by a file of the same names and shapes, with a hole instead of data.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for description, path in files.descriptions.items():
             (folder / description).symlink_to(path.resolve())
         (folder / VAE).symlink_to(files.vae.resolve())
-        if len(files.weights) == 1:
+        if files.pickled:
+            shapes = Shard("model.safetensors", tuple(tensors))
+            with open(folder / shapes.name, "wb") as stream:
+                stream.write(shapes.header())
+                stream.truncate(stream.tell() + shapes.num_bytes)
+        elif len(files.weights) == 1:
             (folder / "model.safetensors").symlink_to(files.weights[0].resolve())
         else:
             for file in files.weights:
@@ -178,14 +222,24 @@ def assembled(files: PublishedFiles) -> Iterator[Path]:
         yield folder
 
 
-def prepare(dst: Path, files: PublishedFiles, shards: list[Shard]) -> None:
+def identity(file: Path) -> list[str | int]:
+    """What tells a file of weights from another, or from a later one of its name."""
+    return [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def prepare(dst: Path, sources: list[Any], vae_bytes: int, shards: list[Shard]) -> None:
     """Make DST, or take up the run that it holds.
+
+    Args:
+        dst (`Path`)
+        sources (`list[Any]`): What the weights are made of, as JSON can hold it.
+        vae_bytes (`int`): Size of what is written beside the weights.
+        shards (`list[Shard]`)
 
     Raises:
         FileExistsError: if it holds anything else.
         OSError: if the disk has too little room for what is missing.
     """
-    sources = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files.weights]
     plan = {"sources": sources, "files": [[shard.name, shard.num_bytes, str(shard.dtype)] for shard in shards]}
     state = dst / STATE
     if state.exists():
@@ -198,11 +252,8 @@ def prepare(dst: Path, files: PublishedFiles, shards: list[Shard]) -> None:
         raise FileExistsError(f"'{dst}' is not empty. Name a new folder.")
     finished = {shard.name for shard in shards if (dst / shard.name).exists()}
     needed = sum(shard.num_bytes for shard in shards if shard.name not in finished)
-    needed += files.vae.stat().st_size + SPARE_BYTES
-    place = next(parent for parent in (dst.absolute(), *dst.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OSError(f"'{dst}' needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free.")
+    needed += vae_bytes + SPARE_BYTES
+    check_room(dst, needed)
     dst.mkdir(parents=True, exist_ok=True)
     for leftover in dst.glob(f"*{UNFINISHED}"):
         os.remove(leftover)
@@ -247,18 +298,23 @@ def published_settings(folder: Path) -> dict[str, Any]:
 
 def repository_config(folder: Path, config: BagelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """This package's configuration, with the published keys beside it, corrected, for engines that know BAGEL by them."""
-    config.architectures = ["BagelForConditionalGeneration"]
-    config.dtype = dtype
     settings = published_settings(folder)
     kept = {key: dict(settings[key]) for key in PUBLISHED_KEYS if settings.get(key) is not None}
     for name, _, value in corrections(folder, config):
         part, _, key = name.partition(".")
         if key:
             kept[part][key] = value
+    return own_config(config, dtype) | kept
+
+
+def own_config(config: BagelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """This package's configuration in full, for a `config.json`."""
+    config.architectures = ["BagelForConditionalGeneration"]
+    config.dtype = dtype
     written = json.loads(config.to_json_string(use_diff=False))
     # Where the weights of the source were is nothing about those of the repository.
     written.pop("transformers_weights", None)
-    return written | kept
+    return written
 
 
 if __name__ == "__main__":

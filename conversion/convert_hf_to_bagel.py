@@ -20,9 +20,9 @@ from typing import Any
 
 from convert_bagel_to_hf import SPARE_BYTES
 from huggingface_hub import snapshot_download
-from published_files import DESCRIPTIONS, INDEX, VAE, WHICH
+from published_files import DESCRIPTIONS, INDEX, VAE, WHICH, tensors_of
 from safe_files import StoredTensor, file_inside, stored_tensors
-from streaming import Shard, write_json, write_shard
+from streaming import Shard, check_room, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -56,34 +56,34 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
             or the disk is full.
     """
     folder, root = opened(src, revision)
-    if dst.exists() and any(dst.iterdir()):
-        raise FileExistsError(f"'{dst}' is not empty. Name a new folder.")
     in_parts = (folder / "transformer" / "config.json").exists()
     model_folder, processor_folder = (folder / "transformer", folder / "processor") if in_parts else (folder, folder)
     config_file = file_inside(root, "config.json", model_folder)
     config = BagelConfig.from_pretrained(config_file.parent)
-    model = Shard(WHICH["ema"], tuple(model_tensors(model_folder, root)))
+    model = Shard(WHICH["ema"], tuple(tensors_of(tuple(model_files(model_folder, root))).values()))
     vae = Shard(VAE, tuple(vae_tensors(file_inside(root, VAE_WEIGHTS, folder / "vae"))))
-    needed, free = model.num_bytes + vae.num_bytes + SPARE_BYTES, shutil.disk_usage(dst.absolute().parent).free
-    if free < needed:
-        raise OSError(f"'{dst}' needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free.")
-    dst.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=model.num_bytes + vae.num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
-        for shard in (model, vae):
-            write_shard(shard, dst, progress)
-    weight_map = {tensor.name: model.name for tensor in model.tensors}
-    write_json(dst / INDEX, {"metadata": {"total_size": model.num_bytes}, "weight_map": weight_map})
-    settings = published_settings(json.loads(config_file.read_text(encoding="utf-8")), config)
-    write_json(dst / "config.json", settings)
-    for key in ("llm_config", "vit_config"):
-        write_json(dst / f"{key}.json", settings[key])
-    for name in DESCRIPTIONS:
-        # What the published layout spells in its own way is written above.
-        if (processor_folder / name).exists() and name not in ("config.json", "llm_config.json", "vit_config.json"):
-            shutil.copyfile(file_inside(root, name, processor_folder), dst / name)
-    if not (dst / "vocab.json").exists():
-        # The published code takes the tokenizer from these two.
-        AutoTokenizer.from_pretrained(dst).backend_tokenizer.model.save(str(dst))
+    check_room(dst, model.num_bytes + vae.num_bytes + SPARE_BYTES)
+    with whole_folder(dst) as unfinished:
+        with tqdm(total=model.num_bytes + vae.num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
+            for shard in (model, vae):
+                write_shard(shard, unfinished, progress)
+        weight_map = {tensor.name: model.name for tensor in model.tensors}
+        write_json(unfinished / INDEX, {"metadata": {"total_size": model.num_bytes}, "weight_map": weight_map})
+        settings = published_settings(json.loads(config_file.read_text(encoding="utf-8")), config)
+        write_json(unfinished / "config.json", settings)
+        for key in ("llm_config", "vit_config"):
+            write_json(unfinished / f"{key}.json", settings[key])
+        for name in DESCRIPTIONS:
+            # What the published layout spells in its own way is written above.
+            if (processor_folder / name).exists() and name not in (
+                "config.json",
+                "llm_config.json",
+                "vit_config.json",
+            ):
+                shutil.copyfile(file_inside(root, name, processor_folder), unfinished / name)
+        if not (unfinished / "vocab.json").exists():
+            # The published code takes the tokenizer from these two.
+            AutoTokenizer.from_pretrained(unfinished).backend_tokenizer.model.save(str(unfinished))
 
 
 def opened(src: str, revision: str | None) -> tuple[Path, Path]:
@@ -95,13 +95,13 @@ def opened(src: str, revision: str | None) -> tuple[Path, Path]:
     return snapshot, snapshot.parent.parent
 
 
-def model_tensors(folder: Path, root: Path) -> list[StoredTensor]:
-    """Of all shards in order, which is that of the published file."""
+def model_files(folder: Path, root: Path) -> list[Path]:
+    """All shards of the model, in order."""
     names = ["model.safetensors"]
     if (folder / INDEX).exists():
         index = json.loads(file_inside(root, INDEX, folder).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
-    return [tensor for name in names for tensor in stored_tensors(file_inside(root, name, folder))]
+    return [file_inside(root, name, folder) for name in names]
 
 
 # diffusers' names of the VAE's layers, and the published ones.
@@ -144,6 +144,8 @@ def published_settings(written: dict[str, Any], config: BagelConfig) -> dict[str
     kept = {key: written[key] for key in PUBLISHED_KEYS if key in written}
     # The published code builds one layer fewer than this number.
     vision["num_hidden_layers"] += 1
+    # The published code is written for a library that has it at this place.
+    text["rope_theta"] = text["rope_parameters"]["rope_theta"]
     return {
         "architectures": ["BagelForConditionalGeneration"],
         "model_type": config.model_type,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 # Names of the safetensors format.
@@ -43,6 +45,7 @@ class StoredTensor:
         shape (`tuple[int, ...]`)
         file (`Path`)
         start, end (`int`): Bytes of the file.
+        continuation (`StoredTensor`, *optional*): Rows that follow those of the file; `shape` counts them too.
     """
 
     name: str
@@ -51,6 +54,7 @@ class StoredTensor:
     file: Path
     start: int
     end: int
+    continuation: StoredTensor | None = None
 
     @property
     def num_elements(self) -> int:
@@ -86,7 +90,10 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
         ValueError: if the file is no whole safetensors file, or if its header does not fit its bytes.
     """
     if file.suffix in PICKLES:
-        raise ValueError(f"'{file}' is a pickle, which may run any code when it is read. Only safetensors are read.")
+        raise ValueError(
+            f"'{file}' is a pickle, which may run any code when it is read. Only safetensors are read, unless "
+            "--allow-pickle of convert_bagel_to_hf.py names the file."
+        )
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -94,17 +101,12 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
             raise ValueError(f"'{file}' is truncated or is no safetensors file: a header of {length} bytes in {size}.")
         try:
             header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            tensors = [
-                StoredTensor(
-                    name,
-                    DTYPES[entry["dtype"]],
-                    tuple(_whole(side) for side in entry["shape"]),
-                    file,
-                    *(8 + length + _whole(offset) for offset in entry["data_offsets"]),
-                )
-                for name, entry in entries.items()
-            ]
+            tensors = []
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = (8 + length + _whole(offset) for offset in entry["data_offsets"])
+                    shape = tuple(_whole(side) for side in entry["shape"])
+                    tensors.append(StoredTensor(name, DTYPES[entry["dtype"]], shape, file, start, end))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"The header of '{file}' cannot be read ({error!r}).") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
@@ -120,6 +122,35 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
     if end != size:
         raise ValueError(f"'{file}' is truncated, or longer than its header says: {size} bytes instead of {end}.")
     return tensors
+
+
+def pickled_tensors(file: Path) -> list[StoredTensor]:
+    """
+    The tensors of a file of `torch.save` in the order of their bytes, none of them read. Only tensors are unpickled.
+
+    Raises:
+        ValueError: if it holds anything but one dictionary of whole tensors, or is in torch's format from before 1.6.
+    """
+    try:
+        # Without data, and with the place where they lie in the file.
+        with FakeTensorMode():
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"'{file}' cannot be read as tensors alone ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{file}' must hold one dictionary of tensors, and it holds a {type(content).__name__}.")
+    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"'{file}' must hold tensors alone, and it holds {', '.join(others[:3])}.")
+    tensors = []
+    for name, value in content.items():
+        offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if offset is None or not value.is_contiguous():
+            raise ValueError(f"'{name}' does not lie in '{file}' as one piece. Save it again, as safetensors.")
+        start = offset + value.storage_offset() * value.dtype.itemsize
+        end = start + value.numel() * value.dtype.itemsize
+        tensors.append(StoredTensor(name, value.dtype, tuple(value.shape), file, start, end))
+    return sorted(tensors, key=lambda tensor: (tensor.start, tensor.end))
 
 
 def _whole(number: object) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +99,38 @@ def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[bytes]:
         for start in range(tensor.start, tensor.end, PIECE):
             piece = stream.read(min(PIECE, tensor.end - start))
             if dtype != tensor.dtype:
-                values = torch.frombuffer(bytearray(piece), dtype=tensor.dtype).to(dtype)
-                piece = values.view(torch.uint8).numpy().tobytes()
+                piece = tensor_bytes(torch.frombuffer(bytearray(piece), dtype=tensor.dtype).to(dtype))
             yield piece
+    if tensor.continuation is not None:
+        yield from pieces(tensor.continuation, dtype)
 
 
-def write_shard(shard: Shard, folder: Path, progress: tqdm) -> None:
-    """Write a file, unless it is there; it bears its name only when all of it is on the disk."""
+def read_tensor(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A whole tensor as `dtype`, in memory."""
+    content = bytearray(b"".join(pieces(tensor, dtype)))
+    return torch.frombuffer(content, dtype=dtype).view(tensor.shape)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def write_shard(
+    shard: Shard,
+    folder: Path,
+    progress: tqdm,
+    compute: Callable[[StoredTensor], torch.Tensor | None] = lambda tensor: None,
+) -> None:
+    """
+    Write a file, unless it is there; it bears its name only when all of it is on the disk.
+
+    Args:
+        shard (`Shard`)
+        folder (`Path`)
+        progress (`tqdm`): Counts bytes.
+        compute (`Callable`, *optional*): What to write in the place of a stored tensor, of its shape; for `None` that
+            is copied.
+    """
     path = folder / shard.name
     if path.exists():
         progress.update(shard.num_bytes)
@@ -112,7 +139,8 @@ def write_shard(shard: Shard, folder: Path, progress: tqdm) -> None:
     with open(unfinished, "wb") as stream:
         stream.write(shard.header())
         for tensor in shard.tensors:
-            for piece in pieces(tensor, shard.dtype_of(tensor)):
+            dtype, computed = shard.dtype_of(tensor), compute(tensor)
+            for piece in pieces(tensor, dtype) if computed is None else [tensor_bytes(computed.to(dtype))]:
                 stream.write(piece)
                 progress.update(len(piece))
         stream.flush()
@@ -148,3 +176,40 @@ def write_json(path: Path, content: object) -> None:
     unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A place to fill, which becomes `folder` when all is written. An error leaves nothing, and a kill no folder of that name.
+
+    Raises:
+        FileExistsError: if there is a folder, and it is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"'{folder}' is not empty. Name a new folder.")
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if folder.exists():
+            folder.rmdir()
+        os.replace(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """
+    Args:
+        folder (`Path`): To be written, perhaps not there yet.
+        needed (`int`): Bytes.
+
+    Raises:
+        OSError: if its disk has less.
+    """
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OSError(f"'{folder}' needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import CHECKPOINT
 
@@ -13,6 +15,19 @@ from tests.conftest import CHECKPOINT
 CONVERSION = Path(__file__).parents[2] / "conversion"
 
 sys.path.insert(0, str(CONVERSION))
+
+
+def wide_checkpoint(folder: Path, repeats: int) -> None:
+    """The golden checkpoint with a vocabulary that is longer by a factor, and with it the file."""
+    folder.mkdir()
+    for file in CHECKPOINT.iterdir():
+        if file.suffix == ".json" or file.name in ("merges.txt", "ae.safetensors"):
+            shutil.copy(file, folder)
+    (folder / "model.safetensors.index.json").unlink()
+    weights = load_file(CHECKPOINT / "ema.safetensors")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weights[name] = weights[name].repeat(repeats, 1)
+    save_file(weights, folder / "ema.safetensors")
 
 
 @pytest.fixture(scope="session")

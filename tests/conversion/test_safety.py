@@ -48,6 +48,7 @@ def entry(shape: list, offsets: list, dtype: str = "F32") -> dict:
         pytest.param(entry([2], [0, 8], "PICKLE"), bytes(8), None, "cannot be read", id="unknown type"),
         pytest.param(entry([2**60, 2**60], [0, 8]), bytes(8), None, "is broken", id="absurd size"),
         pytest.param(entry([-2], [0, 8]), bytes(8), None, "is no size", id="negative side"),
+        pytest.param(entry([2], [0, 8, 8]), bytes(8), None, "cannot be read", id="three borders"),
         pytest.param(entry([2], [8, 16]), bytes(16), None, "is broken", id="a gap before it"),
         pytest.param(entry([2], [0, 8]), bytes(4), None, "truncated", id="data end early"),
         pytest.param(entry([2], [0, 8]), bytes(12), None, "longer", id="bytes after the last tensor"),
@@ -75,6 +76,70 @@ def test_a_truncated_file_is_named(source, capsys):
 def test_pickles_are_not_read(suffix, source, capsys):
     torch.save({}, source / f"model{suffix}")
     assert "is a pickle" in said(source / f"model{suffix}", capsys, "--base", str(CHECKPOINT))
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_a_pickle_that_is_allowed_by_name_converts_as_safetensors_do(source, tmp_path, repository):
+    weights = load_file(source / "ema.safetensors")
+    (source / "ema.safetensors").unlink()
+    names = sorted(weights)
+    # In two files, and with one storage for two tensors.
+    stacked = torch.stack([weights[names[0]], weights[names[0]] + 1])
+    torch.save({names[0]: stacked[0]} | {name: weights[name] for name in names[1:40]}, source / "pytorch_model-1.bin")
+    torch.save({name: weights[name] for name in names[40:]}, source / "pytorch_model-2.bin")
+    allowed = ["--allow-pickle", "pytorch_model-1.bin", "pytorch_model-2.bin"]
+    assert main([str(source), str(tmp_path / "out"), "--verify", *allowed]) == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], weights[name]) for name in weights)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (repository / "config.json").read_text()
+    )
+
+
+def test_a_single_pickle_may_be_the_source(source, tmp_path):
+    torch.save(load_file(source / "ema.safetensors"), source / "ema.pt")
+    options = ["--base", str(CHECKPOINT), "--allow-pickle", "ema.pt", "--dtype", "bfloat16"]
+    assert main([str(source / "ema.pt"), str(tmp_path / "out"), *options]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param({"a": Malicious()}, "cannot be read as tensors alone", id="code"),
+        pytest.param([torch.zeros(2)], "holds a list", id="a list"),
+        pytest.param({"model": {"a": torch.zeros(2)}}, "it holds model", id="nested"),
+        pytest.param({"a": torch.zeros(2, 3).t()}, "as one piece", id="transposed"),
+    ],
+)
+def test_an_allowed_pickle_holds_tensors_and_nothing_else(content, message, source, capsys, monkeypatch):
+    monkeypatch.chdir(source)
+    torch.save(content, source / "ema.pt")
+    assert message in said(source, capsys, "--allow-pickle", "ema.pt")
+    assert not (source / "touched").exists()
+
+
+def test_an_allowed_pickle_must_fit_the_settings_too(source, capsys):
+    torch.save({"llm2vae.weight": torch.zeros(2)}, source / "ema.pt")
+    assert "does not fit its configuration" in said(source, capsys, "--allow-pickle", "ema.pt")
+
+
+def test_old_pickles_are_to_be_saved_again(source, capsys):
+    torch.save({"a": torch.zeros(2)}, source / "ema.pt", _use_new_zipfile_serialization=False)
+    assert "Save it again" in said(source, capsys, "--allow-pickle", "ema.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere.pt", "no file"), ("ema.safetensors", "is no pickle"), ("../outside.pt", "leads out of")],
+)
+def test_names_of_allowed_pickles_are_checked(name, message, source, capsys):
+    torch.save({}, source.parent / "outside.pt")
+    assert message in said(source, capsys, "--allow-pickle", name)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "sub/../../outside.safetensors"])

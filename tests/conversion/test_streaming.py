@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import convert_bagel_to_hf
 import pytest
 import streaming
-import torch
 from convert_bagel_to_hf import STATE, convert, main
-from safetensors.torch import load_file, save_file
 
 from tests.conftest import CHECKPOINT
-from tests.conversion.conftest import CONVERSION
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -95,61 +86,3 @@ def test_verification_finds_a_changed_byte(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert_bagel_to_hf, "write_shard", damaged)
     assert main([str(CHECKPOINT), str(folder), "--verify"]) == 2
     assert "is not what" in capsys.readouterr().err
-
-
-def wide_checkpoint(folder: Path, repeats: int) -> None:
-    """The golden checkpoint with a vocabulary so long that its file has gigabytes."""
-    folder.mkdir()
-    for file in CHECKPOINT.iterdir():
-        if file.suffix == ".json" or file.name in ("merges.txt", "ae.safetensors"):
-            shutil.copy(file, folder)
-    (folder / "model.safetensors.index.json").unlink()
-    weights = load_file(CHECKPOINT / "ema.safetensors")
-    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-        weights[name] = weights[name].repeat(repeats, 1)
-    save_file(weights, folder / "ema.safetensors")
-
-
-# Runs a command and prints its peak memory in bytes, the pages of its files included.
-MEASURED = """
-import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-from convert_bagel_to_hf import main
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert main(sys.argv[1:]) == 0
-print("peak", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-"""
-
-
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    wide_checkpoint(tmp_path / "wide", repeats=3000)
-    size = (tmp_path / "wide" / "ema.safetensors").stat().st_size
-    assert size > 600e6
-    arguments = [str(tmp_path / "wide"), str(tmp_path / "repository"), "--max-shard-size", "100MB", "--verify"]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(CONVERSION), *arguments, "--dtype", "bfloat16"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    peak = int(done.stdout.rsplit("peak ", 1)[1])
-    assert peak < 350e6, f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB"
-
-
-def test_a_run_killed_at_any_moment_goes_on(tmp_path):
-    wide_checkpoint(tmp_path / "wide", repeats=1000)
-    folder = tmp_path / "repository"
-    command = [sys.executable, str(CONVERSION / "convert_bagel_to_hf.py"), str(tmp_path / "wide"), str(folder)]
-    command += ["--max-shard-size", "20MB"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not shards(folder):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.random() / 10)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run([*command, "--verify"], check=True, capture_output=True)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    written = {name: load_file(folder / name) for name in set(index["weight_map"].values())}
-    source = load_file(tmp_path / "wide" / "ema.safetensors")
-    assert all(torch.equal(written[file][name], source[name]) for name, file in index["weight_map"].items())

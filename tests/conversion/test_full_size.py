@@ -1,0 +1,156 @@
+"""Checkpoints as long as the published one: all of its names, with its widths as holes, or narrower with gigabytes of data."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import convert_bagel_to_hf
+import convert_hf_to_bagel
+import pytest
+import torch
+from accelerate import init_empty_weights
+from convert_bagel_to_hf import convert
+from convert_hf_to_bagel import convert_back, published_settings
+from safe_files import StoredTensor, stored_tensors
+from streaming import Shard
+
+from tests.conftest import CHECKPOINT, GOLDEN
+from tests.conversion.conftest import CONVERSION
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+
+
+SHAPES = json.loads((GOLDEN.parent / "full_size_shapes.json").read_text(encoding="utf-8"))
+# A quarter of every width but that of a head; the golden VAE has a quarter of the channels, too.
+NARROW = {3584: 896, 512: 128, 18944: 4736, 1152: 288, 4304: 1076, 64: 16}
+DATA = torch.randn(2**21, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
+
+
+def header(name: str, shapes: dict[str, list[int]], dtype: torch.dtype) -> Shard:
+    return Shard(name, tuple(StoredTensor(key, dtype, tuple(shape), Path(), 0, 0) for key, shape in shapes.items()))
+
+
+def write_hollow(shard: Shard, folder: Path, progress: object = None) -> None:
+    """A file of the right size whose tensors are a hole, which takes no room on the disk."""
+    with open(folder / shard.name, "wb") as stream:
+        stream.write(shard.header())
+        stream.truncate(stream.tell() + shard.num_bytes)
+
+
+def write_description(folder: Path, config: dict) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT / name, folder)
+
+
+def test_every_published_name_and_shape_converts_there_and_back(tmp_path, monkeypatch):
+    source, repository, back = (tmp_path / name for name in ("source", "repository", "back"))
+    write_description(source, published_settings({}, BagelConfig()))
+    write_hollow(header("ema.safetensors", SHAPES["ema.safetensors"], torch.bfloat16), source)
+    write_hollow(header("ae.safetensors", SHAPES["ae.safetensors"], torch.float32), source)
+    for module in (convert_bagel_to_hf, convert_hf_to_bagel):
+        monkeypatch.setattr(module, "write_shard", write_hollow)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 10**12})())
+
+    convert(str(source), repository)
+    shards = sorted(repository.glob("model-*.safetensors"))
+    assert 5 < len(shards) < 10 and max(shard.stat().st_size for shard in shards) < 5e9 + 1e6
+    index = json.loads((repository / "model.safetensors.index.json").read_text())
+    tensors = {tensor.name: tensor for shard in shards for tensor in stored_tensors(shard)}
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == SHAPES["ema.safetensors"]
+    assert index["weight_map"] == {name: tensor.file.name for name, tensor in tensors.items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    with init_empty_weights():
+        model = BagelForConditionalGeneration(BagelConfig.from_pretrained(repository))
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == SHAPES["parameters"]["ema.safetensors"]
+
+    convert_back(str(repository), back)
+    for name in ("ema.safetensors", "ae.safetensors"):
+        before, after = (
+            {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored_tensors(folder / name)}
+            for folder in (source, back)
+        )
+        assert before == after
+
+
+@pytest.fixture(scope="module")
+def gigabytes() -> Iterator[Path]:
+    """A folder with `source`, all published names in a quarter of their widths: 4 GiB in float32."""
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "source"
+        config = published_settings({}, BagelConfig())
+        config["llm_config"] |= {
+            "hidden_size": 896,
+            "intermediate_size": 4736,
+            "num_attention_heads": 7,
+            "num_key_value_heads": 1,
+        }
+        config["vit_config"] |= {"hidden_size": 288, "intermediate_size": 1076}
+        config["vae_config"]["z_channels"] = 4
+        write_description(source, config)
+        shutil.copy(CHECKPOINT / "ae.safetensors", source)
+        shapes = {
+            name: [NARROW.get(side, side) for side in shape] for name, shape in SHAPES["ema.safetensors"].items()
+        }
+        shard = header("ema.safetensors", shapes, torch.float32)
+        with open(source / shard.name, "wb") as stream:
+            stream.write(shard.header())
+            missing = shard.num_bytes
+            while missing:
+                missing -= stream.write(DATA[:missing])
+        assert shard.num_bytes > 4 * 2**30
+        yield Path(name)
+
+
+# Runs a command and prints its peak memory in bytes.
+MEASURED = """
+import resource, sys
+sys.path.insert(0, sys.argv.pop(1))
+from convert_bagel_to_hf import main
+assert main(sys.argv[1:]) == 0
+print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_gigabytes_convert_in_bounded_memory_and_go_on_after_a_kill(gigabytes):
+    source, whole, broken = (gigabytes / name for name in ("source", "whole", "broken"))
+    options = ["--dtype", "bfloat16", "--max-shard-size", "300MB"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(CONVERSION), str(source), str(whole), *options, "--verify"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.monotonic() - start
+    largest = max(file.stat().st_size for file in whole.glob("model-*.safetensors"))
+    peak = int(done.stdout.rsplit("peak ", 1)[1])
+    assert peak < largest + 2**30, f"{peak / 2**20:.0f} MiB, and the largest shard has {largest / 2**20:.0f} MiB"
+
+    command = [sys.executable, str(CONVERSION / "convert_bagel_to_hf.py"), str(source), str(broken), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(random.uniform(0, seconds))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {file.name: file.stat() for file in broken.glob("model-*.safetensors")}
+    resumed = subprocess.run([*command, "--verify"], capture_output=True, text=True)
+    if resumed.returncode:
+        # It had been done before it was killed.
+        assert "is not empty" in resumed.stderr and not (broken / convert_bagel_to_hf.STATE).exists()
+    for name, before in finished.items():
+        after = (broken / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    for file in whole.rglob("*"):
+        if file.suffix == ".safetensors":
+            copy = broken / file.relative_to(whole)
+            assert subprocess.run(["cmp", file, copy]).returncode == 0
+    assert not list(broken.glob("*.unfinished"))
