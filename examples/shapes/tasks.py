@@ -137,13 +137,13 @@ MAKERS = {
 # Shares of the samples of each stage. What is understood comes first, since pictures cost many times more.
 UNDERSTANDING = {"ask": 0.5, "describe": 0.2, "think_and_answer": 0.1, "plan": 0.2}
 JOINT = {
-    "draw": 0.21,
-    "think_and_draw": 0.13,
-    "plan": 0.14,
-    "edit": 0.35,
-    "ask": 0.09,
+    "draw": 0.2,
+    "think_and_draw": 0.12,
+    "plan": 0.13,
+    "edit": 0.31,
+    "ask": 0.15,
     "describe": 0.02,
-    "think_and_answer": 0.06,
+    "think_and_answer": 0.07,
 }
 
 
