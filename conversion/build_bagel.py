@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from cards import public_name
 from convert_bagel_to_hf import (
     TYPES,
     WEIGHTS_PATTERN,
@@ -591,11 +592,6 @@ def report(language: Part, tower: Part, config: BagelConfig, added: list[str]) -
     old_side = tower.config.image_size // tower.config.patch_size
     if config.vit_max_num_patch_per_side != old_side:
         print(f"The tower's positions are resized from {old_side} a side to {config.vit_max_num_patch_per_side}.")
-
-
-def public_name(source: str) -> str:
-    """What a card calls a part: its Hub id, or the name of its folder or file, whose place is nobody's business."""
-    return Path(source).resolve().name if Path(source).exists() else source
 
 
 if __name__ == "__main__":

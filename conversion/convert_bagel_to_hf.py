@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from cards import known_facts, public_name
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard, ModelCardData
 from published_files import INDEX, VAE, PublishedFiles, find_published_files
@@ -134,8 +135,13 @@ def convert(
         )
         settings = repository_config(folder, config, dtype or tensors[0].dtype)
         write_small_files(dst, pipe, settings, files.descriptions)
-    card = ModelCardData(base_model=base_model, license="apache-2.0")
-    write_card(dst, repo_id, card, shards, source=src, corrections=corrected)
+    known = known_facts(files.card)
+    card = ModelCardData(base_model=base_model, **({"license": "apache-2.0"} | known.metadata))
+    if known.results:
+        card.model_name, card.eval_results = repo_id or dst.resolve().name, known.results
+    write_card(
+        dst, repo_id, card, shards, source=public_name(src), corrections=corrected, known_sections=known.sections
+    )
     write_weights(dst, shards, index, verify)
 
 

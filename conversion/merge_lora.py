@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from cards import known_facts, public_name
 from convert_bagel_to_hf import SPARE_BYTES
 from convert_hf_to_bagel import model_files, opened
 from huggingface_hub import ModelCard, ModelCardData
@@ -165,18 +166,19 @@ def merged_parameter(layer: Any, module: str, parameter: str, tensors: dict[str,
 
 
 def merged_card(folder: Path, name: str, src: str, loras: Sequence[str], scales: Sequence[float]) -> ModelCard:
-    """The card of the result; licence and tags are those of SRC, if it has a card."""
-    of_source = ModelCard.load(folder / "README.md").data.to_dict() if (folder / "README.md").exists() else {}
+    """The card of the result; its licence is that of SRC, if that has a card."""
+    known = known_facts(folder / "README.md" if (folder / "README.md").exists() else None)
+    parts = [public_name(source) for source in (src, *loras)]
     data = ModelCardData(
-        base_model=[src, *loras],
+        base_model=parts,
         base_model_relation="merge",
-        library_name=of_source.get("library_name", "transformers"),
-        license=of_source.get("license", "apache-2.0"),
+        library_name="transformers",
         pipeline_tag="any-to-any",
-        tags=of_source.get("tags", ["bagel", "diffusers"]),
+        tags=["bagel", "diffusers", "text-to-image", "image-to-image", "image-text-to-text"],
+        **known.metadata,
     )
     return ModelCard.from_template(
-        data, template_path=str(CARD), name=name, source=src, merged=list(zip(loras, scales, strict=True))
+        data, template_path=str(CARD), name=name, source=parts[0], merged=list(zip(parts[1:], scales, strict=True))
     )
 
 

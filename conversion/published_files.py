@@ -31,8 +31,9 @@ DESCRIPTIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CARD = "README.md"
 # What is wanted of a repository of the Hub.
-PATTERNS = ("*.safetensors", *DESCRIPTIONS, INDEX)
+PATTERNS = ("*.safetensors", *DESCRIPTIONS, INDEX, CARD)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PublishedFiles:
         descriptions (`dict[str, Path]`): Settings and tokenizer, by name.
         weights (`tuple[Path, ...]`): Files of the model.
         vae (`Path`)
+        card (`Path`, *optional*): Of the weights' own folder.
         pickled (`bool`): Whether the files of the model are pickles.
     """
 
@@ -51,6 +53,7 @@ class PublishedFiles:
     descriptions: dict[str, Path]
     weights: tuple[Path, ...]
     vae: Path
+    card: Path | None = None
     pickled: bool = False
 
     def tensors(self) -> list[StoredTensor]:
@@ -119,9 +122,11 @@ def find_published_files(
         raise FileNotFoundError(_incomplete(source, VAE, base))
     vae = file_inside(with_vae[1], VAE, with_vae[0])
     if pickles:
-        return PublishedFiles(source, descriptions, pickled_files(folder, root, file, pickles), vae, pickled=True)
-    weights = (file,) if file is not None else weight_files(folder, root, which)
-    return PublishedFiles(source, descriptions, weights, vae)
+        weights = pickled_files(folder, root, file, pickles)
+    else:
+        weights = (file,) if file is not None else weight_files(folder, root, which)
+    card = file_inside(root, CARD, folder) if (folder / CARD).exists() else None
+    return PublishedFiles(source, descriptions, weights, vae, card, bool(pickles))
 
 
 def opened(

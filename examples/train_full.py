@@ -92,10 +92,14 @@ def main(args: argparse.Namespace) -> None:
     training.validate(int(metrics["step"]))
     if accelerator.is_main_process:
         frozen = f", all but {', '.join(args.freeze)}," if args.freeze else ""
+        name = args.hub_model_id or args.output_dir
         write_card(
             args,
             f"BAGEL{frozen} trained for {metrics['step']} steps on {len(samples)} samples ({samples.task}).",
-            f'pipe = BagelPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")',
+            f'pipe = BagelPipeline.from_pretrained("{name}")',
+            "from transformers_bagel import BagelForConditionalGeneration, BagelProcessor\n\n"
+            f'model = BagelForConditionalGeneration.from_pretrained("{name}", subfolder="transformer")\n'
+            f'processor = BagelProcessor.from_pretrained("{name}", subfolder="processor")',
             ["bagel", "any-to-any", "diffusers-training"],
             metrics,
         )

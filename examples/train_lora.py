@@ -108,6 +108,8 @@ def main(args: argparse.Namespace) -> None:
             f"({samples.task}).",
             f'pipe = BagelPipeline.from_pretrained("{args.pretrained_model_name_or_path}")\n'
             f'pipe.load_lora_weights("{args.hub_model_id or args.output_dir}")',
+            # Only the pipeline reads this format.
+            "model, processor = pipe.transformer, pipe.processor",
             ["lora", "bagel", "diffusers-training"],
             metrics,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,16 @@ def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
 def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     return (actual.float() - expected.float()).abs().max().item()
+
+
+def run_snippets(markdown: str) -> dict[str, Any]:
+    """Run the Python of a card or page, one snippet after the other, and return its variables."""
+    variables: dict[str, Any] = {"__name__": "snippet"}
+    snippets = re.findall(r"```python\n(.*?)```", markdown, flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "snippet", "exec"), variables)
+    return variables
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,21 @@ CARD = """---
 # {{ name }}
 
 {{ description }}
+{% if pictures %}
+<Gallery />
+
+{% for prompt, picture in pictures %}![{{ prompt }}]({{ picture }})
+{% endfor %}{% endif %}
+With the package `transformers-bagel`, pictures:
 
 ```python
-from diffusers_bagel import BagelPipeline
+{{ drawing }}
+```
 
-{{ usage }}
+and text:
+
+```python
+{{ talking }}
 ```
 
 ## Training
@@ -28,6 +38,14 @@ from diffusers_bagel import BagelPipeline
 {% for name, value in settings %}- {{ name }}: {{ value }}
 {% endfor %}
 """
+
+# What comes after the lines that load a model and its processor.
+TALKING = """messages = [{"role": "user", "content": [{"type": "text", "text": "What is a circle?"}]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+ids = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 SETTINGS = (
     "train_batch_size",
@@ -42,24 +60,29 @@ SETTINGS = (
 
 
 def write_card(
-    args: argparse.Namespace, description: str, usage: str, tags: list[str], metrics: dict[str, float]
+    args: argparse.Namespace,
+    description: str,
+    pipeline: str,
+    model: str,
+    tags: list[str],
+    metrics: dict[str, float],
 ) -> None:
     """Write README.md into OUTPUT_DIR: what was trained, how to load it, the settings, the last validation pictures.
 
     Args:
         args (`argparse.Namespace`): See `arguments.py`.
         description (`str`): What was trained.
-        usage (`str`): Python lines that load it.
+        pipeline (`str`): Python lines that load it as `pipe`.
+        model (`str`): Python lines that load it as `model` and `processor`.
         tags (`list[str]`): For the Hub's search.
         metrics (`dict[str, float]`): The last step's.
     """
     output_dir = Path(args.output_dir)
     step = int(metrics["step"])
     pictures = sorted(output_dir.glob(f"validation/step_{step}_*.png")) if args.validation_prompt else []
-    widget = [
-        {"text": args.validation_prompt, "output": {"url": str(picture.relative_to(output_dir))}}
-        for picture in pictures
-    ]
+    shown = [(args.validation_prompt, str(picture.relative_to(output_dir))) for picture in pictures]
+    widget = [{"text": prompt, "output": {"url": picture}} for prompt, picture in shown]
+    prompt = args.validation_prompt or args.instance_prompt or "a red circle"
     data = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
         library_name="diffusers",
@@ -74,7 +97,9 @@ def write_card(
         template_str=CARD,
         name=output_dir.resolve().name,
         description=description,
-        usage=usage,
+        pictures=shown,
+        drawing=f"from diffusers_bagel import BagelPipeline\n\n{pipeline}\npicture = pipe({prompt!r}).images[0]",
+        talking=f"{model}\n{TALKING}",
         settings=settings + [(f"{name}, last step", f"{value:.6g}") for name, value in metrics.items()],
     )
     card.save(output_dir / "README.md")

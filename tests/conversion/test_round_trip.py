@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, turn
+from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, run_snippets, turn
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 
 
@@ -134,7 +133,48 @@ def test_the_card_names_what_was_corrected_and_its_snippets_run(repository, tmp_
     # The published layout has no settings of images, and the tiny model takes small ones only.
     load_processor().save_pretrained(tmp_path / "repository")
     monkeypatch.chdir(tmp_path)
-    variables: dict = {"__name__": "snippet"}
-    for snippet in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
-        exec(compile(snippet, "README.md", "exec"), variables)
+    variables = run_snippets(card.text)
     assert variables["edited"].size == variables["picture"].size
+
+
+CARD = """---
+license: mit
+model-index:
+- name: tuned
+  results:
+  - task: {type: text-to-image}
+    dataset: {name: GenEval, type: geneval}
+    metrics:
+    - {type: overall, value: 0.5}
+---
+# tuned
+
+Not taken over.
+
+## Training details
+
+4 steps.
+
+## Benchmarks
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+## Usage
+
+Not taken over.
+"""
+
+
+def test_the_card_takes_over_licence_training_and_evaluation(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "tuned")
+    (tmp_path / "tuned" / "README.md").write_text(CARD)
+    assert main([str(tmp_path / "tuned"), str(tmp_path / "repository"), "--repo-id", "org/tuned"]) == 0
+    card = ModelCard.load(tmp_path / "repository" / "README.md")
+    assert (card.data.license, card.data.model_name) == ("mit", "org/tuned")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("geneval", "overall", 0.5)
+    assert "What follows is from the card of `tuned`." in card.text and str(tmp_path) not in card.content
+    assert "## Training details\n\n4 steps.\n\n## Benchmarks\n\n| a | b |" in card.text
+    assert "Not taken over" not in card.text

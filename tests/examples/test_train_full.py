@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_bagel import BagelPipeline
+from tests.conftest import run_snippets
 from tests.examples.conftest import (
     PROMPT,
     assert_same,
@@ -279,6 +280,12 @@ def test_card(uninterrupted, checkpoint):
     for line in ("gradient_accumulation_steps: 2", "learning_rate: 0.001", "lr_scheduler: cosine", "seed: 0"):
         assert f"- {line}\n" in card.text
     assert f'BagelPipeline.from_pretrained("{uninterrupted}")' in card.text
+    assert f"![{PROMPT}](validation/step_4_0.png)" in card.text
+    variables = run_snippets(card.text)
+    assert (
+        variables["picture"].size == (128, 128)
+        and variables["ids"].shape[1] > variables["inputs"]["input_ids"].shape[1]
+    )
 
 
 def test_card_shows_no_pictures_of_an_earlier_run(train, tmp_path):

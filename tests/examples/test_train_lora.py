@@ -8,7 +8,7 @@ import train_full
 import train_lora
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CHECKPOINT
+from tests.conftest import CHECKPOINT, run_snippets
 from tests.examples.conftest import (
     PROMPT,
     arguments,
@@ -104,6 +104,9 @@ def test_card(uninterrupted, checkpoint):
     assert "LoRA of rank 4 for BAGEL, trained for 4 steps on 8 samples (text-to-image)" in card.text
     assert "- lr_scheduler: cosine\n" in card.text
     assert f'load_lora_weights("{uninterrupted}")' in card.text
+    variables = run_snippets(card.text)
+    assert "lora_A" in "".join(name for name, _ in variables["model"].named_parameters())
+    assert variables["ids"].shape[1] > variables["inputs"]["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("targets, suffix", [("und", ""), ("gen", "_moe_gen")])

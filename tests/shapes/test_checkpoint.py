@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import language
 import pytest
@@ -18,6 +17,7 @@ from strip import composed, panels
 from world import UNSEEN_PAIRS, Scene, is_held_out, render
 
 from diffusers_bagel import BagelPipeline
+from tests.conftest import run_snippets
 from tests.shapes.conftest import CHECKPOINT
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 
@@ -160,14 +160,8 @@ def test_the_card_is_complete_and_its_snippets_run(tmp_path, monkeypatch):
     assert {result.dataset_type for result in data.eval_results} == {"bagel-shapes"}
     assert "{{" not in card.content and "{%" not in card.content
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
-    assert len(snippets) == 2
-    variables: dict = {"__name__": "snippet"}
-    for snippet in snippets:
-        exec(
-            compile(snippet.replace('"examples/shapes/checkpoint"', repr(str(CHECKPOINT))), "README.md", "exec"),
-            variables,
-        )
+    variables = run_snippets(card.text.replace('"examples/shapes/checkpoint"', repr(str(CHECKPOINT))))
+    assert {"BagelPipeline", "BagelForConditionalGeneration"} <= variables.keys()
 
 
 @pytest.mark.parametrize("task", ["draw_full", "draw", "relation", "riddle"])
