@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,19 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
         if isinstance(value, BagelPipeline):
             value.remove_all_hooks()
     assert torch.is_grad_enabled()
+
+
+CONVERSION = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8").replace("\\\n", "")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python conversion/(.*)$", CONVERSION, flags=re.MULTILINE))
+def test_commands_of_the_conversion_page_have_the_arguments_of_their_scripts(command, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "conversion"))
+    file, *arguments = shlex.split(command)
+    script = importlib.import_module(file.removesuffix(".py"))
+    work = {"convert", "convert_back", "build", "merge", "convert_lora"} & vars(script).keys()
+    called = []
+    for name in work:
+        monkeypatch.setattr(script, name, lambda *args, **kwargs: called.append(args))
+    assert script.main(arguments) == 0
+    assert len(called) == 1
