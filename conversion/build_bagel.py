@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import re
 import sys
 import tempfile
@@ -27,22 +26,23 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from cards import public_name
-from convert_bagel_to_hf import (
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+from published_config import repository_settings
+from published_files import SETTINGS, TOKENIZER, present, weight_files
+from repositories import (
     TYPES,
     WEIGHTS_PATTERN,
     identity,
-    own_config,
     prepare,
+    run,
     write_card,
     write_small_files,
     write_weights,
 )
-from convert_hf_to_bagel import published_settings
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import ModelCardData
-from huggingface_hub.errors import StrictDataclassError
-from published_files import DESCRIPTIONS, VAE, opened, tensors_of, weight_files
-from safe_files import StoredTensor, file_inside, stored_tensors
+from safe_files import read_json_object, safetensors_of
+from sources import Source, opened, tensors_of
 from streaming import PIECE, plan_shards, read_tensor
 from torch import nn
 from transformers import (
@@ -55,7 +55,7 @@ from transformers import (
 )
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.published import check_saved_vae, load_published_vae
+from diffusers_bagel.published import VAE_FILE, check_saved_vae, vae_from_file
 from transformers_bagel import (
     BagelConfig,
     BagelForConditionalGeneration,
@@ -64,11 +64,10 @@ from transformers_bagel import (
     BagelTextConfig,
     BagelVisionConfig,
 )
-from transformers_bagel.published_bagel import PUBLISHED_KEYS, SPECIAL_TOKENS
+from transformers_bagel.published_bagel import SPECIAL_TOKENS
+from transformers_bagel.safetensors_bagel import StoredTensor
 
 
-# Files of a repository of the Hub that its VAE is made of; the rest of FLUX's is large.
-VAE_PATTERNS = ("vae/*.json", "vae/*.safetensors", VAE, "config.json", "diffusion_pytorch_model*.safetensors")
 # Tensors that the parts may have and BAGEL has not: buffers of old files, SigLIP's pooling head, and its text model.
 LANGUAGE_LEFT_OUT = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
 VISION_LEFT_OUT = r"embeddings\.position_ids$|head\.|text_model\.|logit_scale$|logit_bias$"
@@ -123,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vision-model", required=True, help="SigLIP, with or without its text model: folder or Hub id"
     )
-    parser.add_argument("--vae", required=True, help=f"folder, Hub id (also one with vae/), or a file like {VAE}")
+    parser.add_argument("--vae", required=True, help=f"folder, Hub id (also one with vae/), or a file like {VAE_FILE}")
     parser.add_argument("--dtype", choices=tuple(TYPES), help="of the weights; by default the language model's")
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--max-latent-size", type=int, default=64, help="latent tokens a side of the largest drawing")
@@ -143,8 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
     parser.add_argument("--verify", action="store_true", help="read everything again and compare")
     args = parser.parse_args(arguments)
-    try:
-        build(
+    return run(
+        lambda: build(
             args.dst,
             args.language_model,
             args.vision_model,
@@ -158,11 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
             seed=args.seed,
             repo_id=args.repo_id,
             verify=args.verify,
-        )
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        ),
+        args.dst,
+    )
 
 
 def build(
@@ -210,7 +207,7 @@ def build(
         sources: list[Any] = [identity(file) for file in (*language.weights, *tower.weights)]
         # Made again in every run, and the same again from the same seed.
         sources.append(hashlib.sha256(new.read_bytes()).hexdigest())
-        prepare(dst, sources, sum(weight.nbytes for weight in autoencoder.parameters()), shards)
+        prepare(dst, sources, autoencoder, shards)
         report(language, tower, config, added)
         pipe = BagelPipeline(
             transformer=model,
@@ -218,9 +215,7 @@ def build(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             processor=BagelProcessor(image_processor(config), tokenizer),
         )
-        published = published_settings({}, config)
-        settings = own_config(config, dtype) | {key: published[key] for key in PUBLISHED_KEYS}
-        write_small_files(dst, pipe, settings, language.descriptions)
+        write_small_files(dst, pipe, repository_settings({}, [], config, dtype), language.descriptions)
         parts = [public_name(source) for source in (language_model, vision_model, vae)]
         write_card(
             dst, repo_id, ModelCardData(base_model=parts), shards, parts=", ".join(f"`{part}`" for part in parts)
@@ -247,8 +242,8 @@ def read_language_model(source: str) -> Part:
     Raises:
         OSError, ValueError: if it is none that BAGEL's understanding expert can be, or not whole.
     """
-    folder, root, file = opened(source)
-    settings = read_settings(folder, root)
+    place = opened(source)
+    settings = read_json_object(present(place, "config.json"))
     if settings.get("model_type") != "qwen2":
         raise ValueError(
             f"it is of the type {settings.get('model_type')!r}, and 'qwen2' is wanted: Qwen2 or Qwen2.5. Other models, "
@@ -263,7 +258,7 @@ def read_language_model(source: str) -> Part:
     BagelTextConfig(**part_settings(config))
     with init_empty_weights():
         expected = Qwen2ForCausalLM(config).state_dict()
-    weights = (file,) if file is not None else weight_files(folder, root, "model")
+    weights = weight_files(place, None if place.file else "model")
     found = tensors_of(weights)
     if config.tie_word_embeddings:
         # Read as the library reads it, whatever the file holds.
@@ -273,7 +268,7 @@ def read_language_model(source: str) -> Part:
     if config.tie_word_embeddings:
         # BAGEL's head is a table of its own, which may part from the other in training.
         tensors[HEAD] = tensors[TABLE]
-    return Part(folder, descriptions_of(folder, root), weights, config, tensors, left_out)
+    return Part(place.folder, descriptions_of(place), weights, config, tensors, left_out)
 
 
 def read_tokenizer(language: Part) -> PreTrainedTokenizerBase:
@@ -294,8 +289,8 @@ def read_vision_model(source: str, num_layers: int | None) -> Part:
     Raises:
         OSError, ValueError: if it is no tower that BAGEL can see with, or not whole.
     """
-    folder, root, file = opened(source)
-    settings = read_settings(folder, root)
+    place = opened(source)
+    settings = read_json_object(present(place, "config.json"))
     if settings.get("model_type") not in ("siglip", "siglip_vision_model"):
         raise ValueError(
             f"it is of the type {settings.get('model_type')!r}, and 'siglip' or 'siglip_vision_model' is wanted."
@@ -319,21 +314,14 @@ def read_vision_model(source: str, num_layers: int | None) -> Part:
         expected = SiglipVisionModel(config).state_dict()
     dropped = "|".join(str(layer) for layer in range(config.num_hidden_layers, available))
     left_out = VISION_LEFT_OUT + (rf"|encoder\.layers\.({dropped})\." if dropped else "")
-    weights = (file,) if file is not None else weight_files(folder, root, "model")
+    weights = weight_files(place, None if place.file else "model")
     # The library writes a tower alone without the prefix that it has in older files and beside a text model.
     found = {name.removeprefix("vision_model."): tensor for name, tensor in tensors_of(weights).items()}
-    return Part(folder, descriptions_of(folder, root), weights, config, *fitting(found, expected, left_out))
+    return Part(place.folder, descriptions_of(place), weights, config, *fitting(found, expected, left_out))
 
 
-def descriptions_of(folder: Path, root: Path) -> dict[str, Path]:
-    return {name: file_inside(root, name, folder) for name in DESCRIPTIONS if (folder / name).exists()}
-
-
-def read_settings(folder: Path, root: Path) -> dict[str, Any]:
-    settings = json.loads(file_inside(root, "config.json", folder).read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError("its config.json is no configuration.")
-    return settings
+def descriptions_of(source: Source) -> dict[str, Path]:
+    return {name: file for name in (*SETTINGS, *TOKENIZER) if (file := source.find(name)) is not None}
 
 
 def fitting(
@@ -379,12 +367,13 @@ def read_vae(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
     Raises:
         OSError, ValueError: if it is none that BAGEL can draw with, or not whole.
     """
-    folder, root, file = opened(source, patterns=VAE_PATTERNS)
-    if file is None and (folder / "vae").is_dir():
-        folder = folder / "vae"
-    elif file is None and (folder / VAE).exists():
-        file = file_inside(root, VAE, folder)
-    vae = saved_vae(folder, root, dtype) if file is None else published_vae(file, dtype)
+    place = opened(source)
+    if place.file is None and (place.folder / "vae" / "config.json").exists():
+        vae = saved_vae(place, "vae/", dtype)
+    elif (file := place.file or place.find(VAE_FILE)) is not None:
+        vae = published_vae(file, dtype)
+    else:
+        vae = saved_vae(place, "", dtype)
     if vae.config.shift_factor is None or (vae.config.in_channels, vae.config.out_channels) != (3, 3):
         raise ValueError(
             f"it has a `shift_factor` of {vae.config.shift_factor} and turns {vae.config.in_channels} channels into "
@@ -393,29 +382,27 @@ def read_vae(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
     return vae
 
 
-def saved_vae(folder: Path, root: Path, dtype: torch.dtype | None) -> AutoencoderKL:
-    """In diffusers' layout."""
-    kind = read_settings(folder, root).get("_class_name")
+def saved_vae(source: Source, folder: str, dtype: torch.dtype | None) -> AutoencoderKL:
+    """In diffusers' layout, in a folder such as `"vae/"` of its source."""
+    kind = read_json_object(present(source, f"{folder}config.json")).get("_class_name")
     if kind != "AutoencoderKL":
         raise ValueError(f"it is of the class {kind!r}, and 'AutoencoderKL' is wanted.")
-    files = [
-        file_inside(root, file.name, folder) for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    ]
-    if not files:
-        raise FileNotFoundError(f"'{folder}' holds no diffusion_pytorch_model.safetensors. Only safetensors are read.")
-    tensors = tensors_of(tuple(files))
-    check_saved_vae(folder)
-    stored = next(iter(tensors.values())).dtype
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=dtype or stored, use_safetensors=True)
+    file = source.find(f"{folder}diffusion_pytorch_model.safetensors")
+    if file is None:
+        raise FileNotFoundError(
+            f"'{source.folder / folder}' holds no diffusion_pytorch_model.safetensors. Only safetensors are read."
+        )
+    stored = safetensors_of(file)[0].dtype
+    check_saved_vae(source.folder / folder)
+    return AutoencoderKL.from_pretrained(
+        source.folder / folder, torch_dtype=dtype or stored, use_safetensors=True, local_files_only=True
+    )
 
 
 def published_vae(file: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     """In the published layout, whatever the file's name."""
-    # Its header is looked at first: a pickle is refused by name.
-    stored_tensors(file)
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / VAE).symlink_to(file.resolve())
-        return load_published_vae(name, dtype)
+    safetensors_of(file)
+    return vae_from_file(file, dtype)
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+from yaml import YAMLError
 
 
 # Sections that stay true of converted weights.
@@ -32,10 +34,16 @@ class KnownFacts:
 
 
 def known_facts(card: Path | None) -> KnownFacts:
-    """What the card of a source says of its training and its evaluation. Entries that cannot be read are left out."""
+    """What the card of a source says of its training and its evaluation. One that cannot be read is left out, with a
+    warning: the weights are what matters.
+    """
     if card is None:
         return KnownFacts()
-    loaded = ModelCard.load(card, ignore_metadata_errors=True)
+    try:
+        loaded = ModelCard.load(card, ignore_metadata_errors=True)
+    except (ValueError, YAMLError) as error:
+        print(f"warning: '{card}' cannot be read, and nothing is taken over from it ({error}).", file=sys.stderr)
+        return KnownFacts()
     metadata = loaded.data.to_dict()
     return KnownFacts(
         {name: metadata[name] for name in METADATA if name in metadata},

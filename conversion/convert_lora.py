@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from repositories import run
+from safe_files import check_links
 from safetensors.torch import save_file
 from streaming import FORMAT, whole_folder
 
@@ -47,12 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     samples = [(prompt, Path(picture)) for prompt, picture in args.sample]
-    try:
-        convert_lora(args.src, args.dst, args.to, args.base_model, args.repo_id, samples)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: convert_lora(args.src, args.dst, args.to, args.base_model, args.repo_id, samples), args.dst)
 
 
 def convert_lora(
@@ -73,6 +70,8 @@ def convert_lora(
     for _, picture in samples:
         if not picture.is_file():
             raise FileNotFoundError(f"--sample: there is no picture '{picture}'.")
+    if Path(src).is_dir():
+        check_links(Path(src))
     state_dict, metadata = BagelPipeline.lora_state_dict(src, return_lora_metadata=True, use_safetensors=True)
     weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
     base_model = base_model or (metadata or {}).get(f"{DIFFUSERS_PREFIX}base_model_name_or_path")
@@ -121,9 +120,16 @@ def lora_card(name: str, to: str, config: Any, samples: Sequence[tuple[str, Path
         format=to,
         rank=config.r,
         alpha=config.lora_alpha,
-        prompt=samples[0][0] if samples else "a red circle",
-        gallery=[(prompt, picture_name(number, picture)) for number, (prompt, picture) in enumerate(samples)],
+        prompt=repr(samples[0][0] if samples else "a red circle"),
+        gallery=[
+            (table_cell(prompt), picture_name(number, picture)) for number, (prompt, picture) in enumerate(samples)
+        ],
     )
+
+
+def table_cell(text: str) -> str:
+    """Text as Markdown shows it in a table."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from cards import known_facts, public_name
-from convert_bagel_to_hf import SPARE_BYTES
-from convert_hf_to_bagel import model_files, opened
+from convert_hf_to_bagel import in_parts_or_flat
 from huggingface_hub import ModelCard, ModelCardData
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safe_files import StoredTensor, file_inside, stored_tensors
-from streaming import FORMAT, Shard, check_room, read_tensor, whole_folder, write_shard
+from published_files import present
+from repositories import run
+from safe_files import PICKLES, check_links
+from sources import CARD, model_files, opened, tensors_of
+from streaming import FORMAT, SPARE_BYTES, Shard, check_room, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -39,9 +41,10 @@ from diffusers_bagel.lora import (
 )
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.checkpoint_bagel import module_name
+from transformers_bagel.safetensors_bagel import StoredTensor
 
 
-CARD = Path(__file__).with_name("merged_card.md")
+MERGED_CARD = Path(__file__).with_name("merged_card.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,12 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     scales = args.scales or [1.0] * len(args.loras)
     if len(scales) != len(args.loras):
         parser.error(f"--scales must be one number for each LoRA: {len(args.loras)}, got {len(scales)}.")
-    try:
-        merge(args.src, args.dst, args.loras, scales, args.revision, args.repo_id)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: merge(args.src, args.dst, args.loras, scales, args.revision, args.repo_id), args.dst)
 
 
 def merge(
@@ -79,21 +77,28 @@ def merge(
         OSError, ValueError: before anything is written, if SRC or a LoRA is broken or does not fit, or if DST is taken
             or the disk is full.
     """
-    folder, root = opened(src, revision)
-    model_folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config = BagelConfig.from_pretrained(file_inside(root, "config.json", model_folder).parent)
-    shards = [Shard(file.name, tuple(stored_tensors(file)), None, FORMAT) for file in model_files(model_folder, root)]
-    layers = adapted_layers(config, loras, scales)
-    tensors = {module_name(tensor.name): tensor for shard in shards for tensor in shard.tensors}
-    weights = {shard.name for shard in shards}
-    others = [
-        file.relative_to(folder)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not (file.parent == model_folder and file.name in weights)
+    for lora in loras:
+        if Path(lora).is_dir():
+            check_links(Path(lora))
+    source = opened(src, revision)
+    source.fetch_all()
+    folder, (model_folder, _) = source.folder, in_parts_or_flat(source.folder)
+    config = BagelConfig.from_pretrained(present(source, f"{model_folder}config.json").parent)
+    names = source.indexed(model_folder) or ["model.safetensors"]
+    shards = [
+        Shard(name, tuple(tensors_of([file]).values()), None, FORMAT)
+        for name, file in zip(names, model_files(source, model_folder), strict=True)
     ]
+    tensors = {module_name(tensor.name): tensor for shard in shards for tensor in shard.tensors}
+    weights = {folder / model_folder / name for name in names}
+    others = [
+        source.path(str(file.relative_to(folder)))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file not in weights and file.suffix not in PICKLES
+    ]
+    layers = adapted_layers(config, loras, scales)
     num_bytes = sum(shard.num_bytes for shard in shards)
-    copied = sum((folder / file).stat().st_size for file in others)
-    check_room(dst, num_bytes + copied + SPARE_BYTES)
+    check_room(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)
 
     def compute(tensor: StoredTensor) -> torch.Tensor | None:
         module, _, parameter = module_name(tensor.name).rpartition(".")
@@ -104,12 +109,14 @@ def merge(
 
     with whole_folder(dst) as unfinished:
         for file in others:
-            (unfinished / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file_inside(root, str(file), folder), unfinished / file)
+            place = unfinished / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
         with tqdm(total=num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
             for shard in shards:
-                write_shard(shard, unfinished / model_folder.relative_to(folder), progress, compute)
-        merged_card(folder, repo_id or dst.resolve().name, src, loras, scales).save(unfinished / "README.md")
+                write_shard(shard, unfinished / model_folder, progress, compute)
+        card = merged_card(source.find(CARD), repo_id or dst.resolve().name, src, loras, scales)
+        card.save(unfinished / CARD)
     print(f"{dst}: {len(layers)} layers with {', '.join(loras)}.")
 
 
@@ -165,9 +172,11 @@ def merged_parameter(layer: Any, module: str, parameter: str, tensors: dict[str,
             setattr(base, name, value)
 
 
-def merged_card(folder: Path, name: str, src: str, loras: Sequence[str], scales: Sequence[float]) -> ModelCard:
+def merged_card(
+    of_source: Path | None, name: str, src: str, loras: Sequence[str], scales: Sequence[float]
+) -> ModelCard:
     """The card of the result; its licence is that of SRC, if that has a card."""
-    known = known_facts(folder / "README.md" if (folder / "README.md").exists() else None)
+    known = known_facts(of_source)
     parts = [public_name(source) for source in (src, *loras)]
     data = ModelCardData(
         base_model=parts,
@@ -178,7 +187,11 @@ def merged_card(folder: Path, name: str, src: str, loras: Sequence[str], scales:
         **known.metadata,
     )
     return ModelCard.from_template(
-        data, template_path=str(CARD), name=name, source=parts[0], merged=list(zip(parts[1:], scales, strict=True))
+        data,
+        template_path=str(MERGED_CARD),
+        name=name,
+        source=parts[0],
+        merged=list(zip(parts[1:], scales, strict=True)),
     )
 
 

@@ -3,37 +3,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from safe_files import PICKLES, StoredTensor, file_inside, pickled_tensors, stored_tensors
+from safe_files import PICKLES
+from sources import CARD, Source, tensors_of
+
+from diffusers_bagel.published import VAE_FILE
+from transformers_bagel.safetensors_bagel import StoredTensor
 
 
 # Published weights: the average that the publisher gives out, and the weights of the last step beside it in trainings.
 WHICH = {"ema": "ema.safetensors", "model": "model.safetensors"}
-INDEX = "model.safetensors.index.json"
-VAE = "ae.safetensors"
-# Small files: settings and tokenizer.
-DESCRIPTIONS = (
-    "config.json",
-    "llm_config.json",
-    "vit_config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-CARD = "README.md"
-# What is wanted of a repository of the Hub.
-PATTERNS = ("*.safetensors", *DESCRIPTIONS, INDEX, CARD)
+# Settings and tokenizer, each with the files of which it needs one. A template of chats is none of the layout's.
+SETTINGS = ("config.json", "llm_config.json", "vit_config.json", "generation_config.json", "preprocessor_config.json")
+NEEDED_SETTINGS = ("config.json", "llm_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+NEEDED_TOKENIZER = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,6 @@ class PublishedFiles:
     """A checkpoint in the published layout.
 
     Attributes:
-        name (`str`): Hub id or folder, as the user gave it.
         descriptions (`dict[str, Path]`): Settings and tokenizer, by name.
         weights (`tuple[Path, ...]`): Files of the model.
         vae (`Path`)
@@ -49,142 +35,110 @@ class PublishedFiles:
         pickled (`bool`): Whether the files of the model are pickles.
     """
 
-    name: str
     descriptions: dict[str, Path]
     weights: tuple[Path, ...]
     vae: Path
-    card: Path | None = None
-    pickled: bool = False
+    card: Path | None
+    pickled: bool
 
     def tensors(self) -> list[StoredTensor]:
-        """The model's, in the order of their bytes.
-
-        Raises:
-            ValueError: if a file is broken, or two hold one tensor.
-        """
+        """The model's, in the order of their bytes."""
         return list(tensors_of(self.weights, self.pickled).values())
 
 
-def tensors_of(files: tuple[Path, ...], pickled: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of several files by name, in the order of their bytes.
-
-    Args:
-        files (`tuple[Path, ...]`)
-        pickled (`bool`, *optional*, defaults to `False`): Whether they are pickles, which the user must have allowed.
-
-    Raises:
-        ValueError: if a file is broken, or two hold one tensor.
-    """
-    found: dict[str, StoredTensor] = {}
-    for file in files:
-        for tensor in pickled_tensors(file) if pickled else stored_tensors(file):
-            if tensor.name in found:
-                raise ValueError(f"'{tensor.name}' is in '{found[tensor.name].file}' and in '{file}'.")
-            found[tensor.name] = tensor
-    return found
-
-
 def find_published_files(
-    source: str,
-    base: str | None,
-    which: str | None,
-    revision: str | None,
-    pickles: Sequence[str] = (),
+    source: Source, base: Source | None, which: str | None, pickles: Sequence[str] = ()
 ) -> PublishedFiles:
     """
     The files of a checkpoint.
 
     Args:
-        source (`str`): A folder, a file of weights, or a Hub id.
-        base (`str`, *optional*): A folder or Hub id that has the settings, the tokenizer or the VAE if the source, a
-            training's checkpoint, lacks them.
+        source (`Source`)
+        base (`Source`, *optional*): What has the settings, the tokenizer or the VAE if the source, a training's
+            checkpoint, lacks them.
         which (`str`, *optional*): `"ema"` or `"model"`; by default what there is, the average before the others.
-        revision (`str`, *optional*): Of the source on the Hub.
         pickles (`Sequence[str]`, *optional*): Files of the source that hold its weights and may be read although they
             are pickles.
 
     Raises:
-        FileNotFoundError, ValueError: if something is missing or leads out of its folder.
+        FileNotFoundError, ValueError: if something is missing, leads out of its folder, or contradicts the arguments.
     """
-    folder, root, file = opened(source, revision, (*PATTERNS, *pickles))
-    folders = [(folder, root)] + ([] if base is None else [opened(base, None)[:2]])
-    descriptions = {}
-    for name in DESCRIPTIONS:
-        found = next(((place, inside) for place, inside in folders if (place / name).exists()), None)
-        if found is not None:
-            descriptions[name] = file_inside(found[1], name, found[0])
-    if not {"config.json", "llm_config.json"} & descriptions.keys():
-        raise FileNotFoundError(_incomplete(source, "config.json or llm_config.json", base))
-    if not {"tokenizer.json", "vocab.json"} & descriptions.keys():
-        raise FileNotFoundError(_incomplete(source, "tokenizer", base))
-    with_vae = next(((place, inside) for place, inside in folders if (place / VAE).exists()), None)
-    if with_vae is None:
-        raise FileNotFoundError(_incomplete(source, VAE, base))
-    vae = file_inside(with_vae[1], VAE, with_vae[0])
-    if pickles:
-        weights = pickled_files(folder, root, file, pickles)
-    else:
-        weights = (file,) if file is not None else weight_files(folder, root, which)
-    card = file_inside(root, CARD, folder) if (folder / CARD).exists() else None
-    return PublishedFiles(source, descriptions, weights, vae, card, bool(pickles))
+    places = [source] if base is None else [source, base]
+    descriptions = one_group(places, SETTINGS, NEEDED_SETTINGS) | one_group(places, TOKENIZER, NEEDED_TOKENIZER)
+    vae = next((file for place in places if (file := place.find(VAE_FILE)) is not None), None)
+    if vae is None:
+        raise FileNotFoundError(incomplete(places, VAE_FILE))
+    weights = pickled_files(source, which, pickles) if pickles else weight_files(source, which)
+    return PublishedFiles(descriptions, weights, vae, source.find(CARD), bool(pickles))
 
 
-def opened(
-    source: str, revision: str | None = None, patterns: tuple[str, ...] = PATTERNS
-) -> tuple[Path, Path, Path | None]:
-    """The folder of a source, what its files must lie in, and the file of weights if it is one.
-
-    Args:
-        source (`str`): A folder, a file of weights, or a Hub id.
-        revision (`str`, *optional*): Of the source on the Hub.
-        patterns (`tuple[str, ...]`, *optional*): Files of a repository of the Hub that are wanted.
+def one_group(places: Sequence[Source], names: Sequence[str], needed: Sequence[str]) -> dict[str, Path]:
+    """The files of the first place that has one of those that are needed: parts of two places would not fit each other.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder, and it cannot be the id of a repository.
+        FileNotFoundError: if none has.
     """
-    path = Path(source)
-    if path.is_file():
-        return path.parent, path.parent, file_inside(path.parent, path.name)
-    if path.is_dir():
-        return path, path, None
-    if path.is_absolute() or source.count("/") != 1:
-        raise FileNotFoundError(f"'{source}' is no file, no folder, and no id of a repository on the Hub.")
-    snapshot = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
-    # A snapshot holds links into the folder of its repository.
-    return snapshot, snapshot.parent.parent, None
+    for place in places:
+        if any(place.find(name) is not None for name in needed):
+            return {name: file for name in names if (file := place.find(name)) is not None}
+    raise FileNotFoundError(incomplete(places, " or ".join(needed)))
 
 
-def weight_files(folder: Path, root: Path, which: str | None) -> tuple[Path, ...]:
-    """The files of the wanted weights. An index is followed if it is about them."""
-    if (folder / INDEX).exists():
-        index = json.loads(file_inside(root, INDEX, folder).read_text(encoding="utf-8"))
-        names = sorted(set(index.get("weight_map", {}).values()))
-        if names and (which is None or not set(WHICH.values()) & set(names) or WHICH[which] in names):
-            return tuple(file_inside(root, name, folder) for name in names)
-    wanted = WHICH.values() if which is None else [WHICH[which]]
-    found = [name for name in wanted if (folder / name).exists()]
-    if not found:
-        raise FileNotFoundError(
-            f"'{folder}' holds no {' or '.join(wanted)} and no {INDEX} of such weights. Only safetensors are read."
-        )
-    return (file_inside(root, found[0], folder),)
+def incomplete(places: Sequence[Source], what: str) -> str:
+    return (
+        f"There is no {what} in {' nor in '.join(repr(place.name) for place in places)}. Name a complete checkpoint with "
+        "--base: a folder, or ByteDance-Seed/BAGEL-7B-MoT."
+    )
 
 
-def pickled_files(folder: Path, root: Path, file: Path | None, names: Sequence[str]) -> tuple[Path, ...]:
+def weight_files(source: Source, which: str | None) -> tuple[Path, ...]:
+    """The files of the wanted weights.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if the source is a file of other ones.
+    """
+    if source.file is not None:
+        if which is not None and source.file.name in set(WHICH.values()) - {WHICH[which]}:
+            raise ValueError(f"--which {which}: '{source.file.name}' holds the other weights.")
+        return (source.file,)
+    if which != "model" and (average := source.find(WHICH["ema"])) is not None:
+        return (average,)
+    if which != "ema":
+        # The published index names the average.
+        names = [name for name in source.indexed() if name != WHICH["ema"]]
+        if names:
+            return tuple(present(source, name) for name in names)
+        if (model := source.find(WHICH["model"])) is not None:
+            return (model,)
+    wanted = " or ".join(WHICH.values() if which is None else [WHICH[which]])
+    raise FileNotFoundError(
+        f"'{source.name}' holds no {wanted}, and no index of such weights. Only safetensors are read."
+    )
+
+
+def present(source: Source, name: str) -> Path:
+    """
+    Raises:
+        FileNotFoundError: if a file that an index or a user names is not there.
+    """
+    if (file := source.find(name)) is None:
+        raise FileNotFoundError(f"There is no file '{name}' in '{source.name}'.")
+    return file
+
+
+def pickled_files(source: Source, which: str | None, names: Sequence[str]) -> tuple[Path, ...]:
     """The files that the user allowed by name; of a source that is a file itself, no other.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it is no pickle by its name.
     """
-    files = tuple(file_inside(root, name, folder) for name in names)
+    if which is not None:
+        raise ValueError("--which: the files of --allow-pickle are the weights. Leave it out.")
+    files = tuple(present(source, name) for name in names)
     for path in files:
         if path.suffix not in PICKLES:
             raise ValueError(f"--allow-pickle: '{path.name}' is no pickle, whose names end with {', '.join(PICKLES)}.")
-        if file is not None and path.resolve() != file.resolve():
-            raise ValueError(f"--allow-pickle: '{path.name}' is not the source, '{file.name}'.")
+        if source.file is not None and path.resolve() != source.file.resolve():
+            raise ValueError(f"--allow-pickle: '{path.name}' is not the source, '{source.file.name}'.")
     return files
-
-
-def _incomplete(source: str, what: str, base: str | None) -> str:
-    places = f"Neither '{source}' nor '{base}' has" if base else f"'{source}' has no"
-    return f"{places} {what}. Name a complete checkpoint with --base: a folder, or ByteDance-Seed/BAGEL-7B-MoT."

@@ -1,64 +1,28 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Files of checkpoints that may come from anybody: a header is checked before a tensor is read, and no path leaves its
-folder.
-"""
+"""Files of checkpoints that may come from anybody: no path leaves its folder, and pickles are not run."""
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
-from dataclasses import dataclass
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from transformers_bagel.safetensors_bagel import DTYPES, StoredTensor, stored_tensors
 
-# Names of the safetensors format.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-# The format's own limit, in bytes.
-MAX_HEADER = 100_000_000
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies.
-
-    Attributes:
-        name (`str`)
-        dtype (`torch.dtype`)
-        shape (`tuple[int, ...]`)
-        file (`Path`)
-        start, end (`int`): Bytes of the file.
-        continuation (`StoredTensor`, *optional*): Rows that follow those of the file; `shape` counts them too.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    end: int
-    continuation: StoredTensor | None = None
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
+def root_of(folder: Path) -> Path:
+    """What the files of a folder must lie in: itself, or, of a snapshot in the Hub's cache, the folder of its repository."""
+    repository = folder.resolve().parent.parent
+    is_snapshot = folder.resolve().parent.name == "snapshots" and (repository / "blobs").is_dir()
+    return repository if is_snapshot else folder
 
 
 def file_inside(root: Path, name: str, folder: Path | None = None) -> Path:
@@ -82,46 +46,43 @@ def file_inside(root: Path, name: str, folder: Path | None = None) -> Path:
     return path
 
 
-def stored_tensors(file: Path) -> list[StoredTensor]:
+def check_links(folder: Path) -> None:
     """
-    The tensors of a safetensors file in the order of their bytes, none of them read.
+    Raises:
+        ValueError: if a file of a folder, or of a folder in it, lies elsewhere.
+    """
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file_inside(root_of(folder), str(file.relative_to(folder)), folder)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{file}' must hold a JSON object, and it holds a {type(content).__name__}.")
+    return content
+
+
+def safetensors_of(file: Path) -> list[StoredTensor]:
+    """[`stored_tensors`] of a file that is no pickle.
 
     Raises:
-        ValueError: if the file is no whole safetensors file, or if its header does not fit its bytes.
+        ValueError: if it is one by its name.
+        OSError: if it is no whole safetensors file.
     """
     if file.suffix in PICKLES:
         raise ValueError(
             f"'{file}' is a pickle, which may run any code when it is read. Only safetensors are read, unless "
             "--allow-pickle of convert_bagel_to_hf.py names the file."
         )
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"'{file}' is truncated or is no safetensors file: a header of {length} bytes in {size}.")
-        try:
-            header = json.loads(stream.read(length))
-            tensors = []
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    start, end = (8 + length + _whole(offset) for offset in entry["data_offsets"])
-                    shape = tuple(_whole(side) for side in entry["shape"])
-                    tensors.append(StoredTensor(name, DTYPES[entry["dtype"]], shape, file, start, end))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"The header of '{file}' cannot be read ({error!r}).") from error
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
-    end = 8 + length
-    for tensor in tensors:
-        num_bytes = tensor.num_elements * tensor.dtype.itemsize
-        if tensor.start != end or tensor.end != end + num_bytes:
-            raise ValueError(
-                f"'{file}' is broken: '{tensor.name}' of shape {tensor.shape} and {tensor.dtype} takes bytes {end} to "
-                f"{end + num_bytes}, and its header says {tensor.start} to {tensor.end}."
-            )
-        end = tensor.end
-    if end != size:
-        raise ValueError(f"'{file}' is truncated, or longer than its header says: {size} bytes instead of {end}.")
-    return tensors
+    return stored_tensors(file)
 
 
 def pickled_tensors(file: Path) -> list[StoredTensor]:
@@ -131,29 +92,58 @@ def pickled_tensors(file: Path) -> list[StoredTensor]:
     Raises:
         ValueError: if it holds anything but one dictionary of whole tensors, or is in torch's format from before 1.6.
     """
+    records = zip_records(file)
     try:
         # Without data, and with the place where they lie in the file.
         with FakeTensorMode():
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"'{file}' cannot be read as tensors alone ({str(error).splitlines()[0]}).") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"'{file}' cannot be read as tensors alone ({reason}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"'{file}' must hold one dictionary of tensors, and it holds a {type(content).__name__}.")
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(f"'{file}' must hold tensors alone, and it holds {', '.join(others[:3])}.")
-    tensors = []
-    for name, value in content.items():
-        offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or not value.is_contiguous():
-            raise ValueError(f"'{name}' does not lie in '{file}' as one piece. Save it again, as safetensors.")
-        start = offset + value.storage_offset() * value.dtype.itemsize
-        end = start + value.numel() * value.dtype.itemsize
-        tensors.append(StoredTensor(name, value.dtype, tuple(value.shape), file, start, end))
+    tensors = [_pickled(str(name), value, file, records) for name, value in content.items()]
     return sorted(tensors, key=lambda tensor: (tensor.start, tensor.end))
 
 
-def _whole(number: object) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"{number!r} is no size")
-    return number
+def zip_records(file: Path) -> dict[int, int]:
+    """Where the parts of a file of `torch.save` begin, and where each ends.
+
+    Raises:
+        ValueError: if it is no such file, if a part is compressed, or if its numbers have another order of bytes.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive, open(file, "rb") as stream:
+            records = {}
+            for part in archive.infolist():
+                if part.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"'{file}' is compressed. Save it again, as safetensors.")
+                if part.filename.endswith("/byteorder") and archive.read(part) != b"little":
+                    raise ValueError(f"'{file}' comes from a machine with another order of bytes.")
+                # The lengths of name and extra field in the part's own header, which may differ from the directory's.
+                stream.seek(part.header_offset + 26)
+                lengths = stream.read(4)
+                name_and_extra = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+                start = part.header_offset + 30 + name_and_extra
+                records[start] = start + part.file_size
+            return records
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"'{file}' is no whole file of `torch.save` ({error}), or one from before torch 1.6. Save it again, as "
+            "safetensors."
+        ) from error
+
+
+def _pickled(name: str, tensor: torch.Tensor, file: Path, records: dict[int, int]) -> StoredTensor:
+    whole = tensor.layout == torch.strided and tensor.dtype in DTYPES.values() and tensor.is_contiguous()
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if whole else None
+    if offset is None:
+        raise ValueError(f"'{name}' does not lie in '{file}' as one piece of numbers. Save it again, as safetensors.")
+    start = offset + tensor.storage_offset() * tensor.dtype.itemsize
+    end = start + tensor.numel() * tensor.dtype.itemsize
+    if end > records.get(offset, 0):
+        raise ValueError(f"'{file}' is broken: '{name}' takes bytes {start} to {end}, which are not its own.")
+    return StoredTensor(name, tensor.dtype, tuple(tensor.shape), file, start, end)

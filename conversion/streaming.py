@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safe_files import DTYPES, StoredTensor, stored_tensors
 from tqdm.auto import tqdm
+
+from transformers_bagel.safetensors_bagel import DTYPES, StoredTensor, stored_tensors
 
 
 # Bytes in memory at a time. A whole number of elements of any type.
@@ -24,6 +25,8 @@ PIECE = 2**25
 FORMAT = {"format": "pt"}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNFINISHED = ".unfinished"
+# Room on the disk for the small files.
+SPARE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,17 @@ def plan_shards(
 
 
 def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[bytes]:
-    """The bytes of a tensor as `dtype`, at most [`PIECE`] read at a time. Nothing is mapped into memory."""
+    """The bytes of a tensor as `dtype`, at most [`PIECE`] read at a time. Nothing is mapped into memory.
+
+    Raises:
+        OSError: if the file has become shorter than its header said.
+    """
     with open(tensor.file, "rb") as stream:
         stream.seek(tensor.start)
         for start in range(tensor.start, tensor.end, PIECE):
             piece = stream.read(min(PIECE, tensor.end - start))
+            if len(piece) != min(PIECE, tensor.end - start):
+                raise OSError(f"'{tensor.file}' ends in the middle of '{tensor.name}'.")
             if dtype != tensor.dtype:
                 piece = tensor_bytes(torch.frombuffer(bytearray(piece), dtype=tensor.dtype).to(dtype))
             yield piece
@@ -122,7 +131,7 @@ def write_shard(
     compute: Callable[[StoredTensor], torch.Tensor | None] = lambda tensor: None,
 ) -> None:
     """
-    Write a file, unless it is there; it bears its name only when all of it is on the disk.
+    Write a file, which bears its name only when all of it is on the disk; an error leaves nothing of it.
 
     Args:
         shard (`Shard`)
@@ -132,49 +141,59 @@ def write_shard(
             is copied.
     """
     path = folder / shard.name
-    if path.exists():
-        progress.update(shard.num_bytes)
-        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + UNFINISHED)
-    with open(unfinished, "wb") as stream:
-        stream.write(shard.header())
-        for tensor in shard.tensors:
-            dtype, computed = shard.dtype_of(tensor), compute(tensor)
-            for piece in pieces(tensor, dtype) if computed is None else [tensor_bytes(computed.to(dtype))]:
-                stream.write(piece)
-                progress.update(len(piece))
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with open(unfinished, "wb") as stream:
+            stream.write(shard.header())
+            for tensor in shard.tensors:
+                dtype, computed = shard.dtype_of(tensor), compute(tensor)
+                for piece in pieces(tensor, dtype) if computed is None else [tensor_bytes(computed.to(dtype))]:
+                    stream.write(piece)
+                    progress.update(len(piece))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     os.replace(unfinished, path)
 
 
 def verify_shard(shard: Shard, folder: Path, progress: tqdm) -> None:
     """
-    Read a file again, and what it was made of.
+    Read a file again, and what it was made of. It is removed if they differ.
 
     Raises:
         ValueError: naming the first tensor that differs.
     """
-    written = stored_tensors(folder / shard.name)
-    if [tensor.name for tensor in written] != [tensor.name for tensor in shard.tensors]:
-        raise ValueError(f"'{folder / shard.name}' holds other tensors than it should.")
-    for copy, tensor in zip(written, shard.tensors, strict=True):
-        dtype = shard.dtype_of(tensor)
-        same = (copy.dtype, copy.shape) == (dtype, tensor.shape)
-        # Both in the pieces of the source, which a change of type makes shorter.
-        with open(copy.file, "rb") as stream:
-            stream.seek(copy.start)
-            for piece in pieces(tensor, dtype):
-                same = same and stream.read(len(piece)) == piece
-                progress.update(len(piece))
-        if not same:
-            raise ValueError(f"'{tensor.name}' in '{copy.file}' is not what '{tensor.file}' holds.")
+    path = folder / shard.name
+    try:
+        written = stored_tensors(path)
+        if [tensor.name for tensor in written] != [tensor.name for tensor in shard.tensors]:
+            raise ValueError(f"'{path}' holds other tensors than it should.")
+        for copy, tensor in zip(written, shard.tensors, strict=True):
+            dtype = shard.dtype_of(tensor)
+            same = (copy.dtype, copy.shape) == (dtype, tensor.shape)
+            # Both in the pieces of the source, which a change of type makes shorter.
+            with open(copy.file, "rb") as stream:
+                stream.seek(copy.start)
+                for piece in pieces(tensor, dtype):
+                    same = same and stream.read(len(piece)) == piece
+                    progress.update(len(piece))
+            if not same:
+                raise ValueError(f"'{tensor.name}' in '{path}' is not what '{tensor.file}' holds.")
+    except (OSError, ValueError) as error:
+        path.unlink()
+        raise ValueError(f"{error} '{path}' is removed: run the same command again to write it anew.") from error
 
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file, whole or not at all."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with open(unfinished, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(unfinished, path)
 
 
@@ -187,9 +206,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"'{folder}' is not empty. Name a new folder.")
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # No other run's, whose rest or whose work it might be.
+    unfinished = folder.with_name(f"{folder.name}-{os.getpid()}{UNFINISHED}")
+    unfinished.mkdir()
     try:
         yield unfinished
         if folder.exists():

@@ -77,14 +77,15 @@ def write_card(
         tags (`list[str]`): For the Hub's search.
         metrics (`dict[str, float]`): The last step's.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, base_model = Path(args.output_dir), args.pretrained_model_name_or_path
     step = int(metrics["step"])
     pictures = sorted(output_dir.glob(f"validation/step_{step}_*.png")) if args.validation_prompt else []
-    shown = [(args.validation_prompt, str(picture.relative_to(output_dir))) for picture in pictures]
+    shown = [(args.validation_prompt, picture.relative_to(output_dir).as_posix()) for picture in pictures]
     widget = [{"text": prompt, "output": {"url": picture}} for prompt, picture in shown]
     prompt = args.validation_prompt or args.instance_prompt or "a red circle"
     data = ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
+        # A folder of this machine is nothing for the Hub.
+        base_model=None if Path(base_model).exists() else base_model,
         library_name="diffusers",
         license="apache-2.0",
         tags=tags,

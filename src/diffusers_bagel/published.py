@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from transformers_bagel.published_bagel import read_shapes
+from transformers_bagel.safetensors_bagel import read_shapes
 
 
 VAE_FILE = "ae.safetensors"
@@ -31,13 +30,14 @@ def load_published_vae(path: str | os.PathLike, dtype: torch.dtype | None = None
         OSError: if the file is missing or truncated.
         ValueError: if it is not the VAE of BAGEL.
     """
-    file = cached_file(path, VAE_FILE, **hub_kwargs)
-    try:
-        weights = load_file(file)
-    except SafetensorError as error:
-        raise OSError(
-            f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
-        ) from error
+    return vae_from_file(cached_file(path, VAE_FILE, **hub_kwargs), dtype)
+
+
+def vae_from_file(file: str | os.PathLike, dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """See [`load_published_vae`]."""
+    # For its checks, whose errors name the file.
+    read_shapes(file)
+    weights = load_file(file)
     try:
         config = vae_config(weights)
         with torch.device("meta"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .published_bagel import read_shapes
+from .safetensors_bagel import read_shapes
 
 
 # Published name -> module name. The inverse is applied on saving, so that one file serves every reader.
@@ -33,11 +33,11 @@ def ignored_weights(visual_gen: bool, visual_und: bool) -> list[str]:
 
 
 def check_checkpoint_files(model: nn.Module, files: list[str], load_config: Any) -> None:
-    """Compare names and shapes of a whole checkpoint with a model, reading only the headers of the files.
+    """[`check_checkpoint_shapes`] of safetensors files, of which only the headers are read.
 
     Args:
         model (`BagelPreTrainedModel`): The model, on any device.
-        files (`list[str]`): The checkpoint's safetensors files; others are not looked into.
+        files (`list[str]`): All files of the checkpoint; others than safetensors are not looked into.
         load_config (`LoadStateDictConfig`): What `from_pretrained` was asked for.
 
     Raises:
@@ -46,16 +46,35 @@ def check_checkpoint_files(model: nn.Module, files: list[str], load_config: Any)
     """
     if not files or not all(file.endswith(".safetensors") for file in files):
         return
-    expected = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+    check_checkpoint_shapes(
+        model, shapes, load_config.pretrained_model_name_or_path, load_config.ignore_mismatched_sizes
+    )
+
+
+def check_checkpoint_shapes(
+    model: nn.Module, shapes: dict[str, tuple[int, ...]], name: Any, ignore_mismatched_sizes: bool = False
+) -> None:
+    """Compare names and shapes of a whole checkpoint with a model.
+
+    Args:
+        model (`BagelPreTrainedModel`): The model, on any device.
+        shapes (`dict[str, tuple[int, ...]]`): Of the checkpoint's tensors, by name.
+        name (`str`): Of the checkpoint, for the error.
+        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): Whether other shapes are accepted.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected or misshapen.
+    """
+    expected = {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or []) or r"(?!)"
     found: dict[str, tuple[int, ...]] = {}
     published: dict[str, str] = {}
-    for file in files:
-        for name, shape in read_shapes(file).items():
-            own_name = module_name(name).removeprefix("model.")
-            published[own_name] = name
-            if own_name in expected or not re.search(ignored, name):
-                found[own_name] = shape
+    for key, shape in shapes.items():
+        own_name = module_name(key).removeprefix("model.")
+        published[own_name] = key
+        if own_name in expected or not re.search(ignored, key):
+            found[own_name] = shape
     if getattr(model.config, "tie_word_embeddings", False):
         found.setdefault("lm_head.weight", expected.get("lm_head.weight", ()))
 
@@ -63,18 +82,18 @@ def check_checkpoint_files(model: nn.Module, files: list[str], load_config: Any)
     if missing := sorted(expected.keys() - found.keys()):
         problems.append(f"lacks {_some(missing)}")
     if unexpected := sorted(found.keys() - expected.keys()):
-        problems.append(f"has the unknown {_some([published[name] for name in unexpected])}")
+        problems.append(f"has the unknown {_some([published[key] for key in unexpected])}")
     misshapen = [
-        f"{published[name]} {shape} instead of {expected[name]}"
-        for name, shape in found.items()
-        if name in expected and shape != expected[name]
+        f"{published[key]} {shape} instead of {expected[key]}"
+        for key, shape in found.items()
+        if key in expected and shape != expected[key]
     ]
-    if misshapen and not load_config.ignore_mismatched_sizes:
+    if misshapen and not ignore_mismatched_sizes:
         problems.append(f"has the wrong shape of {_some(misshapen)}")
     if problems:
         raise ValueError(
-            f"The checkpoint '{load_config.pretrained_model_name_or_path}' does not fit its configuration: it "
-            f"{'; it '.join(problems)}. Download it again, or correct `config.json`."
+            f"The checkpoint '{name}' does not fit its configuration: it {'; it '.join(problems)}. Download it again, or "
+            "correct `config.json`."
         )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import huggingface_hub
 from transformers.utils import cached_file
 
+from .safetensors_bagel import read_shapes
+
 
 # Names of the published config.json that this package spells differently.
 PUBLISHED_KEYS = ("llm_config", "vit_config", "vae_config")
@@ -72,13 +74,17 @@ def rename_published_keys(published: dict[str, Any]) -> dict[str, Any]:
 
 
 def correct_published_config(
-    config_dict: dict[str, Any], path: str | os.PathLike, **hub_kwargs: Any
+    config_dict: dict[str, Any],
+    path: str | os.PathLike,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    **hub_kwargs: Any,
 ) -> dict[str, Any]:
     """Rename the keys of a published `config.json` and correct its values from the files beside it.
 
     Args:
         config_dict (`dict`): The parsed `config.json`.
         path (`str`): The directory, or the Hub id, that it comes from.
+        shapes (`dict[str, tuple[int, ...]]`, *optional*): Of the weights, by name; by default of those beside it.
         hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` of the download.
     """
     config_dict = dict(config_dict)
@@ -96,38 +102,15 @@ def correct_published_config(
             text_config[key] = token_ids.pop(key)
     config_dict |= token_ids
 
-    weight_file = next((file for file in WEIGHT_FILES if _find(path, file, **hub_kwargs) is not None), None)
-    if weight_file is None:
-        return config_dict
-    if weight_file == "ema.safetensors":
-        config_dict["transformers_weights"] = weight_file
-    _correct_from_shapes(config_dict, text_config, vision_config, _read_shapes(path, weight_file, **hub_kwargs))
+    if shapes is None:
+        weight_file = next((file for file in WEIGHT_FILES if _find(path, file, **hub_kwargs) is not None), None)
+        if weight_file is None:
+            return config_dict
+        if weight_file == "ema.safetensors":
+            config_dict["transformers_weights"] = weight_file
+        shapes = _read_shapes(path, weight_file, **hub_kwargs)
+    _correct_from_shapes(config_dict, text_config, vision_config, shapes)
     return config_dict
-
-
-def read_shapes(file: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file, from its header.
-
-    Raises:
-        OSError: if the file is not a whole safetensors file.
-    """
-    size = os.path.getsize(file)
-    try:
-        # Not through safetensors, which maps the file: a system may refuse to map one larger than its memory.
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"a header of {length} bytes in {size}")
-            header = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size:
-            raise ValueError(f"{size} bytes instead of {end}")
-        return {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise OSError(
-            f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
-        ) from error
 
 
 def read_special_token_ids(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, int]:

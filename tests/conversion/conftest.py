@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,25 @@ def wide_checkpoint(folder: Path, repeats: int) -> None:
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         weights[name] = weights[name].repeat(repeats, 1)
     save_file(weights, folder / "ema.safetensors")
+
+
+# Runs a script's command and prints its peak memory in kilobytes: its own, which begins with the program, unlike that of
+# `resource`, which begins with its parent's.
+MEASURED = """
+import importlib, sys
+sys.path.insert(0, sys.argv.pop(1))
+assert importlib.import_module(sys.argv.pop(1)).main(sys.argv[1:]) == 0
+print(*[line for line in open("/proc/self/status") if line.startswith("VmHWM")])
+"""
+
+
+def peak_bytes(script: str, *arguments: str) -> int:
+    """Peak memory of a command of conversion/ in a process of its own."""
+    if sys.platform != "linux":
+        pytest.skip("memory is read from /proc")
+    command = [sys.executable, "-c", MEASURED, str(CONVERSION), script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout.split("VmHWM:")[1].split()[0])
 
 
 @pytest.fixture(scope="session")

@@ -232,8 +232,8 @@ def publisher(repo: str, base: str) -> dict:
     return found
 
 
-def converter(published: str, revision: str, converted: str, private: str, folder: str) -> dict:
-    """Somebody who converts by id, there and back."""
+def converter(published: str, revision: str, converted: str, private: str, training: str, folder: str) -> dict:
+    """Somebody who converts by id, there and back, and a training with the published repository as its base."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "conversion"))
     import convert_bagel_to_hf
     import convert_hf_to_bagel
@@ -246,6 +246,7 @@ def converter(published: str, revision: str, converted: str, private: str, folde
     return {
         "there": said(convert_bagel_to_hf.main, published, there, "--revision", revision)[0],
         "back": said(convert_hf_to_bagel.main, converted, back)[0],
+        "training": said(convert_bagel_to_hf.main, training, f"{folder}/trained", "--base", "org/base"),
         "no such revision": said(convert_bagel_to_hf.main, published, f"{folder}/none", "--revision", "nowhere"),
         "private": said(convert_hf_to_bagel.main, private, f"{folder}/none"),
     }

@@ -13,19 +13,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import convert_bagel_to_hf
 import convert_hf_to_bagel
 import pytest
+import repositories
 import torch
 from accelerate import init_empty_weights
 from convert_bagel_to_hf import convert
-from convert_hf_to_bagel import convert_back, published_settings
-from safe_files import StoredTensor, stored_tensors
+from convert_hf_to_bagel import convert_back
+from published_config import published_settings
+from repositories import STATE
 from streaming import Shard
 
 from tests.conftest import CHECKPOINT, GOLDEN
-from tests.conversion.conftest import CONVERSION
+from tests.conversion.conftest import CONVERSION, peak_bytes
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.safetensors_bagel import StoredTensor, stored_tensors
 
 
 SHAPES = json.loads((GOLDEN.parent / "full_size_shapes.json").read_text(encoding="utf-8"))
@@ -57,7 +59,7 @@ def test_every_published_name_and_shape_converts_there_and_back(tmp_path, monkey
     write_description(source, published_settings({}, BagelConfig()))
     write_hollow(header("ema.safetensors", SHAPES["ema.safetensors"], torch.bfloat16), source)
     write_hollow(header("ae.safetensors", SHAPES["ae.safetensors"], torch.float32), source)
-    for module in (convert_bagel_to_hf, convert_hf_to_bagel):
+    for module in (repositories, convert_hf_to_bagel):
         monkeypatch.setattr(module, "write_shard", write_hollow)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 10**12})())
 
@@ -111,46 +113,33 @@ def gigabytes() -> Iterator[Path]:
         yield Path(name)
 
 
-# Runs a command and prints its peak memory in bytes.
-MEASURED = """
-import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-from convert_bagel_to_hf import main
-assert main(sys.argv[1:]) == 0
-print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
 def test_gigabytes_convert_in_bounded_memory_and_go_on_after_a_kill(gigabytes):
     source, whole, broken = (gigabytes / name for name in ("source", "whole", "broken"))
     options = ["--dtype", "bfloat16", "--max-shard-size", "300MB"]
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(CONVERSION), str(source), str(whole), *options, "--verify"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seconds = time.monotonic() - start
-    largest = max(file.stat().st_size for file in whole.glob("model-*.safetensors"))
-    peak = int(done.stdout.rsplit("peak ", 1)[1])
+    peak = peak_bytes("convert_bagel_to_hf", str(source), str(whole), *options, "--verify")
+    shards = list(whole.glob("model-*.safetensors"))
+    largest = max(file.stat().st_size for file in shards)
     assert peak < largest + 2**30, f"{peak / 2**20:.0f} MiB, and the largest shard has {largest / 2**20:.0f} MiB"
 
+    # At any byte, the first and the last ones included.
+    moment = random.randrange(sum(file.stat().st_size for file in shards))
+    print(f"killed at byte {moment}")
     command = [sys.executable, str(CONVERSION / "convert_bagel_to_hf.py"), str(source), str(broken), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(random.uniform(0, seconds))
+    while sum(file.stat().st_size for file in broken.glob("model-*")) < moment:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    finished = {file.name: file.stat() for file in broken.glob("model-*.safetensors")}
     process.send_signal(signal.SIGKILL)
     process.wait()
-    finished = {file.name: file.stat() for file in broken.glob("model-*.safetensors")}
-    resumed = subprocess.run([*command, "--verify"], capture_output=True, text=True)
-    if resumed.returncode:
-        # It had been done before it was killed.
-        assert "is not empty" in resumed.stderr and not (broken / convert_bagel_to_hf.STATE).exists()
+    # After the last byte there is a moment in which it is done.
+    was_done = (broken / "model_index.json").exists() and not (broken / STATE).exists()
+    if not was_done:
+        subprocess.run([*command, "--verify"], capture_output=True, check=True)
     for name, before in finished.items():
         after = (broken / name).stat()
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    for file in whole.rglob("*"):
-        if file.suffix == ".safetensors":
-            copy = broken / file.relative_to(whole)
-            assert subprocess.run(["cmp", file, copy]).returncode == 0
+    for file in whole.rglob("*.safetensors"):
+        assert subprocess.run(["cmp", file, broken / file.relative_to(whole)]).returncode == 0
     assert not list(broken.glob("*.unfinished"))

@@ -25,6 +25,7 @@ from tests.conversion.hub_users import digests, question
 ROOT = Path(__file__).parents[2]
 REPO, PUBLISHED = "org/bagel", "org/published"
 PRIVATE, GATED, BROKEN = "org/private", "org/gated", "org/broken"
+BASE, TRAINING = "org/base", "org/training"
 WEIGHTS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
@@ -71,6 +72,12 @@ def hub(small_repository, other_repository, wide_repository, tmp_path_factory):
     local.add(BROKEN, wide_repository)
     local.add(PUBLISHED, CHECKPOINT, branch="v1")
     local.add(PUBLISHED, CHECKPOINT)
+    local.add(BASE, CHECKPOINT)
+    training = tmp_path_factory.mktemp("hub") / "training"
+    (training / "0002000").mkdir(parents=True)
+    for name in ("ema.safetensors", "model.safetensors", "0002000/ema.safetensors", "optimizer.pt"):
+        shutil.copy(CHECKPOINT / "ema.safetensors", training / name)
+    local.add(TRAINING, training)
     # Only who asks for the other branch can load it.
     del local.repositories[PUBLISHED].files()["ae.safetensors"]
     with local.running():
@@ -268,8 +275,14 @@ def test_pushed_adapters_load_again_wherever_they_may(publisher):
     assert set(publisher["alpha"].values()) == {6}
 
 
-def test_conversion_by_id_there_and_back(act, repository, tmp_path):
-    found = act("converter", PUBLISHED, "v1", REPO, PRIVATE, str(tmp_path))
+def test_conversion_by_id_there_and_back(act, hub, tmp_path):
+    hub.requests.clear()
+    found = act("converter", PUBLISHED, "v1", REPO, PRIVATE, TRAINING, str(tmp_path))
+    assert found["training"][0] == 0, found["training"][1]
+    # Of a training only the weights that are asked for, of its base only what the training lacks.
+    assert downloads(hub.requests, TRAINING) == ["ema.safetensors"]
+    weights = [name for name in downloads(hub.requests, BASE) if name.endswith(".safetensors")]
+    assert weights == ["ae.safetensors"]
     assert found["there"] == found["back"] == 0
     assert (
         load_file(tmp_path / "there" / "model.safetensors").keys() == load_file(CHECKPOINT / "ema.safetensors").keys()

@@ -151,7 +151,7 @@ def test_the_card_shows_prompts_and_pictures_and_its_snippets_run(to, repository
     Image.new("RGB", (32, 32), "red").save(tmp_path / "star.png")
     monkeypatch.chdir(tmp_path)
     lora = save_peft(tmp_path / "lora")
-    sample = ["--sample", "a red star", "star.png", "--sample", "another", "star.png"]
+    sample = ["--sample", 'a sign | that says "red"', "star.png", "--sample", "another", "star.png"]
     assert convert_lora([lora, "coal", "--to", to, "--base-model", "base", *sample]) == 0
     card = ModelCard.load("coal/README.md")
     assert (card.data.base_model, card.data.library_name) == ("base", to)
@@ -162,7 +162,7 @@ def test_the_card_shows_prompts_and_pictures_and_its_snippets_run(to, repository
         "pictures/0.png",
         "pictures/1.png",
     ]
-    assert "| a red star | ![a red star](pictures/0.png) |" in card.text
+    assert r'| a sign \| that says "red" | ![a sign \| that says "red"](pictures/0.png) |' in card.text
     assert (tmp_path / "coal" / "pictures" / "1.png").read_bytes() == (tmp_path / "star.png").read_bytes()
     assert ("model" in run_snippets(card.text)) == (to == "peft")
 
@@ -209,6 +209,16 @@ def test_arguments_are_checked_before_anything_is_read(repository, tmp_path, cap
     assert merge_lora([str(repository), str(tmp_path / "mine"), "--loras", lora]) == 2
     assert convert_lora([lora, str(tmp_path / "mine"), "--to", "peft", "--base-model", "base"]) == 2
     assert capsys.readouterr().err.count("is not empty") == 2
+
+
+def test_a_link_out_of_a_loras_folder_is_refused(repository, tmp_path, capsys):
+    lora = tmp_path / "lora"
+    save_peft(lora)
+    shutil.move(lora / "adapter_model.safetensors", tmp_path / "outside")
+    (lora / "adapter_model.safetensors").symlink_to(tmp_path / "outside")
+    merged = tmp_path / "merged"
+    assert "leads out" in failed(merge_lora, [str(repository), str(merged), "--loras", str(lora)], merged, capsys)
+    assert "leads out" in failed(convert_lora, [str(lora), str(merged), "--to", "diffusers"], merged, capsys)
 
 
 def test_pickles_are_not_read_as_loras(repository, tmp_path, capsys):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from convert_bagel_to_hf import main
 from convert_hf_to_bagel import convert_back
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffusers_bagel import BagelPipeline
@@ -109,6 +110,59 @@ def test_mistakes_of_the_published_json_are_reported(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "max_latent_size: the JSON says 4, the weights and the tokenizer 8." in said
     assert "llm_config.bos_token_id: the JSON says 420, the weights and the tokenizer 421." in said
+
+
+def changed(folder: Path, **parts: dict) -> Path:
+    """A copy of the golden checkpoint whose JSON says something else."""
+    shutil.copytree(CHECKPOINT, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    for name, values in parts.items():
+        settings[name] |= values
+        if (folder / f"{name}.json").exists():
+            (folder / f"{name}.json").write_text(json.dumps(settings[name]))
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_wrong_numbers_of_layers_are_corrected_and_reported(tmp_path, repository, capsys):
+    wrong = changed(tmp_path / "wrong", llm_config={"num_hidden_layers": 28}, vit_config={"num_hidden_layers": 27})
+    assert main([str(wrong), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "llm_config.num_hidden_layers: the JSON says 28, the weights and the tokenizer 3." in said
+    assert "vit_config.num_hidden_layers: the JSON says 27, the weights and the tokenizer 3." in said
+    written, right = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", repository))
+    assert written == right
+
+
+def test_generation_stops_at_the_right_tokens(repository):
+    settings = json.loads((repository / "generation_config.json").read_text())
+    tokenizer = AutoProcessor.from_pretrained(repository).tokenizer
+    ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    assert [settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] == ids
+
+
+def test_the_first_published_layout_without_a_config_json_gets_all_keys(tmp_path, repository):
+    first = Path(shutil.copytree(CHECKPOINT, tmp_path / "first"))
+    settings = json.loads((first / "config.json").read_text())
+    (first / "config.json").unlink()
+    # The publisher's files of the parts do not name the layer.
+    del settings["llm_config"]["layer_module"]
+    for name in ("llm_config", "vit_config"):
+        (first / f"{name}.json").write_text(json.dumps(settings[name]))
+    assert main([str(first), str(tmp_path / "out")]) == 0
+    written, whole = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", repository))
+    assert written["vae_config"] == whole["vae_config"] and written["vit_config"] == whole["vit_config"]
+
+
+def test_the_type_of_a_repository_is_that_of_most_of_its_weights(tmp_path):
+    mixed = Path(shutil.copytree(CHECKPOINT, tmp_path / "mixed"))
+    weights = load_file(mixed / "ema.safetensors")
+    save_file(
+        {name: weight if "pos_embed" in name else weight.bfloat16() for name, weight in weights.items()},
+        mixed / "ema.safetensors",
+    )
+    assert main([str(mixed), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])

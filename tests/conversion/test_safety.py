@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from convert_bagel_to_hf import main
-from safe_files import stored_tensors
+from convert_hf_to_bagel import main as convert_back
+from merge_lora import main as merge_lora
+from published_files import find_published_files
 from safetensors.torch import load_file, save_file
+from sources import opened
+from streaming import pieces
 
 from tests.conftest import CHECKPOINT
+from transformers_bagel.safetensors_bagel import stored_tensors
 
 
 @pytest.fixture
@@ -44,19 +50,20 @@ def entry(shape: list, offsets: list, dtype: str = "F32") -> dict:
     [
         pytest.param(b"{}", b"", 2**62, "header of", id="header longer than the file"),
         pytest.param(b"no json", b"", None, "cannot be read", id="no json"),
+        pytest.param(b'{"a":' * 100_000, b"", None, "cannot be read", id="too deep"),
         pytest.param([1, 2], b"", None, "cannot be read", id="a list"),
         pytest.param(entry([2], [0, 8], "PICKLE"), bytes(8), None, "cannot be read", id="unknown type"),
-        pytest.param(entry([2**60, 2**60], [0, 8]), bytes(8), None, "is broken", id="absurd size"),
+        pytest.param(entry([2**60, 2**60], [0, 8]), bytes(8), None, "its header says", id="absurd size"),
         pytest.param(entry([-2], [0, 8]), bytes(8), None, "is no size", id="negative side"),
         pytest.param(entry([2], [0, 8, 8]), bytes(8), None, "cannot be read", id="three borders"),
-        pytest.param(entry([2], [8, 16]), bytes(16), None, "is broken", id="a gap before it"),
+        pytest.param(entry([2], [8, 16]), bytes(16), None, "its header says", id="a gap before it"),
         pytest.param(entry([2], [0, 8]), bytes(4), None, "truncated", id="data end early"),
-        pytest.param(entry([2], [0, 8]), bytes(12), None, "longer", id="bytes after the last tensor"),
+        pytest.param(entry([2], [0, 8]), bytes(12), None, "81 bytes instead of 77", id="bytes after the last tensor"),
         pytest.param(
             entry([2], [0, 8]) | {"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
             bytes(12),
             None,
-            "is broken",
+            "its header says",
             id="tensors overlap",
         ),
     ],
@@ -69,7 +76,7 @@ def test_a_header_that_does_not_fit_its_file_is_refused(header, data, length, me
 def test_a_truncated_file_is_named(source, capsys):
     whole = (source / "ema.safetensors").read_bytes()
     (source / "ema.safetensors").write_bytes(whole[:-100])
-    assert "'" + str(source / "ema.safetensors") + "' is truncated" in said(source, capsys)
+    assert f"'{source / 'ema.safetensors'}' is truncated" in said(source, capsys)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
@@ -114,6 +121,8 @@ def test_a_single_pickle_may_be_the_source(source, tmp_path):
         pytest.param([torch.zeros(2)], "holds a list", id="a list"),
         pytest.param({"model": {"a": torch.zeros(2)}}, "it holds model", id="nested"),
         pytest.param({"a": torch.zeros(2, 3).t()}, "as one piece", id="transposed"),
+        pytest.param({"a": torch.eye(2).to_sparse()}, "", id="sparse"),
+        pytest.param({"a": torch.zeros(2, dtype=torch.complex64)}, "as one piece", id="complex"),
     ],
 )
 def test_an_allowed_pickle_holds_tensors_and_nothing_else(content, message, source, capsys, monkeypatch):
@@ -126,6 +135,44 @@ def test_an_allowed_pickle_holds_tensors_and_nothing_else(content, message, sour
 def test_an_allowed_pickle_must_fit_the_settings_too(source, capsys):
     torch.save({"llm2vae.weight": torch.zeros(2)}, source / "ema.pt")
     assert "does not fit its configuration" in said(source, capsys, "--allow-pickle", "ema.pt")
+
+
+def rewritten(file: Path, change) -> None:
+    """A zip file whose parts went through `change(name, content) -> (content, compression)`."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in parts.items():
+            content, compression = change(name, content)
+            archive.writestr(name, content, compression)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda name, content: (content, zipfile.ZIP_DEFLATED), "is compressed", id="compressed"),
+        pytest.param(
+            lambda name, content: (content[:16] if "/data/" in name else content, zipfile.ZIP_STORED),
+            "",
+            id="short data",
+        ),
+        pytest.param(
+            lambda name, content: (b"big" if "byteorder" in name else content, zipfile.ZIP_STORED),
+            "another order of bytes",
+            id="big-endian",
+        ),
+    ],
+)
+def test_a_pickle_whose_data_are_not_where_it_says_is_refused(change, message, source, capsys):
+    torch.save({"a": torch.arange(100.0)}, source / "ema.pt")
+    rewritten(source / "ema.pt", change)
+    assert message in said(source, capsys, "--allow-pickle", "ema.pt")
+
+
+def test_a_cut_pickle_is_refused(source, capsys):
+    torch.save({"a": torch.arange(100.0)}, source / "ema.pt")
+    (source / "ema.pt").write_bytes((source / "ema.pt").read_bytes()[:-200])
+    assert "no whole file of `torch.save`" in said(source, capsys, "--allow-pickle", "ema.pt")
 
 
 def test_old_pickles_are_to_be_saved_again(source, capsys):
@@ -148,7 +195,7 @@ def test_an_index_does_not_lead_out_of_the_folder(name, source, capsys):
     name = name if name[0] != "/" else str(source.parent / "outside.safetensors")
     index = {"weight_map": {"a": name}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "leads out of" in said(source, capsys)
+    assert "leads out of" in said(source, capsys, "--which", "model")
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "ae.safetensors", "tokenizer.json", "config.json"])
@@ -188,6 +235,103 @@ def test_weights_that_do_not_fit_their_settings_are_refused(spoilt, source, caps
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", "must hold a JSON object"),
+        ("config.json", "{", "cannot be read as JSON"),
+        ("config.json", '{"llm_config": {"hidden_size": "x"}}', "cannot be used"),
+        ("tokenizer.json", "{}", "cannot be used"),
+        ("preprocessor_config.json", '{"size": {"height": 384, "width": 384}}', "cannot be used"),
+        ("ae.safetensors", "", "ae.safetensors"),
+    ],
+)
+def test_broken_small_files_are_named_before_anything_is_written(name, content, message, source, capsys):
+    (source / name).write_text(content)
+    assert message in said(source, capsys)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "["])
+def test_a_broken_index_is_named(content, source, capsys):
+    (source / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in said(source, capsys, "--which", "model")
+
+
+def test_a_broken_vae_is_named(source, capsys):
+    weights = load_file(source / "ae.safetensors")
+    del weights["decoder.conv_out.bias"]
+    save_file(weights, source / "ae.safetensors")
+    error = said(source, capsys)
+    assert f"'{source / 'ae.safetensors'}' is not a whole BAGEL VAE" in error and "decoder.conv_out.bias" in error
+
+
+@pytest.mark.parametrize("content", [b"---\na: [\n---\n", b"\xff\xfe"])
+def test_a_broken_card_of_the_source_is_left_out(content, source, tmp_path, capsys):
+    (source / "README.md").write_bytes(content)
+    assert main([str(source), str(tmp_path / "repository")]) == 0
+    assert f"'{source / 'README.md'}' cannot be read" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_wants_to_run_code_is_not_asked_about(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asked"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["other/repo--tok.Tok", None]}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    main([str(source), str(tmp_path / "repository")])
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_noticed(source, tmp_path):
+    tensor = stored_tensors(source / "ema.safetensors")[-1]
+    whole = (source / "ema.safetensors").read_bytes()
+    (source / "ema.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(OSError, match=f"in the middle of '{tensor.name}'"):
+        list(pieces(tensor, tensor.dtype))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+def test_the_way_back_and_merging_follow_no_link_out_either(name, repository, tmp_path, capsys):
+    linked = Path(shutil.copytree(repository, tmp_path / "linked"))
+    name = "model-00001-of-00003.safetensors" if name == "model.safetensors" else name
+    shutil.move(linked / name, tmp_path / "outside")
+    (linked / name).symlink_to(tmp_path / "outside")
+    assert convert_back([str(linked), str(tmp_path / "back")]) == 2
+    assert merge_lora([str(linked), str(tmp_path / "merged"), "--loras", str(tmp_path / "no lora")]) == 2
+    assert capsys.readouterr().err.count("leads out of") == 2
+    assert not (tmp_path / "back").exists() and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("spoilt", ["a tensor", "the tokenizer", "the VAE"])
+def test_the_way_back_refuses_what_is_not_whole(spoilt, repository, tmp_path, capsys):
+    broken = Path(shutil.copytree(repository, tmp_path / "broken"))
+    if spoilt == "a tensor":
+        last = broken / "model-00003-of-00003.safetensors"
+        weights = load_file(last)
+        del weights["vit_pos_embed.pos_embed"]
+        save_file(weights, last)
+    elif spoilt == "the tokenizer":
+        for name in ("tokenizer.json", "vocab.json"):
+            (broken / name).unlink(missing_ok=True)
+    else:
+        save_file({"a": torch.zeros(2)}, broken / "vae" / "diffusion_pytorch_model.safetensors")
+    assert convert_back([str(broken), str(tmp_path / "back")]) == 2
+    expected = {"a tensor": "vit_pos_embed", "the tokenizer": "tokenizer is missing", "the VAE": "no `AutoencoderKL`"}
+    assert expected[spoilt] in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_source(tmp_path):
+    """The path that `hf download` prints: links into the folder of blobs beside it."""
+    cache = tmp_path / "models--org--bagel"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for file in CHECKPOINT.iterdir():
+        shutil.copy(file, cache / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert main([str(snapshot), str(tmp_path / "repository")]) == 0
+    assert main([str(snapshot / "ema.safetensors"), str(tmp_path / "again")]) == 0
+
+
 def test_there_is_no_such_source(tmp_path, capsys):
     assert "no file, no folder" in said(tmp_path / "nowhere", capsys)
 
@@ -217,6 +361,81 @@ def test_a_training_checkpoint_takes_the_rest_from_its_base(source, tmp_path, ca
     assert torch.equal(written["ema"][name], average[name]) and torch.equal(written[None][name], average[name])
     assert torch.equal(written["model"][name], average[name] + 1)
     assert "Name a complete checkpoint with --base" in said(training, capsys)
+
+
+@pytest.fixture
+def both(source) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder with the average, and other weights in shards with an index; and the average."""
+    average = load_file(source / "ema.safetensors")
+    names = sorted(average)
+    parts = {"model-00001-of-00002.safetensors": names[:50], "model-00002-of-00002.safetensors": names[50:]}
+    for file, own in parts.items():
+        save_file({name: average[name] + 1 for name in own}, source / file)
+    weight_map = {name: file for file, own in parts.items() for name in own}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return source, average
+
+
+@pytest.mark.parametrize(("which", "offset"), [(None, 0), ("ema", 0), ("model", 1)])
+def test_shards_are_the_last_weights_and_not_the_average(which, offset, both, tmp_path):
+    source, average = both
+    options = [] if which is None else ["--which", which]
+    assert main([str(source), str(tmp_path / "repository"), "--verify", *options]) == 0
+    written = load_file(tmp_path / "repository" / "model.safetensors")
+    assert written.keys() == average.keys()
+    assert all(torch.equal(written[name], average[name] + offset) for name in average)
+
+
+def test_shards_alone_are_a_source(both, tmp_path, capsys):
+    source, average = both
+    (source / "ema.safetensors").unlink()
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["llm2vae.weight"], average["llm2vae.weight"] + 1
+    )
+    assert "holds no ema.safetensors" in said(source, capsys, "--which", "ema")
+    (source / "model-00002-of-00002.safetensors").unlink()
+    assert "no file 'model-00002-of-00002.safetensors'" in said(source, capsys)
+
+
+def test_which_does_not_contradict_the_file_or_the_pickles(source, capsys):
+    assert "holds the other weights" in said(source / "ema.safetensors", capsys, "--which", "model")
+    torch.save({}, source / "ema.pt")
+    assert "--which" in said(source, capsys, "--which", "ema", "--allow-pickle", "ema.pt")
+
+
+def test_other_files_of_a_training_are_left_alone(source, tmp_path):
+    """As the published training script leaves them beside its weights."""
+    training = tmp_path / "0001000"
+    training.mkdir()
+    shutil.move(source / "ema.safetensors", training)
+    torch.save({"state": Malicious()}, training / "optimizer.00000-of-00008.pt")
+    torch.save({"state": Malicious()}, training / "scheduler.pt")
+    torch.save([Malicious()], training / "data_status.pt")
+    assert main([str(training), str(tmp_path / "repository"), "--base", str(CHECKPOINT)]) == 0
+    assert not Path("touched").exists()
+
+
+def test_settings_and_tokenizer_are_each_taken_from_one_place(source, tmp_path):
+    """The source has a vocabulary of its own, and the base a tokenizer.json, which does not fit it."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "ema.safetensors"):
+        shutil.copy(source / name, own)
+    settings = json.loads((source / "config.json").read_text())
+    (own / "llm_config.json").write_text(json.dumps(settings["llm_config"] | {"rms_norm_eps": 0.5}))
+    (own / "vit_config.json").write_text(json.dumps(settings["vit_config"]))
+    files = find_published_files(opened(str(own)), opened(str(CHECKPOINT)), None)
+    places = {name: file.parent for name, file in files.descriptions.items()}
+    assert set(places.values()) == {own} and "tokenizer.json" not in places and "config.json" not in places
+    assert files.vae.parent == CHECKPOINT
+
+
+def test_a_template_of_chats_is_not_taken_over(source, tmp_path):
+    """Newer libraries write one beside any tokenizer; the published layout has none, and its prompts are not Qwen's."""
+    (source / "chat_template.jinja").write_text("{{ 'other' }}")
+    assert main([str(source), str(tmp_path / "repository")]) == 0
+    assert "other" not in (tmp_path / "repository" / "chat_template.jinja").read_text()
 
 
 def test_a_bare_file_of_weights_is_enough_with_a_base(tmp_path):

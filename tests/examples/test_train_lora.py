@@ -94,9 +94,9 @@ def test_alpha_is_saved(train, checkpoint, tmp_path):
     assert drawn(pipe) == validation_picture(tmp_path, 2)
 
 
-def test_card(uninterrupted, checkpoint):
+def test_card(uninterrupted):
     card = load_card(uninterrupted)
-    assert card.data.base_model == str(checkpoint)
+    assert "base_model" not in card.data.to_dict(), "a folder of this machine"
     assert "lora" in card.data.tags
     assert card.data.instance_prompt == "a shape"
     widgets = [(widget["text"], widget["output"]["url"]) for widget in card.data.widget]

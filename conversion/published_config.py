@@ -1,0 +1,106 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The published `config.json`: what it says, what is wrong with it, and how this package's settings are put in its words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safe_files import read_json_object
+
+from transformers_bagel import BagelConfig
+from transformers_bagel.published_bagel import PUBLISHED_KEYS
+
+
+def read_published(descriptions: dict[str, Path]) -> dict[str, Any]:
+    """The published `config.json`, completed by the files of its parts.
+
+    Raises:
+        ValueError: if one of them holds no JSON object.
+    """
+    settings = read_json_object(descriptions["config.json"]) if "config.json" in descriptions else {}
+    for key in ("llm_config", "vit_config"):
+        if settings.get(key) is None and f"{key}.json" in descriptions:
+            settings[key] = read_json_object(descriptions[f"{key}.json"])
+    return settings
+
+
+def published_settings(kept: dict[str, Any], config: BagelConfig) -> dict[str, Any]:
+    """A whole published `config.json`.
+
+    Args:
+        kept (`dict[str, Any]`): A `config.json` whose published keys are taken over, as far as it has them.
+        config ([`BagelConfig`]): What the others say.
+    """
+    text, vision = (config.to_dict()[key] for key in ("text_config", "vision_config"))
+    # Readers older than transformers 5 know no `rope_parameters`.
+    rope = {"rope_theta": text["rope_parameters"]["rope_theta"]} if text.get("rope_parameters") else {}
+    # The published code builds one layer fewer than this number.
+    vision["num_hidden_layers"] += 1
+    return {
+        "architectures": ["BagelForConditionalGeneration"],
+        "model_type": config.model_type,
+        "visual_gen": config.visual_gen,
+        "visual_und": config.visual_und,
+        "llm_config": text | rope | {"model_type": "qwen2", "layer_module": "Qwen2MoTDecoderLayer"},
+        "vit_config": vision | {"model_type": "siglip_vision_model"},
+        "vae_config": {"z_channels": config.latent_channels, "downsample": config.latent_downsample},
+        **{key: kept[key] for key in PUBLISHED_KEYS if kept.get(key) is not None},
+        "interpolate_pos": config.interpolate_pos,
+        "timestep_shift": config.timestep_shift,
+        "vit_max_num_patch_per_side": config.vit_max_num_patch_per_side,
+        "latent_patch_size": config.latent_patch_size,
+        "max_latent_size": config.max_latent_size,
+        "connector_act": config.connector_act,
+    }
+
+
+def corrections(published: dict[str, Any], config: BagelConfig) -> list[tuple[str, Any, Any]]:
+    """What the published JSON says wrongly: the key, its value there, and the right one."""
+    text, vision = config.get_text_config(), config.vision_config
+    right = {
+        "max_latent_size": config.max_latent_size,
+        "vit_max_num_patch_per_side": config.vit_max_num_patch_per_side,
+        "llm_config.num_hidden_layers": text.num_hidden_layers,
+        "llm_config.vocab_size": text.vocab_size,
+        "llm_config.bos_token_id": text.bos_token_id,
+        "llm_config.eos_token_id": text.eos_token_id,
+        # The published code builds one layer fewer than this number.
+        "vit_config.num_hidden_layers": vision.num_hidden_layers + 1,  # type: ignore[union-attr]
+        "vae_config.z_channels": config.latent_channels,
+    }
+    found = []
+    for name, value in right.items():
+        *parts, key = name.split(".")
+        place = published.get(parts[0]) or {} if parts else published
+        if key in place and place[key] != value:
+            found.append((name, place[key], value))
+    return found
+
+
+def repository_settings(
+    published: dict[str, Any], corrected: list[tuple[str, Any, Any]], config: BagelConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """
+    A `config.json` with this package's settings, and beside them the published keys for engines that know BAGEL by them.
+
+    Args:
+        published (`dict[str, Any]`): See [`read_published`]; what it says is kept, but for
+        corrected (`list[tuple[str, Any, Any]]`): see [`corrections`].
+        config ([`BagelConfig`])
+        dtype (`torch.dtype`): Of most of the weights.
+    """
+    kept = {key: dict(published[key]) for key in PUBLISHED_KEYS if published.get(key) is not None}
+    for name, _, value in corrected:
+        part, _, key = name.partition(".")
+        if key:
+            kept[part][key] = value
+    config.architectures = ["BagelForConditionalGeneration"]
+    config.dtype = dtype
+    written = json.loads(config.to_json_string(use_diff=False))
+    # Where the weights of the source were is nothing about those of the repository.
+    written.pop("transformers_weights", None)
+    complete = published_settings(kept, config)
+    return written | {key: complete[key] for key in PUBLISHED_KEYS}
