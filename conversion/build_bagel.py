@@ -220,7 +220,7 @@ def build(
         write_card(
             dst, repo_id, ModelCardData(base_model=parts), shards, parts=", ".join(f"`{part}`" for part in parts)
         )
-        write_weights(dst, shards, index, verify)
+        write_weights(dst, pipe.vae, shards, index, verify)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def convert(
     write_card(
         dst, repo_id, card, shards, source=public_name(src), corrections=corrected, known_sections=known.sections
     )
-    write_weights(dst, shards, index, verify)
+    write_weights(dst, pipe.vae, shards, index, verify)
 
 
 def described(

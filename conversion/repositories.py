@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from remote_code import write_remote_code
 from safe_files import read_json_object
+from safetensors.torch import load_file
 from sources import INDEX
 from streaming import SPARE_BYTES, UNFINISHED, Shard, check_room, verify_shard, write_json, write_shard
 from tqdm.auto import tqdm
@@ -129,8 +130,16 @@ def write_card(dst: Path, repo_id: str | None, data: ModelCardData, shards: list
     card.save(dst / "README.md")
 
 
-def write_weights(dst: Path, shards: list[Shard], index: dict[str, Any] | None, verify: bool) -> None:
+def write_weights(
+    dst: Path, vae: torch.nn.Module, shards: list[Shard], index: dict[str, Any] | None, verify: bool
+) -> None:
     """The long part, after which DST is no unfinished run any more.
+
+    Args:
+        dst (`Path`)
+        vae (`torch.nn.Module`): What `vae/` must hold.
+        shards (`list[Shard]`), index (`dict`, *optional*): See [`plan_shards`].
+        verify (`bool`): Whether to read again what was written.
 
     Raises:
         ValueError: if it was to be verified, and something that was written differs from its source.
@@ -144,9 +153,21 @@ def write_weights(dst: Path, shards: list[Shard], index: dict[str, Any] | None, 
     if index is not None:
         write_json(dst / INDEX, index)
     if verify:
+        verify_vae(dst / "vae", vae)
         with tqdm(total=total, desc="Verified", unit="B", unit_scale=True) as progress:
             for shard in shards:
                 verify_shard(shard, dst, progress)
     (dst / STATE).unlink()
     num_tensors = sum(len(shard.tensors) for shard in shards)
     print(f"{dst}: {num_tensors} tensors, {total / 1e9:.2f} GB in {len(shards)} files.")
+
+
+def verify_vae(folder: Path, vae: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: naming the first tensor of the file that is not the VAE's.
+    """
+    written, expected = load_file(folder / "diffusion_pytorch_model.safetensors"), vae.state_dict()
+    for name in sorted(written.keys() | expected.keys()):
+        if name not in written or name not in expected or not torch.equal(written[name], expected[name]):
+            raise ValueError(f"'{name}' in '{folder}' is not what it was made of: run the same command again.")

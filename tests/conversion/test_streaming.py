@@ -13,6 +13,7 @@ import repositories
 import streaming
 import torch
 from convert_bagel_to_hf import convert, main
+from diffusers import AutoencoderKL
 from repositories import STATE
 from safetensors.torch import load_file
 
@@ -153,3 +154,20 @@ def test_verification_finds_a_changed_byte(tmp_path, monkeypatch, capsys):
     assert main([str(CHECKPOINT), str(folder)]) == 0
     written, source = load_file(folder / "model.safetensors"), load_file(CHECKPOINT / "ema.safetensors")
     assert all(torch.equal(written[name], source[name]) for name in source)
+
+
+def test_verification_reads_the_vae_too(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "repository"
+    save = AutoencoderKL.save_pretrained
+
+    def damaged(vae, *args, **kwargs):
+        with torch.no_grad():
+            vae.decoder.conv_out.bias += 1
+            save(vae, *args, **kwargs)
+            vae.decoder.conv_out.bias -= 1
+
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", damaged)
+    assert main([str(CHECKPOINT), str(folder), "--verify"]) == 2
+    assert "'decoder.conv_out.bias'" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([str(CHECKPOINT), str(folder), "--verify"]) == 0
