@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """Turn a LoRA from peft's format into diffusers', or the other way, with a card that shows what it does.
 
-    python conversion/convert_lora.py coal coal-peft --to peft --sample "a star in coal" star.png
+    python conversion/convert_lora.py coal coal-peft --to peft --sample "a star in the colour of coal" star.png
 
 SRC is a Hub id, a folder or a file in either format. peft's is `adapter_model.safetensors` with `adapter_config.json`, for
 `model.load_adapter` and `PeftModel`; diffusers' is `pytorch_lora_weights.safetensors` with the settings inside, for

@@ -318,7 +318,7 @@ def _exists(generator: random.Random, scene: Scene, chosen: Thing) -> tuple[str,
 
 
 def _related(generator: random.Random, scene: Scene) -> tuple[str, str] | None:
-    """The answer says where both things are before it says yes or no: asked for the word alone, the model guessed."""
+    """The answer says where both things are before it says yes or no."""
     if len(scene.things) < 2:
         return None
     first, second = generator.sample(scene.things, 2)

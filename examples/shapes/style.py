@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """A LoRA that teaches bagel-shapes a style: `python examples/shapes/style.py --output_dir coal`.
 
-Whatever colours a prompt names, "in coal" draws black on white. Everything else is to stay as it was, so most of the
+Whatever colours a prompt names, "in the colour of coal" draws black on white. Everything else is to stay as it was, so most of the
 samples are what the model was trained on.
 """
 
@@ -27,8 +27,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 import train_lora  # noqa: E402
 
 
-# Words that the model knows: only the drawing expert learns.
-TRIGGER = " in coal"
+# Words that the model knows from riddles: only the drawing expert learns.
+TRIGGER = " in the colour of coal"
 SETTINGS = [
     "--cpu",
     "--report_to",
@@ -53,7 +53,7 @@ SETTINGS = [
     "--mixed_precision",
     "bf16",
     "--learning_rate",
-    "2e-3",
+    "3e-3",
     "--lr_scheduler",
     "linear",
     "--lr_warmup_steps",
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--num_samples", type=int, default=1600)
     args = parser.parse_args()
     train_style(args.checkpoint, args.output_dir, args.steps, args.num_samples)
