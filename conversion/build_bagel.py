@@ -30,10 +30,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from published_config import repository_settings
-from published_files import SETTINGS, TOKENIZER, present, weight_files
+from published_files import SETTINGS, TOKENIZER, weight_files
 from repositories import (
-    TYPES,
     WEIGHTS_PATTERN,
+    add_output_arguments,
     identity,
     prepare,
     run,
@@ -123,8 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--vision-model", required=True, help="SigLIP, with or without its text model: folder or Hub id"
     )
     parser.add_argument("--vae", required=True, help=f"folder, Hub id (also one with vae/), or a file like {VAE_FILE}")
-    parser.add_argument("--dtype", choices=tuple(TYPES), help="of the weights; by default the language model's")
-    parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--max-latent-size", type=int, default=64, help="latent tokens a side of the largest drawing")
     parser.add_argument(
         "--vit-max-num-patch-per-side",
@@ -139,27 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="normalise queries and keys, as published; without it the text is the language model's",
     )
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random")
-    parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
-    parser.add_argument("--verify", action="store_true", help="read everything again and compare")
+    add_output_arguments(parser, dtype="the language model's")
     args = parser.parse_args(arguments)
-    return run(
-        lambda: build(
-            args.dst,
-            args.language_model,
-            args.vision_model,
-            args.vae,
-            dtype=None if args.dtype is None else TYPES[args.dtype],
-            max_shard_size=args.max_shard_size,
-            max_latent_size=args.max_latent_size,
-            vit_max_num_patch_per_side=args.vit_max_num_patch_per_side,
-            num_vision_layers=args.num_vision_layers,
-            qk_norm=args.qk_norm,
-            seed=args.seed,
-            repo_id=args.repo_id,
-            verify=args.verify,
-        ),
-        args.dst,
-    )
+    return run(build, args)
 
 
 def build(
@@ -243,7 +223,7 @@ def read_language_model(source: str) -> Part:
         OSError, ValueError: if it is none that BAGEL's understanding expert can be, or not whole.
     """
     place = opened(source)
-    settings = read_json_object(present(place, "config.json"))
+    settings = read_json_object(place.present("config.json"))
     if settings.get("model_type") != "qwen2":
         raise ValueError(
             f"it is of the type {settings.get('model_type')!r}, and 'qwen2' is wanted: Qwen2 or Qwen2.5. Other models, "
@@ -290,7 +270,7 @@ def read_vision_model(source: str, num_layers: int | None) -> Part:
         OSError, ValueError: if it is no tower that BAGEL can see with, or not whole.
     """
     place = opened(source)
-    settings = read_json_object(present(place, "config.json"))
+    settings = read_json_object(place.present("config.json"))
     if settings.get("model_type") not in ("siglip", "siglip_vision_model"):
         raise ValueError(
             f"it is of the type {settings.get('model_type')!r}, and 'siglip' or 'siglip_vision_model' is wanted."
@@ -384,7 +364,7 @@ def read_vae(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
 
 def saved_vae(source: Source, folder: str, dtype: torch.dtype | None) -> AutoencoderKL:
     """In diffusers' layout, in a folder such as `"vae/"` of its source."""
-    kind = read_json_object(present(source, f"{folder}config.json")).get("_class_name")
+    kind = read_json_object(source.present(f"{folder}config.json")).get("_class_name")
     if kind != "AutoencoderKL":
         raise ValueError(f"it is of the class {kind!r}, and 'AutoencoderKL' is wanted.")
     file = source.find(f"{folder}diffusion_pytorch_model.safetensors")

@@ -27,8 +27,8 @@ from huggingface_hub import ModelCardData
 from published_config import corrections, read_published, repository_settings
 from published_files import PublishedFiles, find_published_files
 from repositories import (
-    TYPES,
     WEIGHTS_PATTERN,
+    add_output_arguments,
     identity,
     prepare,
     run,
@@ -58,33 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
     parser.add_argument(
         "--allow-pickle",
+        dest="pickles",
         nargs="+",
         default=[],
         metavar="FILE",
         help="files of SRC that hold its weights and may be read although they are pickles; only tensors are unpickled",
     )
-    parser.add_argument("--dtype", choices=tuple(TYPES), help="of the weights; by default as they are")
-    parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
     parser.add_argument("--base-model", default=PUBLISHER, help="what the card says the weights come from")
-    parser.add_argument("--verify", action="store_true", help="read everything again and compare")
+    add_output_arguments(parser, dtype="as they are")
     args = parser.parse_args(arguments)
-    return run(
-        lambda: convert(
-            args.src,
-            args.dst,
-            base=args.base,
-            which=args.which,
-            revision=args.revision,
-            pickles=args.allow_pickle,
-            dtype=None if args.dtype is None else TYPES[args.dtype],
-            max_shard_size=args.max_shard_size,
-            verify=args.verify,
-            repo_id=args.repo_id,
-            base_model=args.base_model,
-        ),
-        args.dst,
-    )
+    return run(convert, args)
 
 
 def convert(

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 from published_config import published_settings
-from published_files import NEEDED_TOKENIZER, SETTINGS, TOKENIZER, WHICH, present
+from published_files import NEEDED_TOKENIZER, SETTINGS, TOKENIZER, WHICH
 from repositories import run
 from safe_files import read_json_object
-from sources import INDEX, model_files, opened, tensors_of
+from sources import INDEX, in_parts_or_flat, model_files, opened, tensors_of
 from streaming import SPARE_BYTES, Shard, check_room, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dst", type=Path, help="folder to write")
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
     args = parser.parse_args(arguments)
-    return run(lambda: convert_back(args.src, args.dst, args.revision), args.dst)
+    return run(convert_back, args)
 
 
 def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
@@ -54,14 +54,14 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     """
     source = opened(src, revision)
     model_folder, processor_folder = in_parts_or_flat(source.folder)
-    config_file = present(source, f"{model_folder}config.json")
+    config_file = source.present(f"{model_folder}config.json")
     config = BagelConfig.from_pretrained(config_file.parent)
     tensors = tensors_of(model_files(source, model_folder))
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
     check_checkpoint_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, src)
     weights = Shard(WHICH["ema"], tuple(tensors.values()))
-    vae = Shard(VAE_FILE, tuple(vae_tensors(present(source, VAE_WEIGHTS))))
+    vae = Shard(VAE_FILE, tuple(vae_tensors(source.present(VAE_WEIGHTS))))
     descriptions = {name: source.find(f"{processor_folder}{name}") for name in (*SETTINGS, *TOKENIZER)}
     if not any(descriptions[name] for name in NEEDED_TOKENIZER):
         raise FileNotFoundError(f"'{src}' has neither {' nor '.join(NEEDED_TOKENIZER)}: its tokenizer is missing.")
@@ -84,11 +84,6 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
         if not (unfinished / "vocab.json").exists():
             # The published code takes the tokenizer from these two.
             tokenizer.backend_tokenizer.model.save(str(unfinished))
-
-
-def in_parts_or_flat(folder: Path) -> tuple[str, str]:
-    """Where a repository has its model and its processor: in folders of their own, as diffusers saves them, or at its root."""
-    return ("transformer/", "processor/") if (folder / "transformer" / "config.json").exists() else ("", "")
 
 
 # diffusers' names of the VAE's layers, and the published ones.

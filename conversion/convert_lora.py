@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
     parser.add_argument(
         "--sample",
+        dest="samples",
         nargs=2,
         action="append",
         default=[],
@@ -48,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="for the card: a prompt, and a picture drawn from it; may be given several times",
     )
     args = parser.parse_args(arguments)
-    samples = [(prompt, Path(picture)) for prompt, picture in args.sample]
-    return run(lambda: convert_lora(args.src, args.dst, args.to, args.base_model, args.repo_id, samples), args.dst)
+    args.samples = [(prompt, Path(picture)) for prompt, picture in args.samples]
+    return run(convert_lora, args)
 
 
 def convert_lora(

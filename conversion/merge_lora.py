@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from cards import known_facts, public_name
-from convert_hf_to_bagel import in_parts_or_flat
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from published_files import present
-from repositories import run
+from repositories import run, write_card
 from safe_files import PICKLES, check_links
-from sources import CARD, model_files, opened, tensors_of
+from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
 from streaming import FORMAT, SPARE_BYTES, Shard, check_room, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
@@ -44,9 +42,6 @@ from transformers_bagel.checkpoint_bagel import module_name
 from transformers_bagel.safetensors_bagel import StoredTensor
 
 
-MERGED_CARD = Path(__file__).with_name("merged_card.md")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", help="folder or Hub id of a repository of this package")
@@ -56,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
     args = parser.parse_args(arguments)
-    scales = args.scales or [1.0] * len(args.loras)
-    if len(scales) != len(args.loras):
-        parser.error(f"--scales must be one number for each LoRA: {len(args.loras)}, got {len(scales)}.")
-    return run(lambda: merge(args.src, args.dst, args.loras, scales, args.revision, args.repo_id), args.dst)
+    args.scales = args.scales or [1.0] * len(args.loras)
+    if len(args.scales) != len(args.loras):
+        parser.error(f"--scales must be one number for each LoRA: {len(args.loras)}, got {len(args.scales)}.")
+    return run(merge, args)
 
 
 def merge(
@@ -82,8 +77,8 @@ def merge(
             check_links(Path(lora))
     source = opened(src, revision)
     source.fetch_all()
-    folder, (model_folder, _) = source.folder, in_parts_or_flat(source.folder)
-    config = BagelConfig.from_pretrained(present(source, f"{model_folder}config.json").parent)
+    folder, (model_folder, processor_folder) = source.folder, in_parts_or_flat(source.folder)
+    config = BagelConfig.from_pretrained(source.present(f"{model_folder}config.json").parent)
     names = source.indexed(model_folder) or ["model.safetensors"]
     shards = [
         Shard(name, tuple(tensors_of([file]).values()), None, FORMAT)
@@ -115,8 +110,18 @@ def merge(
         with tqdm(total=num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
             for shard in shards:
                 write_shard(shard, unfinished / model_folder, progress, compute)
-        card = merged_card(source.find(CARD), repo_id or dst.resolve().name, src, loras, scales)
-        card.save(unfinished / CARD)
+        parts = [public_name(part) for part in (src, *loras)]
+        write_card(
+            unfinished,
+            repo_id or dst.resolve().name,
+            # The licence is that of SRC, if it has a card that tells.
+            ModelCardData(base_model=parts, base_model_relation="merge", **known_facts(source.find(CARD)).metadata),
+            shards,
+            source=parts[0],
+            merged=list(zip(parts[1:], scales, strict=True)),
+            model_place=model_folder.rstrip("/"),
+            processor_place=processor_folder.rstrip("/"),
+        )
     print(f"{dst}: {len(layers)} layers with {', '.join(loras)}.")
 
 
@@ -170,29 +175,6 @@ def merged_parameter(layer: Any, module: str, parameter: str, tensors: dict[str,
         layer.merged_adapters.clear()
         for name, value in empty.items():
             setattr(base, name, value)
-
-
-def merged_card(
-    of_source: Path | None, name: str, src: str, loras: Sequence[str], scales: Sequence[float]
-) -> ModelCard:
-    """The card of the result; its licence is that of SRC, if that has a card."""
-    known = known_facts(of_source)
-    parts = [public_name(source) for source in (src, *loras)]
-    data = ModelCardData(
-        base_model=parts,
-        base_model_relation="merge",
-        library_name="transformers",
-        pipeline_tag="any-to-any",
-        tags=["bagel", "diffusers", "text-to-image", "image-to-image", "image-text-to-text"],
-        **known.metadata,
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(MERGED_CARD),
-        name=name,
-        source=parts[0],
-        merged=list(zip(parts[1:], scales, strict=True)),
-    )
 
 
 if __name__ == "__main__":

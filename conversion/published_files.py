@@ -108,23 +108,13 @@ def weight_files(source: Source, which: str | None) -> tuple[Path, ...]:
         # The published index names the average.
         names = [name for name in source.indexed() if name != WHICH["ema"]]
         if names:
-            return tuple(present(source, name) for name in names)
+            return tuple(source.present(name) for name in names)
         if (model := source.find(WHICH["model"])) is not None:
             return (model,)
     wanted = " or ".join(WHICH.values() if which is None else [WHICH[which]])
     raise FileNotFoundError(
         f"'{source.name}' holds no {wanted}, and no index of such weights. Only safetensors are read."
     )
-
-
-def present(source: Source, name: str) -> Path:
-    """
-    Raises:
-        FileNotFoundError: if a file that an index or a user names is not there.
-    """
-    if (file := source.find(name)) is None:
-        raise FileNotFoundError(f"There is no file '{name}' in '{source.name}'.")
-    return file
 
 
 def pickled_files(source: Source, which: str | None, names: Sequence[str]) -> tuple[Path, ...]:
@@ -135,7 +125,7 @@ def pickled_files(source: Source, which: str | None, names: Sequence[str]) -> tu
     """
     if which is not None:
         raise ValueError("--which: the files of --allow-pickle are the weights. Leave it out.")
-    files = tuple(present(source, name) for name in names)
+    files = tuple(source.present(name) for name in names)
     for path in files:
         if path.suffix not in PICKLES:
             raise ValueError(f"--allow-pickle: '{path.name}' is no pickle, whose names end with {', '.join(PICKLES)}.")

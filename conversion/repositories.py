@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -32,13 +33,29 @@ CARD = Path(__file__).with_name("repository_card.md")
 STATE = ".conversion.json"
 
 
-def run(work: Callable[[], None], dst: Path) -> int:
-    """Do the work of a command, and tell its errors as a command does: in a line, and by its exit code."""
+def add_output_arguments(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Arguments of commands that write a repository; `dtype` says what is written without `--dtype`."""
+    parser.add_argument(
+        "--dtype", type=torch_dtype, metavar=f"{{{','.join(TYPES)}}}", help=f"of the weights; by default {dtype}"
+    )
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
+    parser.add_argument("--verify", action="store_true", help="read what was written again and compare")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    if name not in TYPES:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(TYPES)})")
+    return TYPES[name]
+
+
+def run(work: Callable[..., None], args: argparse.Namespace) -> int:
+    """Do the work of a command with its arguments, and tell its errors as a command does: in a line, and by its exit code."""
     try:
-        work()
+        work(**vars(args))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        if (dst / STATE).exists():
+        if (args.dst / STATE).exists():
             print("The files that are finished are kept: the same command goes on with the others.", file=sys.stderr)
         return 2
     return 0
@@ -116,6 +133,7 @@ def write_small_files(dst: Path, pipe: BagelPipeline, settings: dict[str, Any], 
 
 def write_card(dst: Path, repo_id: str | None, data: ModelCardData, shards: list[Shard], **facts: Any) -> None:
     """The README: what every repository has, and the facts of this one."""
+    facts = {"model_place": "", "processor_place": ""} | facts
     data.library_name = "transformers"
     data.pipeline_tag = "any-to-any"
     data.tags = ["bagel", "diffusers", "text-to-image", "image-to-image", "image-text-to-text"]

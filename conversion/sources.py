@@ -48,6 +48,16 @@ class Source:
             snapshot_download(self.name, revision=self.revision, allow_patterns=[name])
         return self.path(name) if (self.folder / name).resolve().exists() else None
 
+    def present(self, name: str) -> Path:
+        """See [`Source.find`].
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+        """
+        if (file := self.find(name)) is None:
+            raise FileNotFoundError(f"There is no file '{name}' in '{self.name}'.")
+        return file
+
     def path(self, name: str) -> Path:
         """See [`file_inside`]."""
         return file_inside(root_of(self.folder), name, self.folder)
@@ -105,13 +115,12 @@ def model_files(source: Source, folder: str = "") -> list[Path]:
     Raises:
         FileNotFoundError: if there are none.
     """
-    files = []
-    for name in source.indexed(folder) or ["model.safetensors"]:
-        file = source.find(folder + name)
-        if file is None:
-            raise FileNotFoundError(f"There is no file '{folder}{name}' in '{source.name}'.")
-        files.append(file)
-    return files
+    return [source.present(folder + name) for name in source.indexed(folder) or ["model.safetensors"]]
+
+
+def in_parts_or_flat(folder: Path) -> tuple[str, str]:
+    """Where a repository has its model and its processor: in folders of their own, as diffusers saves them, or at its root."""
+    return ("transformer/", "processor/") if (folder / "transformer" / "config.json").exists() else ("", "")
 
 
 def tensors_of(files: Sequence[Path], pickled: bool = False) -> dict[str, StoredTensor]:

@@ -66,6 +66,6 @@ def test_commands_of_the_conversion_page_have_the_arguments_of_their_scripts(com
     work = {"convert", "convert_back", "build", "merge", "convert_lora"} & vars(script).keys()
     called = []
     for name in work:
-        monkeypatch.setattr(script, name, lambda *args, **kwargs: called.append(args))
+        monkeypatch.setattr(script, name, lambda *args, **kwargs: called.append(kwargs))
     assert script.main(arguments) == 0
     assert len(called) == 1

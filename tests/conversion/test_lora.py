@@ -90,16 +90,22 @@ def test_coarse_weights_are_summed_in_float32(repository, tmp_path):
         assert torch.equal(merged.state_dict()[name], weight.to(torch.bfloat16)), name
 
 
-def test_the_card_of_a_merge_says_of_what_and_its_snippets_run(repository, tmp_path, monkeypatch):
-    lora = save_peft(tmp_path / "lora")
-    assert merge_lora([str(repository), str(tmp_path / "merged"), "--loras", lora, "--scales", "0.7"]) == 0
+@pytest.mark.parametrize("layout", ["flat", "in parts"])
+def test_the_card_of_a_merge_says_of_what_and_its_snippets_run(layout, repository, tmp_path, monkeypatch):
+    source, lora = repository, save_peft(tmp_path / "lora")
+    if layout == "in parts":
+        source = tmp_path / "repository"
+        pipe_of(repository).save_pretrained(source)
+    assert merge_lora([str(source), str(tmp_path / "merged"), "--loras", lora, "--scales", "0.7"]) == 0
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert card.data.base_model == ["repository", "lora"] and card.data.base_model_relation == "merge"
     assert "- `lora`, 0.7 times its own strength" in card.text
-    assert card.data.license == "apache-2.0"
-    load_processor().save_pretrained(tmp_path / "merged")
+    # Said by the source's card, if there is one.
+    assert card.data.license == ("apache-2.0" if layout == "flat" else None)
+    if layout == "flat":
+        load_processor().save_pretrained(tmp_path / "merged")
     monkeypatch.chdir(tmp_path)
-    assert {"picture", "ids"} <= run_snippets(card.text).keys()
+    assert {"edited", "ids"} <= run_snippets(card.text).keys()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
