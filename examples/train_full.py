@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from bagel_training.arguments import add_shared_arguments, check_shared_arguments
-from bagel_training.data import load_samples
+from bagel_training.data import TrainingSamples, load_samples
 from bagel_training.ema import ShardedEma
-from bagel_training.loop import Training, make_accelerator, make_loader, make_optimizer
+from bagel_training.loop import Training, end_training, make_accelerator, make_loader, make_optimizer
 from bagel_training.models import load_pipeline
 from bagel_training.parallel import shard_model
 from bagel_training.publish import push, write_card
@@ -64,6 +64,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     samples = load_samples(args)
     accelerator = make_accelerator(args)
+    train(args, accelerator, samples)
+    end_training(accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingSamples) -> None:
     if args.fsdp and accelerator.num_processes == 1:
         raise ValueError("--fsdp shards over processes, and there is one. Start it with `accelerate launch`.")
     pipe = load_pipeline(args, accelerator, torch.float32)
@@ -105,7 +110,6 @@ def main(args: argparse.Namespace) -> None:
         )
         if args.push_to_hub:
             logger.info(f"Pushed to {push(args)}")
-    accelerator.end_training()
 
 
 def save(args: argparse.Namespace, accelerator: Accelerator, pipe: BagelPipeline) -> None:

@@ -15,10 +15,11 @@ import re
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from bagel_training.arguments import add_shared_arguments, check_shared_arguments
-from bagel_training.data import load_samples
-from bagel_training.loop import Training, make_accelerator, make_loader, make_optimizer
+from bagel_training.data import TrainingSamples, load_samples
+from bagel_training.loop import Training, end_training, make_accelerator, make_loader, make_optimizer
 from bagel_training.models import load_pipeline
 from bagel_training.publish import push, write_card
 from bagel_training.throughput import StepFlops
@@ -62,6 +63,11 @@ def targets(args: argparse.Namespace) -> str:
 def main(args: argparse.Namespace) -> None:
     samples = load_samples(args)
     accelerator = make_accelerator(args)
+    train(args, accelerator, samples)
+    end_training(accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingSamples) -> None:
     # The weights below the adapters are not trained, so they may be as coarse as the computation.
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe = load_pipeline(args, accelerator, dtype)
@@ -115,7 +121,6 @@ def main(args: argparse.Namespace) -> None:
         )
         if args.push_to_hub:
             logger.info(f"Pushed to {push(args)}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import math
 import time
@@ -63,6 +64,15 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         settings = {name: str(value) for name, value in vars(args).items() if name not in hidden}
         accelerator.init_trackers("bagel", config=settings)
     return accelerator
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Close the trackers and the processes' group; to be called when nothing of the model is left."""
+    # Whatever holds the group keeps its threads alive into the interpreter's end. One that lets go of a tensor there
+    # aborts the process, which the launcher takes for a failed training.
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 def make_loader(

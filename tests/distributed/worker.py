@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -135,5 +136,7 @@ if __name__ == "__main__":
         compare_tensor_parallel()
     else:
         compare_training(sys.argv[1])
+    # See `end_training` of the examples.
+    gc.collect()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
