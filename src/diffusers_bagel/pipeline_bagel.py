@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.z_image.pipeline_z_image import retrieve_timesteps
@@ -48,6 +48,7 @@ from .inputs import (
     parts_of,
 )
 from .lora import BagelLoraLoaderMixin, scales_lora
+from .memory import BagelMemoryMixin, pipeline_quantization, published_quantization
 from .pipeline_output import BagelPipelineOutput
 from .published import VAE_FILE, check_saved_vae, load_published_vae
 from .taylorseer import TaylorSeerConfig, TaylorSeerState
@@ -109,7 +110,7 @@ class _Lanes:
     states: list[TaylorSeerState] | None
 
 
-class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
+class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 
@@ -134,6 +135,8 @@ class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, processor=processor)
         config = getattr(getattr(self, "transformer", None), "config", None)
+        if config is not None and not config.visual_gen:
+            raise ValueError("`transformer` was loaded without its drawing half. Load it with `visual_gen=True`.")
         self.latent_patch_size = config.latent_patch_size if config is not None else 2
         self.vae_scale_factor = config.latent_stride if config is not None else 16
         self.latent_dim = config.latent_dim if config is not None else 64
@@ -151,10 +154,14 @@ class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or directory.
             kwargs: As in [`DiffusionPipeline.from_pretrained`]: `dtype`, `device_map`, `revision`, components by name.
+                `quantization_config` may be a [`PipelineQuantizationConfig`] or that of the transformer.
 
         Raises:
             OSError: if there is no checkpoint.
+            ValueError: if `quantization_config` is something else, or does not fit.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = pipeline_quantization(kwargs["quantization_config"])
         hub_kwargs: dict[str, Any] = {
             key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs
         }
@@ -189,6 +196,7 @@ class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
             name: kwargs.pop(name) for name in ("transformer", "vae", "scheduler", "processor") if name in kwargs
         }
         device_map = kwargs.pop("device_map", None)
+        quantization = kwargs.pop("quantization_config", None)
         kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
         if kwargs:
             raise TypeError(
@@ -200,6 +208,7 @@ class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
                 path,
                 dtype=dtypes.get("transformer", dtypes.get("default")) or torch.float32,
                 device_map=device_map,
+                quantization_config=None if quantization is None else published_quantization(quantization),
                 **hub_kwargs,
             )
         if "vae" not in components:
@@ -212,7 +221,10 @@ class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
             components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
         if "processor" not in components:
             components["processor"] = BagelProcessor.from_pretrained(path, **hub_kwargs)
-        return cls(**components)
+        pipe = cls(**components)
+        if quantization is not None:
+            pipe.quantization_config = quantization
+        return pipe
 
     def enable_taylorseer(self, interval: int = 3, warmup_steps: int = 5, max_order: int = 6) -> None:
         """
@@ -304,6 +316,10 @@ class BagelPipeline(BagelLoraLoaderMixin, DiffusionPipeline):
             think=think,
             generation_mode="image",
         )
+        if "pixel_values" in inputs and not self.transformer.config.visual_und:
+            raise ValueError(
+                "`image`: the transformer was loaded without its seeing half. Load it with `visual_und=True`."
+            )
         if "vae_pixel_values" in inputs and not self.interpolate_pos:
             latents = max(max(pixels.shape[1:]) for pixels in inputs["vae_pixel_values"]) // self.vae_scale_factor
             patches = int(inputs["image_grid_hw"].max())

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
@@ -48,6 +49,8 @@ from .losses_bagel import (
     over_ranks,
     text_targets,
 )
+from .memory_bagel import OFFLOAD_BLOCKS, SENSITIVE_MODULES, UNCAST_MODULES, unpackable_modules
+from .safetensors_bagel import tensors_to_convert
 from .sequence_bagel import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
@@ -530,6 +533,10 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
+    # What quantisers and diffusers' layerwise casting leave alone. See `_get_dtype_plan`.
+    _keep_in_fp32_modules = SENSITIVE_MODULES
+    _skip_layerwise_casting_patterns = UNCAST_MODULES
+    _group_offload_block_modules = OFFLOAD_BLOCKS
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -546,6 +553,15 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
 
+    def post_init(self) -> None:
+        super().post_init()
+        self._keep_in_fp32_modules |= unpackable_modules(self)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        """None: all weights have the type that was asked for. The library would also upcast, in float16, what
+        `_keep_in_fp32_modules` keeps from being quantised."""
+        return {}
+
     @staticmethod
     def _load_pretrained_model(
         model: PreTrainedModel,
@@ -556,8 +572,12 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
     ) -> Any:
         # Names and shapes are compared from the files' headers, before the first tensor is read.
         # The files of an adapter, which come with `expected_keys`, are no checkpoint.
-        if state_dict is None and expected_keys is None and load_config.hf_quantizer is None:
-            check_checkpoint_files(model, checkpoint_files or [], load_config)
+        quantizer = load_config.hf_quantizer
+        holds_weights = quantizer is None or not quantizer.pre_quantized
+        if checkpoint_files and state_dict is None and expected_keys is None and holds_weights:
+            check_checkpoint_files(model, checkpoint_files, load_config)
+            if not is_deepspeed_zero3_enabled():
+                state_dict = tensors_to_convert(checkpoint_files, None if quantizer else load_config.dtype)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
