@@ -1,20 +1,22 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What a way of loading saves, and what it costs: size on disk, peak memory, time of a step, error of the velocities.
+"""What a way of loading saves, and what it costs: size of the weights, peak memory, time of a step, error of the velocities.
 
     python benchmarks/memory.py --json memory.json
 
 Each way is measured in a process of its own, on a bfloat16 checkpoint of random weights. Its memory is the peak resident
 size (VmHWM of Linux) above what the imports take, of loading the transformer and then of drawing; glibc is told to give
 back what was freed. The errors are those of the velocities of the golden checkpoint, each from the golden latents of its
-step, against the published code in float32.
+step, against the published code in float32. The size of the published weights is calculated from their shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -33,6 +35,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.memory_bagel import unpackable_modules
 
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "a"
@@ -58,12 +61,14 @@ MIDDLE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Way:
-    """A way of loading: arguments of the model's `from_pretrained`, and whether its layers rest in float8."""
+    """A way of loading: arguments of the model's `from_pretrained`, whether its layers rest in float8, and the bytes that a
+    weight of a rounded layer takes, if there are such."""
 
     dtype: torch.dtype = torch.bfloat16
     quantization: Callable[[], Any] | None = None
     halves: tuple[tuple[str, bool], ...] = ()
     casts: bool = False
+    layer_bytes: float | None = None
 
     def load(self, folder: Path) -> BagelForConditionalGeneration:
         quantization = {} if self.quantization is None else {"quantization_config": self.quantization()}
@@ -89,26 +94,49 @@ def torchao_int8() -> TorchAoConfig:
 WAYS = {
     "float32": Way(torch.float32),
     "bfloat16": Way(),
-    "torchao int8": Way(quantization=torchao_int8),
-    "bitsandbytes int8": Way(quantization=lambda: BitsAndBytesConfig(load_in_8bit=True)),
-    "bitsandbytes nf4": Way(quantization=lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
-    "float8 layers, cast": Way(casts=True),
+    "torchao int8": Way(quantization=torchao_int8, layer_bytes=1),
+    "bitsandbytes int8": Way(quantization=lambda: BitsAndBytesConfig(load_in_8bit=True), layer_bytes=1),
+    # Half a byte, and four of scale for each block of 64.
+    "bitsandbytes nf4": Way(
+        quantization=lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), layer_bytes=0.5 + 4 / 64
+    ),
+    "float8 layers, cast": Way(casts=True, layer_bytes=1),
     "understanding only": Way(halves=(("visual_gen", False),)),
     "generation only": Way(halves=(("visual_und", False),)),
 }
 
 
-def save_checkpoint(folder: Path) -> None:
-    """A model of random weights in the published layout, with the golden VAE and tokenizer."""
+def middle_config() -> BagelConfig:
     config = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
     for name, changes in MIDDLE.items():
         config[name] |= changes
         config[name].pop("layer_types", None)
+    return BagelConfig.from_dict(config | {"max_latent_size": 64, "vit_max_num_patch_per_side": 16})
+
+
+def weight_bytes(config: BagelConfig, way: Way) -> float:
+    """What the weights of a model take, by their shapes."""
+    config = copy.deepcopy(config)
+    for name, value in way.halves:
+        setattr(config, name, value)
+    if way.quantization is not None:
+        config.quantization_config = way.quantization()
+    with torch.device("meta"):
+        model = BagelForConditionalGeneration(config)
+    kept = unpackable_modules(model)
+
+    def size(name: str) -> float:
+        module, _, parameter = name.rpartition(".")
+        rounded = ".layers." in name and "norm" not in name and parameter == "weight" and re.escape(module) not in kept
+        return way.layer_bytes if way.layer_bytes and rounded else way.dtype.itemsize
+
+    return sum(size(name) * tensor.numel() for name, tensor in model.state_dict().items())
+
+
+def save_checkpoint(folder: Path) -> None:
+    """A model of random weights in the published layout, with the golden VAE and tokenizer."""
     torch.manual_seed(0)
-    model = BagelForConditionalGeneration(
-        BagelConfig.from_dict(config | {"max_latent_size": 64, "vit_max_num_patch_per_side": 16})
-    )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    BagelForConditionalGeneration(middle_config()).to(torch.bfloat16).save_pretrained(folder)
     for name in ("ae.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINT / name, folder)
 
@@ -208,7 +236,7 @@ def velocities_along(pipe: BagelPipeline, case: dict, noise: torch.Tensor, expec
 def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """The row of one way, in this process."""
     way = WAYS[name]
-    row: dict[str, Any] = {"name": name}
+    row: dict[str, Any] = {"name": name, "published_bytes": weight_bytes(BagelConfig(), way)}
     before = reset_peak()
     model = way.load(folder)
     row["load_bytes"] = peak() - before
@@ -235,6 +263,7 @@ def measure_in_a_process(name: str, folder: Path, steps: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     columns: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("published weights", "published_bytes", lambda value: f"{value / 1e9:.1f} GB"),
         ("on disk", "disk_bytes", lambda value: f"{value / 2**20:.0f} MiB"),
         ("peak, loading", "load_bytes", lambda value: f"{value / 2**20:.0f} MiB"),
         ("peak, drawing", "draw_bytes", lambda value: f"{value / 2**20:.0f} MiB"),

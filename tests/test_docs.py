@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -41,8 +42,20 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     monkeypatch.setattr(
         DiffusionPipeline, "to", lambda self, device, **kw: to(self, "cpu" if device == "cuda" else device, **kw)
     )
-    offload = DiffusionPipeline.enable_model_cpu_offload
-    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda self: offload(self, device="cpu"))
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        offload = getattr(DiffusionPipeline, name)
+        monkeypatch.setattr(
+            DiffusionPipeline, name, lambda self, *args, offload=offload, **kw: offload(self, device="cpu")
+        )
+    group_offload = DiffusionPipeline.enable_group_offload
+    monkeypatch.setattr(
+        DiffusionPipeline,
+        "enable_group_offload",
+        lambda self, device, **kw: group_offload(self, torch.device("cpu"), **kw),
+    )
+    # accelerate 1.15 cannot offload any model to "cpu:0", the name that diffusers gives this stand-in for a GPU.
+    cpu_offload = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **kw: cpu_offload(model, "cpu", **kw))
     golden_image("wide").save("cat.png")
     variables: dict = {"__name__": "snippet"}
     for snippet in snippets(page):

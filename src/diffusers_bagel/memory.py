@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.layerwise_casting import _PEFT_AUTOCAST_DISABLE_HOOK
 from diffusers.pipelines.pipeline_loading_utils import _maybe_warn_for_wrong_component_in_quant_config
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersQuantizationConfig
 from diffusers.utils import logging
@@ -56,6 +58,9 @@ class BagelMemoryMixin(DiffusionPipeline):
         """
         # The library's method needs a module and the names to skip, which the transformer has.
         ModelMixin.enable_layerwise_casting(self.transformer, storage_dtype)
+        # It takes adapters for layers of the model's type. Ours are float32, and peft has to cast what they get.
+        hooks = HookRegistry.check_if_exists_or_initialize(self.transformer)
+        hooks.remove_hook(_PEFT_AUTOCAST_DISABLE_HOOK, recurse=True)
 
 
 def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:

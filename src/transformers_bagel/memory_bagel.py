@@ -8,8 +8,8 @@ import re
 from torch import nn
 
 
-# Patterns of layers that every image and every velocity passes. They hold one weight in four hundred: rounded, they would
-# cost much and save nothing. Norms and position tables are no linear layers, and quantisers leave them alone.
+# Patterns of layers that every image and every velocity passes. They hold one weight in four hundred and fifty: rounded, they
+# would cost much and save nothing. Norms and position tables are no linear layers, and quantisers leave them alone.
 SENSITIVE_MODULES = {rf".*{name}" for name in ("vae2llm", "llm2vae", "time_embedder", "connector", "patch_embedding")}
 
 # Quantisers leave the embeddings and the head alone by themselves, layerwise casting does not.

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import CHECKPOINT, load_model
-from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from tests.conftest import load_model
+from tests.peak_memory import OVERHEAD, empty_model, peaks_of, write_checkpoint
+from transformers_bagel import BagelForConditionalGeneration
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
-# What threads, code that is loaded late and half-used pages of an allocator take.
-OVERHEAD = 96 * 2**20
 QUANTIZATIONS = {
     "torchao_int8": "TorchAoConfig(Int8WeightOnlyConfig())",
     "bitsandbytes_int8": "BitsAndBytesConfig(load_in_8bit=True)",
@@ -34,47 +29,6 @@ LOADS = {
     "visual_gen": ("F32", "visual_gen=False"),
     "visual_und": ("F32", "visual_und=False"),
 } | {name: ("F32", f"quantization_config={code}") for name, code in QUANTIZATIONS.items()}
-MEASURED = """
-import gc
-import json
-import sys
-from pathlib import Path
-
-import torch
-from transformers import BitsAndBytesConfig, TorchAoConfig
-from torchao.quantization import Int8WeightOnlyConfig
-
-from transformers_bagel import BagelForConditionalGeneration
-
-
-def memory(line):
-    return 1024 * int(Path("/proc/self/status").read_text().split(line)[1].split()[0])
-
-
-peaks = {}
-for name, (folder, arguments) in json.loads(sys.argv[1]).items():
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS:")
-    model = BagelForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, **eval(f"dict({arguments})"))
-    peaks[name] = memory("VmHWM:") - before
-    del model
-print(json.dumps(peaks))
-"""
-
-
-def empty_model(**halves: bool) -> BagelForConditionalGeneration:
-    config = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
-    config["text_config"] |= {
-        "hidden_size": 1024,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "intermediate_size": 4096,
-    }
-    config["text_config"].pop("layer_types", None)
-    with torch.device("meta"):
-        return BagelForConditionalGeneration(BagelConfig.from_dict(config | halves))
 
 
 def num_bytes(model: BagelForConditionalGeneration, size_of: Callable[[str], float]) -> float:
@@ -85,22 +39,6 @@ def of_bfloat16(name: str) -> float:
     return 2
 
 
-def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
-    """Weights that are holes in a file, and take no room on the disk."""
-    model = empty_model()
-    model.config.save_pretrained(folder)
-    entries: dict[str, dict] = {}
-    end = 0
-    for key, tensor in model.state_dict().items():
-        start, end = end, end + tensor.numel() * dtype.itemsize
-        entries[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    with open(folder / "model.safetensors", "wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        stream.truncate(stream.tell() + end)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory) -> dict[str, int]:
     """Peak of each load, in bytes, above what the process had before."""
@@ -108,11 +46,9 @@ def peaks(tmp_path_factory) -> dict[str, int]:
         name: str(write_checkpoint(tmp_path_factory.mktemp(name), name, dtype))
         for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16))
     }
-    loads = {name: (folders[stored], arguments) for name, (stored, arguments) in LOADS.items()}
-    # Otherwise glibc keeps what bitsandbytes and torchao free.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    command = [sys.executable, "-c", MEASURED, json.dumps(loads)]
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    return peaks_of(
+        {name: ("BagelForConditionalGeneration", folders[stored], code) for name, (stored, code) in LOADS.items()}
+    )
 
 
 @pytest.mark.parametrize("stored", ["F32", "BF16"])

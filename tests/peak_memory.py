@@ -1,0 +1,85 @@
+"""Checkpoints of a gigabyte, and the peak memory of loading them in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.conftest import CHECKPOINT
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+
+
+# What threads, code that is loaded late and half-used pages of an allocator take.
+OVERHEAD = 64 * 2**20
+
+MEASURED = """
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig, TorchAoConfig
+from torchao.quantization import Int8WeightOnlyConfig
+
+from diffusers_bagel import BagelPipeline
+from transformers_bagel import BagelForConditionalGeneration
+
+
+def memory(line):
+    return 1024 * int(Path("/proc/self/status").read_text().split(line)[1].split()[0])
+
+
+peaks = {}
+for name, (loader, folder, arguments) in json.loads(sys.argv[1]).items():
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS:")
+    loaded = eval(loader).from_pretrained(folder, dtype=torch.bfloat16, **eval(f"dict({arguments})"))
+    peaks[name] = memory("VmHWM:") - before
+    del loaded
+print(json.dumps(peaks))
+"""
+
+
+def empty_model(**halves: bool) -> BagelForConditionalGeneration:
+    config = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
+    config["text_config"] |= {
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "intermediate_size": 4096,
+    }
+    config["text_config"].pop("layer_types", None)
+    with torch.device("meta"):
+        return BagelForConditionalGeneration(BagelConfig.from_dict(config | halves))
+
+
+def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
+    """Weights that are holes in a file, and take no room on the disk."""
+    model = empty_model()
+    model.config.save_pretrained(folder)
+    entries: dict[str, dict] = {}
+    end = 0
+    for key, tensor in model.state_dict().items():
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        entries[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(stream.tell() + end)
+    return folder
+
+
+def peaks_of(loads: dict[str, tuple[str, str, str]]) -> dict[str, int]:
+    """Peak of each load in bytes, above what the process had before. A load is a class, a folder and its arguments."""
+    # Otherwise glibc keeps what bitsandbytes and torchao free.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-c", MEASURED, json.dumps(loads)]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
