@@ -55,7 +55,12 @@ class BagelMemoryMixin(DiffusionPipeline):
 
         Args:
             storage_dtype (`torch.dtype`, *optional*, defaults to `torch.float8_e4m3fn`): Of the layers at rest.
+
+        Raises:
+            ValueError: if the transformer is quantised.
         """
+        if getattr(self.transformer, "is_quantized", False):
+            raise ValueError("The transformer is quantised: its layers are small already, and are not cast.")
         # The library's method needs a module and the names to skip, which the transformer has.
         ModelMixin.enable_layerwise_casting(self.transformer, storage_dtype)
         # It takes adapters for layers of the model's type. Ours are float32, and peft has to cast what they get.

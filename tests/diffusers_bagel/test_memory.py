@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 
+import accelerate
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
@@ -135,12 +136,16 @@ class TestOffloading:
         "enable",
         [
             lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+            lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
             lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level"),
             lambda pipe: pipe.enable_group_offload("cpu", num_blocks_per_group=2),
         ],
-        ids=["model", "leaf", "block"],
+        ids=["model", "layer", "leaf", "block"],
     )
-    def test_offloading_is_announced_once(self, enable, warnings):
+    def test_offloading_is_announced_once(self, enable, warnings, monkeypatch):
+        # accelerate 1.15 cannot offload any model to "cpu:0", the name that diffusers gives this stand-in for a GPU.
+        offload = accelerate.cpu_offload
+        monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **kw: offload(model, "cpu", **kw))
         pipe = load()
         enable(pipe)
         drawn(pipe)
@@ -200,11 +205,17 @@ class TestOffloading:
             assert not {id(tensor) for tensor in layer.parameters()} & present
             assert blocks is None or hasattr(layer, "_diffusers_hook")
 
-    def test_offloading_a_quantized_pipeline_draws_the_same(self):
-        pipe = load(quantization_config=bitsandbytes_nf4(), dtype=torch.bfloat16)
+    @pytest.mark.parametrize("quantize", QUANTIZATIONS, ids=lambda quantize: quantize.__name__)
+    @pytest.mark.parametrize("how", ["model", "leaf_level", "block_level"])
+    def test_offloading_a_quantized_pipeline_draws_the_same(self, quantize, how):
+        pipe = load(quantization_config=quantize(), dtype=torch.bfloat16)
         plain = drawn(pipe)
-        pipe.enable_model_cpu_offload(device="cpu")
-        assert torch.equal(drawn(pipe), plain)
+        if how == "model":
+            pipe.enable_model_cpu_offload(device="cpu")
+        else:
+            pipe.enable_group_offload("cpu", offload_type=how, num_blocks_per_group=1)
+        for _ in range(2):
+            assert torch.equal(drawn(pipe), plain)
 
 
 class TestLayerwiseCasting:
@@ -241,6 +252,10 @@ class TestLayerwiseCasting:
         pipe.remove_all_hooks()
         pipe.enable_group_offload("cpu", offload_type="leaf_level")
         assert torch.equal(drawn(pipe), cast)
+
+    def test_quantized_layers_are_not_cast(self):
+        with pytest.raises(ValueError, match="quantised"):
+            load(quantization_config=torchao_int8()).enable_layerwise_casting()
 
     def test_lora_weights_load_after_it(self, tmp_path):
         first = load(dtype=torch.bfloat16)
