@@ -25,6 +25,7 @@ from tests.quantization import (
     quantized_layers,
     torchao_int8,
 )
+from transformers_bagel import LORA_TARGETS
 
 
 SMALL = {"height": 48, "width": 64, "num_inference_steps": 3, "output_type": "pt"}
@@ -114,7 +115,9 @@ class TestQuantization:
     @pytest.mark.parametrize("quantize", QUANTIZATIONS, ids=lambda quantize: quantize.__name__)
     def test_lora_weights_load_into_a_quantized_transformer(self, quantize, tmp_path):
         trained = load_model(dtype=torch.bfloat16)
-        trained.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+        # One of the two experts, whose outputs must go together then, too.
+        config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LORA_TARGETS["gen"])
+        trained.add_adapter(config)
         BagelPipeline.save_lora_weights(
             tmp_path,
             transformer_lora_layers=get_peft_model_state_dict(trained),
