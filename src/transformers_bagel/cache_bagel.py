@@ -108,7 +108,7 @@ class PrefixCache:
         Args:
             layer_idx (`int`): Decoder layer.
             lane_idx (`int`): Lane.
-            keys (`Sequence[torch.Tensor]`): Pieces of shape `(1, kv_heads, tokens, head_dim)`, written in a row.
+            keys (`Sequence[torch.Tensor]`): Pieces of shape `(tokens, kv_heads, head_dim)`, written in a row.
             values (`Sequence[torch.Tensor]`): Likewise.
 
         Returns:
@@ -116,13 +116,14 @@ class PrefixCache:
         """
         lane = self.lanes[lane_idx]
         if lane.buffer is None:
-            return torch.cat(list(keys), dim=2), torch.cat(list(values), dim=2)
+            key, value = (torch.cat(list(pieces)).transpose(0, 1).unsqueeze(0) for pieces in (keys, values))
+            return key, value
         views = []
         for buffer, pieces in ((lane.buffer.keys[layer_idx], keys), (lane.buffer.values[layer_idx], values)):
             stop = lane.buffer.length
             for piece in pieces:
-                buffer[:, :, stop : stop + piece.shape[2]] = piece
-                stop += piece.shape[2]
+                buffer[0, :, stop : stop + piece.shape[0]] = piece.transpose(0, 1)
+                stop += piece.shape[0]
             views.append(buffer[:, :, lane.start : stop])
         return views[0], views[1]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +59,11 @@ from .sequence_bagel import (
     SampleMasks,
     SequenceLayout,
     check_placeholders,
+    join_experts,
     patch_grid_ids,
     rope_positions,
     route,
+    split_experts,
     token_types_from_ids,
 )
 
@@ -159,91 +161,94 @@ class BagelAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        parts: tuple[torch.Tensor, ...],
+        position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...],
         attention_mask: torch.Tensor | SampleMasks | None = None,
         past_key_values: Cache | PrefixCache | None = None,
         routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = route(routing, hidden_states, self.q_proj, self.q_proj_moe_gen).view(heads_shape)
-        key = route(routing, hidden_states, self.k_proj, self.k_proj_moe_gen).view(heads_shape)
-        value = route(routing, hidden_states, self.v_proj, self.v_proj_moe_gen).view(heads_shape)
-
-        if routing is not None:
-            # Generation passes normalise and rotate in float32 (published behaviour, point 28).
-            query, key = query.float(), key.float()
-        if self.q_norm is not None:
-            query = route(routing, query, self.q_norm, self.q_norm_moe_gen)
-            key = route(routing, key, self.k_norm, self.k_norm_moe_gen)
-        cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-2)
-        query, key = query.to(value.dtype), key.to(value.dtype)
-
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Attention of the tokens of each expert, see [`BagelDecoderLayer`] and `split_experts`."""
+        # Generation passes normalise and rotate in float32 (published behaviour, point 28).
+        in_float32 = routing is not None
+        heads = route(
+            routing,
+            list(zip(parts, position_embeddings, strict=True)),
+            lambda part: self._heads(part[0], part[1], "", in_float32),
+            lambda part: self._heads(part[0], part[1], "_moe_gen", in_float32),
+        )
+        attn_weights = None
         if isinstance(past_key_values, PrefixCache) and routing is not None:
-            attn_output = self._attend_blocks(query, key, value, past_key_values, routing, **kwargs)
-            attn_weights = None
+            attn_output = self._attend_blocks(heads, past_key_values, routing, **kwargs)
         elif isinstance(attention_mask, SampleMasks):
-            attn_output = self._attend_samples(query, key, value, attention_mask, routing, **kwargs)
-            attn_weights = None
+            attn_output = self._attend_samples(heads, attention_mask, routing, **kwargs)
         else:
             attn_output, attn_weights = self._attend_sequence(
-                query, key, value, attention_mask, past_key_values, routing, **kwargs
+                heads, attention_mask, past_key_values, routing, **kwargs
             )
         return route(routing, attn_output, self.o_proj, self.o_proj_moe_gen), attn_weights
 
+    def _heads(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        expert: str,
+        in_float32: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of one expert's tokens, `(..., heads, head_dim)`, normalised and rotated."""
+        query, key, value = (
+            getattr(self, name + expert)(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if in_float32:
+            query, key = query.float(), key.float()
+        if self.q_norm is not None:
+            query, key = getattr(self, "q_norm" + expert)(query), getattr(self, "k_norm" + expert)(key)
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-2)
+        return query.to(value.dtype), key.to(value.dtype), value
+
     def _attend_sequence(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: tuple[tuple[torch.Tensor, ...], ...],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         routing: Routing | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if routing is not None:
-            query, key, value = (routing.to_sequence(states) for states in (query, key, value))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        query, key, value = (states.transpose(1, 2) for states in _whole_sequence(routing, heads))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attn_output, attn_weights = self._attention(query, key, value, attention_mask, **kwargs)
-        return attn_output if routing is None else routing.to_stream(attn_output), attn_weights
+        return _parts_of_sequence(routing, attn_output), attn_weights
 
     def _attend_blocks(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: tuple[tuple[torch.Tensor, ...], ...],
         past_key_values: PrefixCache,
         routing: Routing,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        query, key, value = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         markers, latents = [], []
         for lane_idx, pieces in enumerate(routing.block_slices()):
-            lane_key, lane_value = past_key_values.extend(
-                self.layer_idx,
-                lane_idx,
-                [key[:, :, piece] for piece in pieces],
-                [value[:, :, piece] for piece in pieces],
+            query, key, value = (
+                [states[piece] for states, piece in zip(of_experts, pieces, strict=True)]
+                for of_experts in zip(*heads, strict=True)
             )
-            lane_query = torch.cat([query[:, :, piece] for piece in pieces], dim=2)
+            lane_key, lane_value = past_key_values.extend(self.layer_idx, lane_idx, key, value)
+            lane_query = torch.cat(query).transpose(0, 1).unsqueeze(0)
             lane_output, _ = self._attention(lane_query, lane_key, lane_value, None, **kwargs)
             markers.append(lane_output[0, :2])
             latents.append(lane_output[0, 2:])
-        return torch.cat(markers + latents)
+        return join_experts(tuple(markers)), join_experts(tuple(latents))
 
     def _attend_samples(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        heads: tuple[tuple[torch.Tensor, ...], ...],
         sample_masks: SampleMasks,
         routing: Routing | None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         def attention(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
         ) -> torch.Tensor:
@@ -252,10 +257,8 @@ class BagelAttention(nn.Module):
             attn_output, _ = self._attention(heads[0], heads[1], heads[2], mask, implementation="sdpa", **kwargs)
             return attn_output.view_as(query)
 
-        if routing is not None:
-            query, key, value = (routing.to_sequence(states) for states in (query, key, value))
-        attn_output = sample_masks.attend(attention, query, key, value).flatten(-2)
-        return attn_output if routing is None else routing.to_stream(attn_output)
+        attn_output = sample_masks.attend(attention, *_whole_sequence(routing, heads)).flatten(-2)
+        return _parts_of_sequence(routing, attn_output)
 
     def _attention(
         self,
@@ -306,7 +309,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | PrefixCache | None = None,
         routing: Routing | None = None,
@@ -315,7 +318,8 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`, or `(tokens, hidden)` with a routing)
-            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines, shaped like the stream.
+            position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`):
+                Cosines and sines for the tokens of each expert, shaped like them.
             attention_mask (`torch.Tensor` or `BlockMask`, *optional*): Mask in the attention's own format.
             past_key_values (`Cache` or `PrefixCache`, *optional*): What came before; a `PrefixCache` does not grow.
             routing (`Routing`, *optional*): Expert of every token; without it all take the understanding expert.
@@ -323,23 +327,34 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `torch.Tensor` of the shape of `hidden_states`.
         """
-        residual = hidden_states
-        hidden_states = route(routing, hidden_states, self.input_layernorm, self.input_layernorm_moe_gen)
-        hidden_states, _ = self.self_attn(
-            hidden_states,
+        parts = split_experts(routing, hidden_states)
+        normed = route(routing, parts, self.input_layernorm, self.input_layernorm_moe_gen)
+        attended, _ = self.self_attn(
+            normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             routing=routing,
             **kwargs,
         )
-        hidden_states = residual + hidden_states
+        parts = _added(parts, attended)
+        normed = route(routing, parts, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
+        return join_experts(_added(parts, route(routing, normed, self.mlp, self.mlp_moe_gen)))
 
-        residual = hidden_states
-        hidden_states = route(
-            routing, hidden_states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen
-        )
-        return residual + route(routing, hidden_states, self.mlp, self.mlp_moe_gen)
+
+def _added(parts: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(part + other for part, other in zip(parts, others, strict=True))
+
+
+def _whole_sequence(routing: Routing | None, heads: tuple[tuple[torch.Tensor, ...], ...]) -> Iterator[torch.Tensor]:
+    """Queries, keys and values of both experts in the order of the sequence, `(batch, tokens, heads, head_dim)`."""
+    for of_experts in zip(*heads, strict=True):
+        stream = join_experts(of_experts)
+        yield stream if routing is None else routing.to_sequence(stream)
+
+
+def _parts_of_sequence(routing: Routing | None, sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return split_experts(routing, sequence if routing is None else routing.to_stream(sequence))
 
 
 class BagelVisionAttention(nn.Module):
@@ -696,17 +711,15 @@ class BagelTextModel(BagelPreTrainedModel):
                 block_sequence_ids=block_sequence_ids,
             )
 
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        rotation = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
         if routing is not None:
             hidden_states = routing.to_stream(hidden_states)
             if routing.freeze_und:
-                hidden_states = torch.cat(
-                    [hidden_states[: routing.num_und].detach(), hidden_states[routing.num_und :]]
-                )
-            position_embeddings = tuple(
-                routing.to_stream(part.expand(*routing.shape, -1)) for part in position_embeddings
-            )
+                und_states, gen_states = split_experts(routing, hidden_states)
+                hidden_states = join_experts((und_states.detach(), gen_states))
+            rotation = tuple(routing.to_stream(part.expand(*routing.shape, -1)) for part in rotation)
+        position_embeddings = tuple(zip(*(split_experts(routing, part) for part in rotation), strict=True))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -716,8 +729,9 @@ class BagelTextModel(BagelPreTrainedModel):
                 routing=routing,
                 **kwargs,
             )
-        latent_hidden_states = None if routing is None else hidden_states[routing.num_und :]
-        hidden_states = route(routing, hidden_states, self.norm, self.norm_moe_gen)
+        parts = split_experts(routing, hidden_states)
+        latent_hidden_states = None if routing is None else parts[1]
+        hidden_states = join_experts(route(routing, parts, self.norm, self.norm_moe_gen))
         return BagelModelOutputWithPast(
             last_hidden_state=hidden_states if routing is None else routing.to_sequence(hidden_states),
             past_key_values=past_key_values if use_cache else None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import is_torchdynamo_compiling
@@ -344,8 +345,8 @@ class Routing:
         return cls(num_markers, (1, num_markers + sum(block_lengths)), block_lengths=tuple(block_lengths))
 
     def block_slices(self) -> Iterator[tuple[slice, slice]]:
-        """Where the markers and the latents of each block stand in a denoising stream."""
-        start = self.num_und
+        """Where the markers of each block stand among all markers, and its latents among all latents."""
+        start = 0
         for index, length in enumerate(self.block_lengths):
             yield slice(2 * index, 2 * index + 2), slice(start, start + length)
             start += length
@@ -362,17 +363,35 @@ class Routing:
         return stream.unflatten(0, self.shape)
 
 
-def route(
-    routing: Routing | None,
-    hidden_states: torch.Tensor,
-    und: Callable[[torch.Tensor], torch.Tensor],
-    gen: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Send each token through its expert. Without latents (`routing=None`) the stream keeps its shape."""
+def split_experts(routing: Routing | None, stream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tokens of each expert, as views: all in one without latents (`routing=None`), which keep their shape."""
     if routing is None:
-        return und(hidden_states)
+        return (stream,)
     # One split, since the gradient of each of two slices would be a tensor as large as the stream.
-    und_states, gen_states = hidden_states.split([routing.num_und, hidden_states.shape[0] - routing.num_und])
+    return stream.split([routing.num_und, stream.shape[0] - routing.num_und])
+
+
+def join_experts(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The stream that `split_experts` took apart."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def route(
+    routing: Routing | None, parts: Sequence[Any], und: Callable[[Any], Any], gen: Callable[[Any], Any]
+) -> tuple[Any, ...]:
+    """
+    Send the tokens of each expert through its layer.
+
+    Args:
+        routing (`Routing`, *optional*): Whose `split_experts` made the parts.
+        parts (`Sequence`): What `und` and `gen` take; one without latents.
+        und (`Callable`), gen (`Callable`): The layer of each expert.
+
+    Returns:
+        `tuple`: What each layer returned.
+    """
+    if routing is None:
+        return (und(parts[0]),)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not routing.freeze_und):
-        und_states = und(und_states)
-    return torch.cat([und_states, gen(gen_states)])
+        und_states = und(parts[0])
+    return und_states, gen(parts[1])

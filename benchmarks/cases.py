@@ -1,0 +1,277 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""What is measured. A case makes its inputs, and returns what to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from floor import floor_of, recording
+from PIL import Image
+from transformers import DynamicCache
+
+from diffusers_bagel import BagelPipeline
+from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
+from diffusers_bagel.inputs import as_conversations
+from transformers_bagel import BagelDataCollator
+from transformers_bagel.cache_bagel import fork_cache
+
+
+PROMPT = "a red circle left of a large blue square on a yellow ground, drawn with a soft pencil in the evening"
+INSTRUCTION = "make the circle green and leave everything else as it is"
+NEW_TOKENS = 32
+# Denoising steps of whole images.
+STEPS = 10
+PIXELS = (256, 512, 1024)
+# Prefix of the published code's decoding figure, and a long one.
+PREFIXES = (128, 2400, 4096)
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    Attributes:
+        run (`Callable`): To be timed.
+        floor (`Callable`): Its matrix products, convolutions and attentions alone.
+        count (`int`): Units of a run.
+        unit (`str`): Such as `"token"`.
+    """
+
+    run: Callable[[], object]
+    floor: Callable[[], None]
+    count: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        group (`str`): By which cases are chosen.
+        name (`str`)
+        make (`Callable[[BagelPipeline], Work]`)
+    """
+
+    group: str
+    name: str
+    make: Callable[[BagelPipeline], Work]
+
+
+def cases() -> Iterator[Case]:
+    """All of them, in the order of the table."""
+    for batch in (1, 4):
+        for length in (PREFIXES[0], PREFIXES[-1]):
+            name = f"{length} tokens, batch {batch}"
+            yield Case("prefill", name, partial(prefill, length=length, batch=batch))
+    for batch in (1, 4):
+        for length in PREFIXES:
+            name = f"after {length} tokens, batch {batch}"
+            yield Case("decode", name, partial(decode, length=length, batch=batch))
+    for pixels in PIXELS:
+        for branches in (1, 2):
+            name = f"text to image, {pixels} px, {branches} branch{'es' * (branches > 1)}"
+            yield Case("denoise", name, partial(denoise, pixels=pixels, branches=branches))
+    for pixels in PIXELS:
+        name = f"edit, {pixels} px, 3 branches"
+        yield Case("denoise", name, partial(denoise, pixels=pixels, branches=3))
+    for pixels in PIXELS[:2]:
+        yield Case("contexts", f"edit, {pixels} px: full", partial(prefill_edit, pixels=pixels))
+        yield Case("contexts", f"edit, {pixels} px: all three", partial(contexts, pixels=pixels))
+    yield Case("image", f"text to image, 256 px, {STEPS} steps", partial(image, pixels=256, edits=False))
+    yield Case("image", f"edit, 256 px, {STEPS} steps", partial(image, pixels=256, edits=True))
+    for pixels in PIXELS[:2]:
+        yield Case("vae", f"encode {pixels} px", partial(encode, pixels=pixels))
+        yield Case("vae", f"decode {pixels} px", partial(decode_latents, pixels=pixels))
+    for checkpointing in (False, True):
+        name = f"packed row, checkpointing {'on' if checkpointing else 'off'}"
+        yield Case("training", name, partial(training, checkpointing=checkpointing))
+
+
+def work(pipe: BagelPipeline, run: Callable[[], object], count: int, unit: str) -> Work:
+    """A run with its floor, which is what one run of it calls."""
+    with recording(pipe.transformer, pipe.vae) as calls:
+        run()
+    return Work(run, floor_of(calls, pipe.transformer.dtype, pipe.transformer.device), count, unit)
+
+
+def random_ids(pipe: BagelPipeline, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    # Ids of the tests' tokenizer that are words.
+    return torch.randint(5, 400, (batch, length), generator=generator).to(pipe.transformer.device)
+
+
+@torch.no_grad()
+def prefill(pipe: BagelPipeline, length: int, batch: int) -> Work:
+    """A text, up to the scores of the next token."""
+    ids = random_ids(pipe, batch, length)
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe.transformer(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    return work(pipe, run, ids.numel(), "token")
+
+
+@torch.no_grad()
+def decode(pipe: BagelPipeline, length: int, batch: int) -> Work:
+    """`generate()` after a text that is in the cache already."""
+    ids = random_ids(pipe, batch, length + 1)
+    cache = DynamicCache(config=pipe.transformer.config.get_text_config())
+    pipe.transformer(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def run() -> None:
+        pipe.transformer.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=fork_cache(cache),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+
+    return work(pipe, run, batch * NEW_TOKENS, "token")
+
+
+def picture(pixels: int) -> Image.Image:
+    return Image.effect_noise((pixels, pixels), 64).convert("RGB")
+
+
+@torch.no_grad()
+def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
+    """A step with its guidance, the contexts being there."""
+    how = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
+    conversation, inputs, latents = prepared(pipe, pixels, edits=branches == 3)
+    found, _ = pipe.prepare_contexts(conversation, inputs, latents, how, False, 2, False, 1.0, None)
+    side = pixels // pipe.vae_scale_factor
+    pipe._guidance_scale = how.text_scale
+    lanes, rows = pipe._prepare_lanes([found], [(side, side)], [how])
+    noise = torch.randn(1, side * side, pipe.latent_dim, device=pipe.transformer.device)
+    # Inside all intervals of guidance.
+    level = torch.tensor(0.9)
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe._predict_velocity(noise, level, rows, lanes)
+
+    return work(pipe, run, 1, "step")
+
+
+def prepared(pipe: BagelPipeline, pixels: int, edits: bool) -> tuple[list, Any, list[torch.Tensor]]:
+    """A conversation, its inputs, and the latents of its picture."""
+    # Parts of a call are measured outside of one.
+    pipe._attention_kwargs = None
+    image = picture(pixels) if edits else None
+    (conversation,) = as_conversations(INSTRUCTION if edits else PROMPT, image, None)
+    inputs = pipe.preprocess(conversation, think=False)
+    latents = [pipe.encode_image(values) for values in inputs.get("vae_pixel_values", [])]
+    return conversation, inputs, latents
+
+
+@torch.no_grad()
+def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
+    """The longest context of an edit, its picture being encoded: both towers' tokens and the text in one forward."""
+    _, inputs, latents = prepared(pipe, pixels, edits=True)
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe.prefill(inputs, latents)
+
+    return work(pipe, run, 1, "context")
+
+
+@torch.no_grad()
+def contexts(pipe: BagelPipeline, pixels: int) -> Work:
+    """All contexts of an edit. Their floor is that of the longest one, with which they share what they can."""
+    conversation, inputs, latents = prepared(pipe, pixels, edits=True)
+    side = pixels // pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def run() -> None:
+        found, _ = pipe.prepare_contexts(conversation, inputs, latents, EDITING, False, 2, False, 1.0, None)
+        pipe._prepare_lanes([found], [(side, side)], [EDITING])
+
+    return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
+
+
+def image(pipe: BagelPipeline, pixels: int, edits: bool) -> Work:
+    """The whole pipeline."""
+
+    def run() -> None:
+        pipe(
+            INSTRUCTION if edits else PROMPT,
+            image=picture(pixels) if edits else None,
+            height=pixels,
+            width=pixels,
+            num_inference_steps=STEPS,
+        )
+
+    return work(pipe, run, 1, "image")
+
+
+@torch.no_grad()
+def encode(pipe: BagelPipeline, pixels: int) -> Work:
+    values = torch.randn(3, pixels, pixels)
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe.encode_image(values)
+
+    return work(pipe, run, 1, "image")
+
+
+@torch.no_grad()
+def decode_latents(pipe: BagelPipeline, pixels: int) -> Work:
+    side = pixels // pipe.vae_scale_factor
+    latents = torch.randn(1, side * side, pipe.latent_dim)
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe.decode_latents(latents, (side, side), "pt")
+
+    return work(pipe, run, 1, "image")
+
+
+def training(pipe: BagelPipeline, checkpointing: bool) -> Work:
+    """Forward, backward and AdamW on a drawing of 512 pixels, an edit of 256, and a question about a picture.
+
+    The floor computes nothing twice, also beside checkpointing.
+    """
+    text = PROMPT * 2
+
+    def sample(question: list, answer: list) -> dict[str, Any]:
+        def part(value: str | int) -> dict[str, Any]:
+            if isinstance(value, str):
+                return {"type": "text", "text": value}
+            return {"type": "image", "image": picture(value)}
+
+        turns = (("user", question), ("assistant", answer))
+        return {"messages": [{"role": role, "content": [part(item) for item in parts]} for role, parts in turns]}
+
+    samples = [sample([text], [512]), sample([256, INSTRUCTION], [256]), sample([256, text], [text])]
+    collator = BagelDataCollator(
+        pipe.processor,
+        vae=pipe.vae,
+        text_dropout=0.0,
+        vit_dropout=0.0,
+        vae_dropout=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    batch = collator(samples).to(pipe.transformer.device)
+    model = pipe.transformer.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def run() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with recording(model) as calls:
+        model(**batch)
+    model.zero_grad()
+    floor = floor_of(calls, model.dtype, model.device, backward=True)
+    return Work(run, floor, batch["input_ids"].numel(), "token")

@@ -1,0 +1,86 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Pipelines of random weights in three widths, with the tests' tokenizer and VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from diffusers_bagel import BagelPipeline
+from diffusers_bagel.published import load_published_vae
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
+
+
+CHECKPOINT = Path(__file__).parents[1] / "tests" / "golden" / "a" / "checkpoint"
+WIDTHS: dict[str, dict[str, Any]] = {
+    "golden": {"text_config": {}, "vision_config": {}},
+    "middle": {
+        "text_config": {
+            "hidden_size": 512,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "intermediate_size": 1408,
+            "vocab_size": 4096,
+        },
+        "vision_config": {
+            "hidden_size": 288,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "intermediate_size": 1152,
+        },
+    },
+    # One layer as wide as the published ones.
+    "layer": {
+        "text_config": {
+            "hidden_size": 3584,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "intermediate_size": 18944,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 16,
+            "intermediate_size": 4304,
+        },
+    },
+}
+# Sides in pixels, as the published model has them; the tests' checkpoint draws smaller ones.
+IMAGE_SIZES = {
+    "size": {"shortest_edge": 224, "longest_edge": 980},
+    "vae_size": {"shortest_edge": 256, "longest_edge": 1024},
+}
+
+
+def make_config(width: str) -> BagelConfig:
+    """The tests' configuration in one of the `WIDTHS`, with the published sizes of images and contexts."""
+    settings = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
+    for name, changes in WIDTHS[width].items():
+        settings[name] |= changes
+        settings[name].pop("layer_types", None)
+    settings["text_config"]["max_position_embeddings"] = 32768
+    settings["vision_config"]["image_size"] = 980
+    return BagelConfig.from_dict(settings | {"max_latent_size": 64, "vit_max_num_patch_per_side": 70})
+
+
+def make_pipeline(width: str, dtype: torch.dtype, device: torch.device) -> BagelPipeline:
+    """
+    Args:
+        width (`str`): One of `WIDTHS`.
+        dtype (`torch.dtype`): Of all weights.
+        device (`torch.device`)
+    """
+    torch.manual_seed(0)
+    pipe = BagelPipeline(
+        transformer=BagelForConditionalGeneration(make_config(width)).to(device, dtype).eval(),
+        vae=load_published_vae(CHECKPOINT, dtype).to(device),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        processor=BagelProcessor.from_pretrained(CHECKPOINT, **IMAGE_SIZES),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
