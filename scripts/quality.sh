@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash scripts/setup.sh
+bash scripts/setup.sh test,quality
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy

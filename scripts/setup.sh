@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv with the tested versions, or leave it alone if it is up to date.
+# Make .venv with the package, what EXTRAS (such as "test,quality") need, and the tested versions; or leave it alone if it is up
+# to date: setup.sh [EXTRAS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The path is part of the hash since an editable install points to the directory it was made from.
 hash=$({ pwd && cat pyproject.toml constraints.txt; } | sha256sum)
-stamp=.venv/.installed
+extras=${1:-}
+stamp=.venv/.installed-${extras//,/-}
 if [[ -f $stamp && $(<"$stamp") == "$hash" ]]; then
     exit 0
 fi
@@ -16,5 +18,5 @@ echo "Installing into .venv ..."
 pip=(.venv/bin/python -m pip install -q -q -c constraints.txt)
 # Exact, as a range would fetch gigabytes of CUDA build although a CPU wheel may be on disk.
 "${pip[@]}" torch==2.13.0
-"${pip[@]}" -e '.[test,quality]'
+"${pip[@]}" -e ".${extras:+[$extras]}"
 echo "$hash" > "$stamp"
