@@ -119,7 +119,8 @@ def test_gigabytes_convert_in_bounded_memory_and_go_on_after_a_kill(gigabytes):
     peak = peak_bytes("convert_bagel_to_hf", str(source), str(whole), *options, "--verify")
     shards = list(whole.glob("model-*.safetensors"))
     largest = max(file.stat().st_size for file in shards)
-    assert peak < largest + 2**30, f"{peak / 2**20:.0f} MiB, and the largest shard has {largest / 2**20:.0f} MiB"
+    print(f"peak {peak / 2**20:.0f} MiB, largest shard {largest / 2**20:.0f} MiB")
+    assert peak < largest + 2**30
 
     # At any byte, the first and the last ones included.
     moment = random.randrange(sum(file.stat().st_size for file in shards))
