@@ -47,10 +47,16 @@ class Convolution:
     layer: nn.Conv2d
 
     def bare(self, values: Values, backward: bool) -> Callable[[], object]:
-        if backward:
-            raise NotImplementedError("No training here goes back through a VAE.")
-        inputs, layer = values(self.shape), self.layer
-        return lambda: functional.conv2d(inputs, layer.weight, None, layer.stride, layer.padding)
+        layer = self.layer
+        weight = layer.weight.detach().requires_grad_(backward)
+        inputs = values(self.shape).clone().requires_grad_(backward)
+
+        def run() -> None:
+            outputs = functional.conv2d(inputs, weight, None, layer.stride, layer.padding)
+            if backward:
+                outputs.backward(outputs.detach())
+
+        return run
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import make_config
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -40,23 +41,6 @@ from transformers_bagel.memory_bagel import unpackable_modules
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "a"
 CHECKPOINT = GOLDEN / "checkpoint"
-MIDDLE: dict[str, dict[str, Any]] = {
-    "text_config": {
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1408,
-        "vocab_size": 4096,
-    },
-    "vision_config": {
-        "hidden_size": 288,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "intermediate_size": 1152,
-        "image_size": 224,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -107,11 +91,8 @@ WAYS = {
 
 
 def middle_config() -> BagelConfig:
-    config = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
-    for name, changes in MIDDLE.items():
-        config[name] |= changes
-        config[name].pop("layer_types", None)
-    return BagelConfig.from_dict(config | {"max_latent_size": 64, "vit_max_num_patch_per_side": 16})
+    # Small tables of positions: a picture here has few patches.
+    return make_config("middle", image_size=224, patches_per_side=16)
 
 
 def weight_bytes(config: BagelConfig, way: Way) -> float:

@@ -57,15 +57,22 @@ IMAGE_SIZES = {
 }
 
 
-def make_config(width: str) -> BagelConfig:
-    """The tests' configuration in one of the `WIDTHS`, with the published sizes of images and contexts."""
+def make_config(width: str, image_size: int = 980, patches_per_side: int = 70) -> BagelConfig:
+    """
+    The tests' configuration in one of the `WIDTHS`, with the published length of contexts and size of drawings.
+
+    Args:
+        width (`str`): One of `WIDTHS`.
+        image_size (`int`, *optional*, defaults to 980): Pixels a side of the vision tower's position table.
+        patches_per_side (`int`, *optional*, defaults to 70): Rows and columns of the table behind the connector.
+    """
     settings = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
     for name, changes in WIDTHS[width].items():
         settings[name] |= changes
         settings[name].pop("layer_types", None)
     settings["text_config"]["max_position_embeddings"] = 32768
-    settings["vision_config"]["image_size"] = 980
-    return BagelConfig.from_dict(settings | {"max_latent_size": 64, "vit_max_num_patch_per_side": 70})
+    settings["vision_config"]["image_size"] = image_size
+    return BagelConfig.from_dict(settings | {"max_latent_size": 64, "vit_max_num_patch_per_side": patches_per_side})
 
 
 def make_pipeline(width: str, dtype: torch.dtype, device: torch.device) -> BagelPipeline:

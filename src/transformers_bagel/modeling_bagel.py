@@ -59,7 +59,7 @@ from .sequence_bagel import (
     SampleMasks,
     SequenceLayout,
     check_placeholders,
-    join_experts,
+    join_parts,
     patch_grid_ids,
     rope_positions,
     route,
@@ -240,7 +240,7 @@ class BagelAttention(nn.Module):
             lane_output, _ = self._attention(lane_query, lane_key, lane_value, None, **kwargs)
             markers.append(lane_output[0, :2])
             latents.append(lane_output[0, 2:])
-        return join_experts(tuple(markers)), join_experts(tuple(latents))
+        return join_parts(markers), join_parts(latents)
 
     def _attend_samples(
         self,
@@ -339,7 +339,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         )
         parts = _added(parts, attended)
         normed = route(routing, parts, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
-        return join_experts(_added(parts, route(routing, normed, self.mlp, self.mlp_moe_gen)))
+        return join_parts(_added(parts, route(routing, normed, self.mlp, self.mlp_moe_gen)))
 
 
 def _added(parts: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -349,7 +349,7 @@ def _added(parts: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) ->
 def _whole_sequence(routing: Routing | None, heads: tuple[tuple[torch.Tensor, ...], ...]) -> Iterator[torch.Tensor]:
     """Queries, keys and values of both experts in the order of the sequence, `(batch, tokens, heads, head_dim)`."""
     for of_experts in zip(*heads, strict=True):
-        stream = join_experts(of_experts)
+        stream = join_parts(of_experts)
         yield stream if routing is None else routing.to_sequence(stream)
 
 
@@ -717,7 +717,7 @@ class BagelTextModel(BagelPreTrainedModel):
             hidden_states = routing.to_stream(hidden_states)
             if routing.freeze_und:
                 und_states, gen_states = split_experts(routing, hidden_states)
-                hidden_states = join_experts((und_states.detach(), gen_states))
+                hidden_states = join_parts((und_states.detach(), gen_states))
             rotation = tuple(routing.to_stream(part.expand(*routing.shape, -1)) for part in rotation)
         position_embeddings = tuple(zip(*(split_experts(routing, part) for part in rotation), strict=True))
         for layer in self.layers:
@@ -731,7 +731,7 @@ class BagelTextModel(BagelPreTrainedModel):
             )
         parts = split_experts(routing, hidden_states)
         latent_hidden_states = None if routing is None else parts[1]
-        hidden_states = join_experts(route(routing, parts, self.norm, self.norm_moe_gen))
+        hidden_states = join_parts(route(routing, parts, self.norm, self.norm_moe_gen))
         return BagelModelOutputWithPast(
             last_hidden_state=hidden_states if routing is None else routing.to_sequence(hidden_states),
             past_key_values=past_key_values if use_cache else None,

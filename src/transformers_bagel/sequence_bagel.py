@@ -371,9 +371,9 @@ def split_experts(routing: Routing | None, stream: torch.Tensor) -> tuple[torch.
     return stream.split([routing.num_und, stream.shape[0] - routing.num_und])
 
 
-def join_experts(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The stream that `split_experts` took apart."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def join_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All parts in one tensor; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def route(

@@ -40,14 +40,21 @@ def test_the_floor_repeats_the_products_and_attentions_of_a_run(backward):
     assert ("aten::_scaled_dot_product_flash_attention_for_cpu_backward" in counts) == backward
 
 
-def test_the_floor_repeats_convolutions():
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_floor_repeats_convolutions(backward):
     from floor import Convolution, floor_of, recording
 
     layer = nn.Conv2d(3, 4, 3, padding=1)
     with recording(layer) as calls:
         layer(torch.randn(1, 3, 8, 8))
     assert calls == [Convolution((1, 3, 8, 8), layer)]
-    floor_of(calls, torch.float32, torch.device("cpu"))()
+    run = floor_of(calls, torch.float32, torch.device("cpu"), backward)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::convolution"] == 1
+    assert ("aten::convolution_backward" in counts) == backward
+    assert layer.weight.grad is None
 
 
 def test_functions_take_turns_after_a_call_to_warm_up():

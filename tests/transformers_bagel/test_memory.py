@@ -13,7 +13,7 @@ from tests.peak_memory import OVERHEAD, empty_model, peaks_of, write_checkpoint
 from transformers_bagel import BagelForConditionalGeneration
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 QUANTIZATIONS = {
     "torchao_int8": "TorchAoConfig(Int8WeightOnlyConfig())",
@@ -51,6 +51,7 @@ def peaks(tmp_path_factory) -> dict[str, int]:
     )
 
 
+@needs_proc
 @pytest.mark.parametrize("stored", ["F32", "BF16"])
 def test_loading_takes_the_weights_and_no_second_copy(stored, peaks):
     weights = num_bytes(empty_model(), of_bfloat16)
@@ -58,6 +59,7 @@ def test_loading_takes_the_weights_and_no_second_copy(stored, peaks):
     assert peaks[stored] < weights + OVERHEAD
 
 
+@needs_proc
 @pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
 def test_a_half_takes_its_own_weights(half, peaks):
     weights = num_bytes(empty_model(**{half: False}), of_bfloat16)
@@ -65,6 +67,7 @@ def test_a_half_takes_its_own_weights(half, peaks):
     assert half == "visual_und" or weights < 0.55 * num_bytes(empty_model(), of_bfloat16)
 
 
+@needs_proc
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_quantizing_takes_the_quantized_weights_and_one_layer(quantization, peaks):
     size = SIZES[quantization]
