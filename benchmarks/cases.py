@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from floor import floor_of, recording
 from PIL import Image
-from transformers import DynamicCache
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from diffusers_bagel.inputs import as_conversations
-from transformers_bagel import BagelDataCollator
-from transformers_bagel.cache_bagel import fork_cache
+from transformers_bagel import BagelDataCollator, fork_cache
 
 
 PROMPT = "a red circle left of a large blue square on a yellow ground, drawn with a soft pencil in the evening"
@@ -119,8 +117,7 @@ def prefill(pipe: BagelPipeline, length: int, batch: int) -> Work:
 def decode(pipe: BagelPipeline, length: int, batch: int) -> Work:
     """`generate()` after a text that is in the cache already."""
     ids = random_ids(pipe, batch, length + 1)
-    cache = DynamicCache(config=pipe.transformer.config.get_text_config())
-    pipe.transformer(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = pipe.transformer(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
     def run() -> None:
         pipe.transformer.generate(

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from transformers_bagel import (
     BagelForConditionalGeneration,
     BagelProcessor,
+    GrowingCache,
     PrefixBuffer,
     PrefixCache,
     PrefixLane,
@@ -368,7 +369,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
 
     def prefill(self, inputs: BatchFeature, latents: list[torch.Tensor]) -> BagelContext:
         """Context of one conversation: all its texts and images in one forward."""
-        cache = DynamicCache(config=self.transformer.config.text_config)
+        cache = GrowingCache(self.transformer.config)
         token_types = inputs["mm_token_type_ids"]
         if token_types.shape[1] == 0:
             return BagelContext(None, 0, 0)

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from .adapters_bagel import LORA_TARGETS, register_lora_targets
-from .cache_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from .cache_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
 from .checkpoint_bagel import WEIGHT_RENAMINGS
 from .collator_bagel import BagelDataCollator
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
@@ -65,6 +65,7 @@ __all__ = [
     "BagelTextModel",
     "BagelVisionConfig",
     "BagelVisionModel",
+    "GrowingCache",
     "PrefixBuffer",
     "PrefixCache",
     "PrefixLane",

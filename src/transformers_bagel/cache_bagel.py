@@ -1,26 +1,90 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Caches for drawing: a fork that copies nothing, and prefixes that a denoising step reads without growing them."""
+"""Caches: one that grows in place, a fork that copies nothing, and prefixes that a denoising step reads only."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
+
+
+# Places that a growing layer makes at a time. All of its tokens are copied once in so many.
+GROWTH = 256
+
+
+class GrowingLayer(DynamicLayer):
+    """A [`DynamicLayer`] with room behind its tokens: the next ones are written there, and not into a copy of all."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.forget_room()
+
+    def forget_room(self) -> None:
+        """Leave the room to whoever else reads these tokens, and copy them before the next ones come."""
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._filled: tuple[torch.Tensor, ...] = ()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`DynamicLayer.update`]. What is returned are views of shape `(batch, kv_heads, tokens, head_dim)`."""
+        # Autograd needs tensors that nobody writes into, a graph cannot depend on who owns one, and the first tokens may
+        # be the only ones.
+        if key_states.requires_grad or is_torchdynamo_compiling() or self.get_seq_length() == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        start, stop = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if not self._owns_room() or stop > self._buffers[0].shape[-2]:
+            self._buffers = tuple(self._with_room(states, stop + GROWTH) for states in (self.keys, self.values))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = states
+        self._filled = tuple(buffer[:, :, :stop] for buffer in self._buffers)
+        self.keys, self.values = self._filled
+        return self.keys, self.values
+
+    def _owns_room(self) -> bool:
+        # Whatever else rebinds the tensors (beam search, cropping, offloading) does not know of the buffers.
+        if not self._filled or self.keys is not self._filled[0] or self.values is not self._filled[1]:
+            return False
+        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+
+    @staticmethod
+    def _with_room(states: torch.Tensor, places: int) -> torch.Tensor:
+        buffer = states.new_empty(*states.shape[:2], places, states.shape[3])
+        buffer[:, :, : states.shape[2]] = states
+        return buffer
+
+
+class GrowingCache(DynamicCache):
+    """A [`DynamicCache`] whose layers grow in place; that copies all of its tokens at every new one.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model, or of its text.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
 
 def fork_cache(cache: DynamicCache) -> DynamicCache:
-    """A cache that grows on its own from the state of `cache`, which stays as it is. No tensor is copied.
+    """A cache that grows on its own from the state of `cache`, which stays as it is. No tensor is copied before.
 
-    This rests on [`DynamicCache`] appending by concatenation: it rebinds its tensors and never writes into them.
+    This rests on what each layer does to grow: a [`DynamicLayer`] makes new tensors, and a [`GrowingLayer`] without
+    room copies its tokens first.
     """
-    if type(cache) is not DynamicCache:
+    if type(cache) not in (DynamicCache, GrowingCache):
         raise TypeError(f"Only a `DynamicCache` can be forked without a copy, got a `{type(cache).__name__}`.")
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in fork.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.forget_room()
     return fork
 
 
@@ -143,4 +207,4 @@ class PrefixCache:
         return cls([PrefixLane(PrefixBuffer.from_cache(cache, room, row, padding[row])) for row in range(batch)])
 
 
-__all__ = ["PrefixBuffer", "PrefixCache", "PrefixLane", "fork_cache"]
+__all__ = ["GrowingCache", "PrefixBuffer", "PrefixCache", "PrefixLane", "fork_cache"]

@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
+from .cache_bagel import GrowingCache
 from .sequence_bagel import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
@@ -81,6 +82,16 @@ class BagelGenerationMixin(GenerationMixin):
         if model_kwargs.get("pixel_values") is not None and types is not None:
             check_placeholders(types, IMAGE_TOKEN, len(model_kwargs["pixel_values"]), "pixel_values")
         return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """The library's choice, and a cache that grows in place where that is one of plain keys and values."""
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        is_plain = type(model_kwargs.get("past_key_values")) is DynamicCache
+        if is_plain and not is_given and generation_config.cache_implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = GrowingCache(self.config)
 
     def _full_token_types(
         self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -37,7 +37,7 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_bagel import BagelAdapterMixin
-from .cache_bagel import PrefixCache, PrefixLane
+from .cache_bagel import GrowingCache, PrefixCache, PrefixLane
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .generation_bagel import BagelGenerationMixin
@@ -692,7 +692,7 @@ class BagelTextModel(BagelPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = GrowingCache(self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
@@ -1108,7 +1108,7 @@ class BagelModel(BagelPreTrainedModel):
                 "Flash attention takes no mask of image blocks beside padding, `document_ids` or noised latents. "
                 'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
             )
-        cache = DynamicCache(config=self.config.get_text_config()) if past_key_values is None else past_key_values
+        cache = GrowingCache(self.config) if past_key_values is None else past_key_values
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         # Without padding the mask tells the filled places of a static cache.
         behind = 0 if attention_mask is None else attention_mask.shape[1] - inputs_embeds.shape[1]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import load_model, max_error
-from transformers_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from transformers_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from transformers_bagel.cache_bagel import GROWTH, GrowingLayer
 
 
 GRID = torch.tensor([[2, 3]])
@@ -49,6 +53,95 @@ def test_a_fork_grows_alone_and_copies_nothing(model):
         model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=fork)
     assert (fork.get_seq_length(), cache.get_seq_length()) == (12, 9)
     assert all(torch.equal(old, new) for old, new in zip(before, snapshot(cache), strict=True))
+
+
+def tokens(*ids: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([ids])}
+
+
+@torch.no_grad()
+def test_a_growing_cache_copies_its_tokens_once_in_many():
+    layer, plain = GrowingLayer(), DynamicLayer()
+    places = set()
+    for length in (9, 1, 1, 3, GROWTH - 5, 1, 1):
+        states = torch.randn(2, 2, 3, length, 4)
+        for found, expected in zip(layer.update(*states), plain.update(*states), strict=True):
+            assert torch.equal(found, expected)
+        places.add(layer.keys.data_ptr())
+    # The first tokens alone, a buffer, and a larger one.
+    assert len(places) == 3
+
+
+@torch.no_grad()
+def test_forks_of_a_growing_cache_do_not_write_into_each_other(model):
+    cache = model(**tokens(5, 6, 7), use_cache=True).past_key_values
+    model(**tokens(8), past_key_values=cache)
+    assert isinstance(cache, GrowingCache)
+    forks = [fork_cache(cache) for _ in range(2)]
+    for one, other in ((9, 10), (11, 12)):
+        for fork, token in ((forks[0], one), (forks[1], other), (cache, 13)):
+            model(**tokens(token), past_key_values=fork)
+    for fork, ids in ((forks[0], (9, 11)), (forks[1], (10, 12)), (cache, (13, 13))):
+        expected = model(**tokens(5, 6, 7, 8, *ids), use_cache=True).past_key_values
+        for a, b in zip(snapshot(fork), snapshot(expected), strict=True):
+            assert max_error(a, b) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.crop(-2),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: cache.reset(),
+        lambda cache: copy.deepcopy(cache),
+    ],
+    ids=["crop", "reorder", "repeat", "select", "reset", "deepcopy"],
+)
+def test_a_growing_cache_goes_on_after_a_change_like_a_plain_one(model, change):
+    caches = GrowingCache(model.config), DynamicCache(config=model.config.text_config)
+    for cache in caches:
+        generator = torch.Generator().manual_seed(0)
+        for length in (5, 1, 1):
+            states = torch.randn(2, 2, 2, length, 4, generator=generator)
+            cache.update(*states, 0)
+        change(cache)
+        batch = cache.layers[0].keys.shape[0] if cache.get_seq_length() else 2
+        for length in (1, 2):
+            states = torch.randn(2, batch, 2, length, 4, generator=generator)
+            cache.update(*states, 0)
+    assert torch.equal(caches[0].layers[0].keys, caches[1].layers[0].keys)
+    assert torch.equal(caches[0].layers[0].values, caches[1].layers[0].values)
+
+
+def test_a_growing_cache_of_inference_mode_grows_outside_of_it(model):
+    with torch.inference_mode():
+        cache = model(**tokens(5, 6), use_cache=True).past_key_values
+        model(**tokens(7), past_key_values=cache)
+    with torch.no_grad():
+        logits = model(**tokens(8), past_key_values=cache).logits
+        assert max_error(logits, model(**tokens(5, 6, 7, 8)).logits[:, -1:]) <= 1e-5
+
+
+def test_gradients_flow_through_a_growing_cache(model):
+    cache = model(**tokens(5, 6), use_cache=True).past_key_values
+    logits = model(**tokens(7), past_key_values=cache).logits
+    whole = model(**tokens(5, 6, 7)).logits
+    parameter = model.model.language_model.layers[0].self_attn.k_proj.weight
+    gradients = [torch.autograd.grad(part[:, -1].sum(), parameter)[0] for part in (logits, whole)]
+    assert max_error(*gradients) <= 1e-5 * gradients[0].abs().max()
+
+
+def test_generate_makes_a_growing_cache_where_none_is_chosen(model):
+    def cache_of(**chosen):
+        return model.generate(**tokens(5, 6), max_new_tokens=2, return_dict_in_generate=True, **chosen).past_key_values
+
+    given = DynamicCache(config=model.config.text_config)
+    assert type(cache_of()) is type(cache_of(cache_implementation="dynamic")) is GrowingCache
+    assert type(cache_of(cache_implementation="static")) is StaticCache
+    assert cache_of(past_key_values=given) is given
 
 
 def test_other_caches_are_not_forked_silently(model):
