@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ GROWTH = 256
 
 class GrowingLayer(DynamicLayer):
     """A [`DynamicLayer`] with room behind its tokens: the next ones are written there, and not into a copy of all."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -66,6 +69,8 @@ class GrowingCache(DynamicCache):
     Args:
         config (`PreTrainedConfig`): Of the model, or of its text.
     """
+
+    layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
@@ -145,6 +150,71 @@ class PrefixLane:
     start: int = 0
 
 
+@dataclass
+class PrefixLayer:
+    """One layer of a [`PrefixCache`].
+
+    Attributes:
+        lanes (`list`):
+            Of each lane the keys and values of its buffer (`None` if it has none), the first place that it attends to,
+            and the first place of the room.
+    """
+
+    lanes: list[tuple[tuple[torch.Tensor, torch.Tensor] | None, int, int]]
+
+    def extend(
+        self, lane_idx: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prefix of a lane followed by the given pieces, as views that hold until the next call.
+
+        Args:
+            lane_idx (`int`): Lane.
+            keys (`Sequence[torch.Tensor]`): Pieces of shape `(tokens, kv_heads, head_dim)`, written in a row.
+            values (`Sequence[torch.Tensor]`): Likewise.
+
+        Returns:
+            Keys and values of shape `(1, kv_heads, prefix + tokens, head_dim)`.
+        """
+        states, first, room = self.lanes[lane_idx]
+        if states is None:
+            key, value = (torch.cat(list(pieces)).transpose(0, 1).unsqueeze(0) for pieces in (keys, values))
+            return key, value
+        views = []
+        for buffer, pieces in zip(states, (keys, values), strict=True):
+            stop = room
+            for piece in pieces:
+                buffer[0, :, stop : stop + piece.shape[0]] = piece.transpose(0, 1)
+                stop += piece.shape[0]
+            views.append(buffer[:, :, first:stop])
+        return views[0], views[1]
+
+
+@dataclass
+class CacheLayer:
+    """One layer of a library's cache that must know which one it is, since it moves its layers or makes them late."""
+
+    cache: Cache
+    index: int
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`Cache.update`]."""
+        return self.cache.update(key_states, value_states, self.index)
+
+
+def layer_caches(cache: Cache | PrefixCache | None, num_layers: int) -> Iterator[Any]:
+    """What each decoder layer reads and writes: something with `update`, a [`PrefixLayer`], or `None`.
+
+    A layer that took its own out of the cache by its number would be compiled again for each number.
+    """
+    for index in range(num_layers):
+        if isinstance(cache, PrefixCache):
+            yield cache.layer(index)
+        elif cache is None or (type(cache).update is Cache.update and not cache.offloading and len(cache) > index):
+            yield None if cache is None else cache.layers[index]
+        else:
+            yield CacheLayer(cache, index)
+
+
 class PrefixCache:
     """What a batch of noised blocks attends to: one lane a block, none of which grows.
 
@@ -164,32 +234,14 @@ class PrefixCache:
         """The cache of some of the lanes. Nothing is copied."""
         return PrefixCache([self.lanes[index] for index in indices])
 
-    def extend(
-        self, layer_idx: int, lane_idx: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prefix of a lane followed by the given pieces, as views that hold until the next call for this layer.
-
-        Args:
-            layer_idx (`int`): Decoder layer.
-            lane_idx (`int`): Lane.
-            keys (`Sequence[torch.Tensor]`): Pieces of shape `(tokens, kv_heads, head_dim)`, written in a row.
-            values (`Sequence[torch.Tensor]`): Likewise.
-
-        Returns:
-            Keys and values of shape `(1, kv_heads, prefix + tokens, head_dim)`.
-        """
-        lane = self.lanes[lane_idx]
-        if lane.buffer is None:
-            key, value = (torch.cat(list(pieces)).transpose(0, 1).unsqueeze(0) for pieces in (keys, values))
-            return key, value
-        views = []
-        for buffer, pieces in ((lane.buffer.keys[layer_idx], keys), (lane.buffer.values[layer_idx], values)):
-            stop = lane.buffer.length
-            for piece in pieces:
-                buffer[0, :, stop : stop + piece.shape[0]] = piece.transpose(0, 1)
-                stop += piece.shape[0]
-            views.append(buffer[:, :, lane.start : stop])
-        return views[0], views[1]
+    def layer(self, index: int) -> PrefixLayer:
+        """What one decoder layer attends to, as views."""
+        lanes = []
+        for lane in self.lanes:
+            buffer = lane.buffer
+            states = None if buffer is None else (buffer.keys[index], buffer.values[index])
+            lanes.append((states, lane.start, 0 if buffer is None else buffer.length))
+        return PrefixLayer(lanes)
 
     @classmethod
     def from_cache(cls, cache: Cache, room: int, attention_mask: torch.Tensor | None = None) -> PrefixCache:

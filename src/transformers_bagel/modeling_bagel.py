@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,7 +38,7 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_bagel import BagelAdapterMixin
-from .cache_bagel import GrowingCache, PrefixCache, PrefixLane
+from .cache_bagel import CacheLayer, GrowingCache, PrefixCache, PrefixLane, PrefixLayer, layer_caches
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .generation_bagel import BagelGenerationMixin
@@ -164,7 +165,7 @@ class BagelAttention(nn.Module):
         parts: tuple[torch.Tensor, ...],
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...],
         attention_mask: torch.Tensor | SampleMasks | None = None,
-        past_key_values: Cache | PrefixCache | None = None,
+        past_key_values: CacheLayerMixin | CacheLayer | PrefixLayer | None = None,
         routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
@@ -178,7 +179,7 @@ class BagelAttention(nn.Module):
             lambda part: self._heads(part[0], part[1], "_moe_gen", in_float32),
         )
         attn_weights = None
-        if isinstance(past_key_values, PrefixCache) and routing is not None:
+        if isinstance(past_key_values, PrefixLayer) and routing is not None:
             attn_output = self._attend_blocks(heads, past_key_values, routing, **kwargs)
         elif isinstance(attention_mask, SampleMasks):
             attn_output = self._attend_samples(heads, attention_mask, routing, **kwargs)
@@ -212,20 +213,20 @@ class BagelAttention(nn.Module):
         self,
         heads: tuple[tuple[torch.Tensor, ...], ...],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: CacheLayerMixin | CacheLayer | None,
         routing: Routing | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         query, key, value = (states.transpose(1, 2) for states in _whole_sequence(routing, heads))
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value)
         attn_output, attn_weights = self._attention(query, key, value, attention_mask, **kwargs)
         return _parts_of_sequence(routing, attn_output), attn_weights
 
     def _attend_blocks(
         self,
         heads: tuple[tuple[torch.Tensor, ...], ...],
-        past_key_values: PrefixCache,
+        past_key_values: PrefixLayer,
         routing: Routing,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +236,7 @@ class BagelAttention(nn.Module):
                 [states[piece] for states, piece in zip(of_experts, pieces, strict=True)]
                 for of_experts in zip(*heads, strict=True)
             )
-            lane_key, lane_value = past_key_values.extend(self.layer_idx, lane_idx, key, value)
+            lane_key, lane_value = past_key_values.extend(lane_idx, key, value)
             lane_query = torch.cat(query).transpose(0, 1).unsqueeze(0)
             lane_output, _ = self._attention(lane_query, lane_key, lane_value, None, **kwargs)
             markers.append(lane_output[0, :2])
@@ -311,7 +312,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | PrefixCache | None = None,
+        past_key_values: CacheLayerMixin | CacheLayer | PrefixLayer | None = None,
         routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -321,7 +322,8 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
             position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`):
                 Cosines and sines for the tokens of each expert, shaped like them.
             attention_mask (`torch.Tensor` or `BlockMask`, *optional*): Mask in the attention's own format.
-            past_key_values (`Cache` or `PrefixCache`, *optional*): What came before; a `PrefixCache` does not grow.
+            past_key_values (`CacheLayerMixin`, `CacheLayer` or `PrefixLayer`, *optional*):
+                What came before in this layer, see `layer_caches`; a `PrefixLayer` does not grow.
             routing (`Routing`, *optional*): Expert of every token; without it all take the understanding expert.
 
         Returns:
@@ -559,6 +561,19 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs: Any = {"hidden_states": BagelDecoderLayer, "attentions": BagelAttention}
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Compile the layers, and nothing around them, like [`ModelMixin.compile_repeated_blocks`] of diffusers.
+
+        One graph serves all layers of a kind, and one all lengths of prompts.
+
+        Args:
+            args, kwargs: Of [`torch.compile`].
+        """
+        for module in self.modules():
+            if type(module).__name__ in self._no_split_modules:
+                module.compile(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -720,12 +735,12 @@ class BagelTextModel(BagelPreTrainedModel):
                 hidden_states = join_parts((und_states.detach(), gen_states))
             rotation = tuple(routing.to_stream(part.expand(*routing.shape, -1)) for part in rotation)
         position_embeddings = tuple(zip(*(split_experts(routing, part) for part in rotation), strict=True))
-        for layer in self.layers:
+        for layer, layer_cache in zip(self.layers, layer_caches(past_key_values, len(self.layers)), strict=True):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                past_key_values=layer_cache,
                 routing=routing,
                 **kwargs,
             )
