@@ -17,6 +17,7 @@ from .cache_bagel import PrefixBuffer, PrefixCache, PrefixLane, fork_cache
 from .checkpoint_bagel import WEIGHT_RENAMINGS
 from .collator_bagel import BagelDataCollator
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from .context_split_bagel import SplitPrefixCache
 from .data_loader_bagel import BagelDataLoader
 from .image_processing_bagel import BagelImageProcessor
 from .losses_bagel import loss_totals
@@ -68,6 +69,7 @@ __all__ = [
     "PrefixBuffer",
     "PrefixCache",
     "PrefixLane",
+    "SplitPrefixCache",
     "fork_cache",
     "loss_totals",
 ]

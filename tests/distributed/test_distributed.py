@@ -36,7 +36,7 @@ def launch(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tp", "split"])
 def test_two_processes_equal_one(mode):
     done = launch(str(WORKER), mode)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
