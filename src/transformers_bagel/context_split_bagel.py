@@ -81,12 +81,11 @@ def gather_parts(
     """
     if own.requires_grad:
         raise RuntimeError("A context split passes no gradients on. Call the model under `torch.no_grad()`.")
-    # Collectives take parts of one size.
+    # A collective takes parts of one size.
     padded = torch.nn.functional.pad(own.flatten(1), (0, 0, 0, max(counts) - len(own)))
-    gathered = padded.new_empty(len(counts) * max(counts), padded.shape[1])
-    distributed.all_gather_into_tensor(gathered, padded, group=group)
-    parts = gathered.view(len(counts), max(counts), *own.shape[1:])
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded, group=group)
+    return [part[:count].unflatten(1, own.shape[1:]) for part, count in zip(parts, counts, strict=True)]
 
 
 __all__ = ["SplitPrefixCache"]

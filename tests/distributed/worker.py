@@ -138,11 +138,15 @@ def compare_context_split() -> None:
     torch.distributed.init_process_group("gloo")
     model = load_model()
     group = torch.distributed.group.WORLD
+    computed = []
+    expert = model.model.language_model.layers[0].mlp_moe_gen
+    expert.register_forward_pre_hook(lambda module, args: computed.append(len(args[0])))
     # The second has one token more in the first process, and the third has no token in the second one.
-    for grid in ((3, 4), (3, 5), (1, 1)):
+    for grid, own in (((3, 4), (6, 6)), ((3, 5), (8, 7)), ((1, 1), (1, 0))):
         expected = denoised(model, grid)
         found = denoised(model, grid, lambda lanes, length: SplitPrefixCache(lanes, [length], group))
         assert_near(str(grid), found, expected)
+        assert computed[-2:] == [grid[0] * grid[1], own[group.rank()]]
     for task in ({}, {"image": golden_image("wide")}, {"height": 48, "width": 80}, {"taylorseer": True}):
         assert_near(str(task), drawn(model, group, **task), drawn(model, **task))
 
