@@ -96,12 +96,6 @@ def head_products(config: BagelConfig) -> int:
     return 2 * text.hidden_size * text.vocab_size
 
 
-def angle_products(config: BagelConfig) -> int:
-    """Operations of the rotary angles of a token, which the library computes as a product."""
-    text = config.get_text_config()
-    return text.hidden_size // text.num_attention_heads
-
-
 def latent_products(config: BagelConfig) -> int:
     """Operations of the layers around the latents for a token: into the model, and out of it."""
     return 2 * 2 * config.latent_dim * config.get_text_config().hidden_size
@@ -137,7 +131,7 @@ def denoise(config: BagelConfig, latents: Sequence[int], prefixes: Sequence[int]
     """
     blocks = [length + 2 for length in latents]
     pairs = sum(block * (block + prefix) for block, prefix in zip(blocks, prefixes, strict=True))
-    products = sum(blocks) * (products_per_token(config) + angle_products(config))
+    products = sum(blocks) * products_per_token(config)
     products += sum(latents) * latent_products(config) + len(blocks) * time_products(config)
     return Cost(
         products,
@@ -160,7 +154,7 @@ def prefill(config: BagelConfig, tokens: int, pairs: int, itemsize: int, scored:
         scored (`int`, *optional*, defaults to 1): Tokens that the text head scores.
     """
     return Cost(
-        tokens * (products_per_token(config) + angle_products(config)) + scored * head_products(config),
+        tokens * products_per_token(config) + scored * head_products(config),
         pairs * operations_per_pair(config),
         (products_per_token(config) + head_products(config)) // 2 * itemsize,
     )
@@ -185,8 +179,11 @@ def training(config: BagelConfig, texts: int, latents: int, targets: int, pairs:
     """
     forward = (texts + latents) * products_per_token(config) + targets * head_products(config)
     forward += latents * latent_products(config) + time_products(config)
-    # A product has two in its backward. An attention has four beside the scores, which a fused kernel computes again.
-    return Cost(3 * forward, 3.5 * pairs * operations_per_pair(config))
+    # A product has two in its backward, or one where what comes in is no activation.
+    inputs = latents * config.latent_dim + config.frequency_embedding_size
+    products = 3 * forward - 2 * inputs * config.get_text_config().hidden_size
+    # An attention has four beside the scores, which a fused kernel computes again.
+    return Cost(products, 3.5 * pairs * operations_per_pair(config))
 
 
 def vision(config: BagelConfig, patches: int) -> Cost:
