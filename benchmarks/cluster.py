@@ -7,9 +7,8 @@ counted, and taken to overlap with nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import cost
@@ -121,12 +120,6 @@ def context_split_seconds(config: BagelConfig, latents: Sequence[int], gpus: int
     )
 
 
-def divided(whole: Cost, gpus: int, divides_weights: bool) -> Cost:
-    """The part of one of several GPUs."""
-    weight_bytes = whole.weight_bytes / gpus if divides_weights else whole.weight_bytes
-    return Cost(whole.products / gpus, whole.attention / gpus, weight_bytes, whole.cache_bytes / gpus)
-
-
 @dataclass(frozen=True)
 class Task:
     """
@@ -198,7 +191,7 @@ def tensor_parallel(gpus: int) -> Callable[[BagelConfig, Sequence[int], Accelera
     def step(config: BagelConfig, prefixes: Sequence[int], accelerator: Accelerator) -> float:
         whole = cost.denoise(config, [LATENTS] * len(prefixes), prefixes, ITEMSIZE)
         tokens = (2 * len(prefixes), LATENTS * len(prefixes))
-        computed = cost.seconds(divided(whole, gpus, divides_weights=True), rates(accelerator))
+        computed = cost.seconds(whole.times(1 / gpus), rates(accelerator))
         return computed + tensor_parallel_seconds(config, tokens, gpus, accelerator)
 
     return step
@@ -209,7 +202,9 @@ def context_split(gpus: int) -> Callable[[BagelConfig, Sequence[int], Accelerato
 
     def step(config: BagelConfig, prefixes: Sequence[int], accelerator: Accelerator) -> float:
         whole = cost.denoise(config, [LATENTS] * len(prefixes), prefixes, ITEMSIZE)
-        computed = cost.seconds(divided(whole, gpus, divides_weights=False), rates(accelerator))
+        # Every GPU reads all weights, and the whole prefix.
+        part = replace(whole, products=whole.products / gpus, attention=whole.attention / gpus)
+        computed = cost.seconds(part, rates(accelerator))
         return computed + context_split_seconds(config, [LATENTS] * len(prefixes), gpus, accelerator)
 
     return step
@@ -257,20 +252,11 @@ def decoding_table(config: BagelConfig, accelerator: Accelerator) -> str:
     for gpus in (1, text.num_key_value_heads):
         for batch, prefix in ((1, 1024), (1, 8192), (64, 1024), (64, 8192)):
             whole = cost.decode(config, prefix, batch, ITEMSIZE)
-            seconds = cost.seconds(divided(whole, gpus, divides_weights=True), rates(accelerator))
+            seconds = cost.seconds(whole.times(1 / gpus), rates(accelerator))
             seconds += tensor_parallel_seconds(config, (batch,), gpus, accelerator) if gpus > 1 else 0.0
             way = "one GPU" if gpus == 1 else f"tensor parallel, {gpus}"
             lines.append(f"| {way} | {batch} | {prefix:,} | {1000 * seconds:.1f} | {batch / seconds:,.0f} |")
     return "\n".join(lines)
-
-
-@cache
-def parameters(text_layers: int) -> int:
-    """Weights of the published model; the argument is there to name it."""
-    with torch.device("meta"):
-        model = BagelForConditionalGeneration(BagelConfig())
-    assert model.config.get_text_config().num_hidden_layers == text_layers
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def training_table(config: BagelConfig, accelerator: Accelerator) -> str:
@@ -281,7 +267,8 @@ def training_table(config: BagelConfig, accelerator: Accelerator) -> str:
     row = cost.training(config, texts, TRAINING_SAMPLES * LATENTS, TRAINING_SAMPLES * PROMPT, pairs)
     # Checkpointing computes the forward twice.
     row = Cost(row.products * 4 / 3, row.attention * (1 + 1 / 3.5))
-    weights = parameters(config.get_text_config().num_hidden_layers)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in BagelForConditionalGeneration(config).parameters())
     lines = [
         f"| {accelerator.name} | GB a GPU: weights, gradients, AdamW | s a step | of which communication | tokens/s |",
         "|---|---|---|---|---|",
@@ -299,6 +286,7 @@ def training_table(config: BagelConfig, accelerator: Accelerator) -> str:
 def tables(config: BagelConfig) -> list[str]:
     """The tables of docs/growth.md."""
     return [
+        facts_table(config),
         pictures_table(config, H100),
         pictures_table(config, A100),
         decoding_table(config, H100),
@@ -306,17 +294,35 @@ def tables(config: BagelConfig) -> list[str]:
     ]
 
 
+def facts_table(config: BagelConfig) -> str:
+    """What follows from the configuration alone, or with the figures of one GPU."""
+    drawing = cost.denoise(config, [LATENTS], [PROMPT], ITEMSIZE)
+    ((_, prefixes),) = tasks(config)["edit"].steps
+    editing = cost.denoise(config, [LATENTS] * len(prefixes), prefixes, ITEMSIZE)
+    text = config.get_text_config()
+    token = cost.cache_bytes_per_token(config, ITEMSIZE)
+    decoded, encoded = vae_operations()
+    facts = {
+        "operations of a forward of 4,096 latents": f"{drawing.operations / 1e12:.1f} TFLOP",
+        "attention of such a forward": f"{100 * drawing.attention / drawing.operations:.0f} %",
+        "operations of an editing step, three branches": f"{editing.operations / 1e12:.0f} TFLOP",
+        "attention of an editing step": f"{100 * editing.attention / editing.operations:.0f} %",
+        "keys at which attention equals the linear layers": f"{cost.tokens_of_equal_cost(config):,.0f}",
+        "VAE at 1024 px, decoding and encoding": f"{decoded / 1e12:.1f} and {encoded / 1e12:.1f} TFLOP",
+        "weights that a decoding step reads": f"{cost.decode(config, 0, 1, ITEMSIZE).weight_bytes / 1e9:.1f} GB",
+        "keys and values of a token, all layers": f"{token / 1024:.0f} KiB",
+        "rows at which an H100 decodes as long as it reads weights": f"{rates(H100).products / rates(H100).bandwidth:.0f}",
+        "moved a layer and block of 4,096 latents: context split": f"{LATENTS * token / text.num_hidden_layers / 1e6:.1f} MB",
+        "the same: tensor parallel": f"{2 * 2 * LATENTS * text.hidden_size * ITEMSIZE / 1e6:.0f} MB",
+    }
+    return "\n".join(
+        ["| BAGEL-7B-MoT in bfloat16 | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in facts.items())]
+    )
+
+
 def main() -> None:
     config = BagelConfig()
     print("\n\n".join(tables(config)))
-    drawing = cost.denoise(config, [LATENTS], [PROMPT], ITEMSIZE)
-    print(f"\na forward of {LATENTS:,} latents: {drawing.products / 1e12:.1f} + {drawing.attention / 1e12:.1f} TFLOP")
-    print(f"keys at which attention equals the layers: {cost.tokens_of_equal_cost(config):,.0f}")
-    print("VAE, decoding and encoding: " + ", ".join(f"{count / 1e12:.1f} TFLOP" for count in vae_operations()))
-    read = cost.decode(config, 0, 1, ITEMSIZE).weight_bytes
-    print(f"decoding reads {read / 1e9:.1f} GB of weights, and {cost.cache_bytes_per_token(config, ITEMSIZE)} bytes a token")
-    balance = math.ceil(rates(H100).products / rates(H100).bandwidth)
-    print(f"rows at which decoding computes as long as it reads: {balance}")
 
 
 if __name__ == "__main__":

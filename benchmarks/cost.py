@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers_bagel import BagelConfig
 
@@ -188,7 +189,8 @@ def training(config: BagelConfig, texts: int, latents: int, targets: int, pairs:
 
 def vision(config: BagelConfig, patches: int) -> Cost:
     """The tower that sees, on the patches of one image, with the connector behind it."""
-    tower, hidden_size = config.vision_config, config.get_text_config().hidden_size
+    tower: Any = config.vision_config
+    hidden_size = config.get_text_config().hidden_size
     layer = tower.hidden_size * (4 * tower.hidden_size + 2 * tower.intermediate_size)
     embedding = tower.num_channels * tower.patch_size**2 * tower.hidden_size
     connector = hidden_size * (tower.hidden_size + hidden_size)

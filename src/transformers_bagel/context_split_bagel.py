@@ -68,9 +68,7 @@ class SplitPrefixCache(PrefixCache):
         )
 
 
-def gather_parts(
-    own: torch.Tensor, counts: Sequence[int], group: distributed.ProcessGroup
-) -> list[torch.Tensor]:
+def gather_parts(own: torch.Tensor, counts: Sequence[int], group: distributed.ProcessGroup) -> list[torch.Tensor]:
     """
     The parts of all processes.
 

@@ -908,7 +908,9 @@ class BagelModel(BagelPreTrainedModel):
         split = past_key_values if isinstance(past_key_values, SplitPrefixCache) else None
         if split is not None:
             if split.lengths != lengths:
-                raise ValueError(f"`past_key_values` splits blocks of {split.lengths} latents, got blocks of {lengths}.")
+                raise ValueError(
+                    f"`past_key_values` splits blocks of {split.lengths} latents, got blocks of {lengths}."
+                )
             embeds, lengths = split.own_part(embeds), split.own_lengths()
         routing = Routing.from_blocks(lengths)
         markers = torch.tensor(

@@ -131,11 +131,15 @@ def test_curves_are_measured_drawn_and_drawn_again(tmp_path, capsys):
 
 
 def test_the_page_shows_the_figures_beside_it():
+    import cost
     import growth
+    from models import make_config
 
     figures = json.loads((ROOT / "docs" / "growth.json").read_text())
-    assert growth.table(figures) in PAGE
     assert figures["width"] == "middle"
+    for part in (growth.table(figures), growth.rates_line(figures["rates"]), growth.agreement(figures)):
+        assert part in PAGE
+    assert f"{cost.tokens_of_equal_cost(make_config('middle')):,.0f} keys in this width" in PAGE
 
 
 def test_the_page_shows_the_estimates():

@@ -187,7 +187,9 @@ def drawn(model: torch.nn.Module, group: Any = None, taylorseer: bool = False, *
         task["image"] = [[task["image"]]] * 2
     else:
         task = {"height": 64, "width": 64} | task
-    out = pipe(["a red circle", "make it green"], num_inference_steps=5, generator=generators, output_type="pt", **task)
+    out = pipe(
+        ["a red circle", "make it green"], num_inference_steps=5, generator=generators, output_type="pt", **task
+    )
     return out.images
 
 
