@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers.distributed import DistributedConfig
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelForConditionalGeneration
@@ -41,7 +42,7 @@ def load(args: argparse.Namespace, state: PartialState) -> BagelPipeline:
     components = {}
     if args.split == "layers":
         components["transformer"] = BagelForConditionalGeneration.from_pretrained(
-            args.model, dtype=dtype, tp_plan="auto"
+            args.model, dtype=dtype, distributed_config=DistributedConfig(tp_plan="auto")
         )
     pipe = BagelPipeline.from_pretrained(args.model, dtype=dtype, **components).to(state.device)
     if args.split == "latents":
