@@ -94,7 +94,7 @@ def filled_cache(config: BagelConfig, length: int, batch: int = 1) -> DynamicCac
     return cache
 
 
-def random_ids(config: BagelConfig, *shape: int) -> torch.Tensor:
+def random_ids(*shape: int) -> torch.Tensor:
     # Below the tokenizer's special tokens.
     return torch.randint(5, 400, shape)
 
@@ -120,14 +120,14 @@ def denoise(model: BagelForConditionalGeneration, latents: int, images: int = 1,
 
 
 def prefill(model: BagelForConditionalGeneration, tokens: int) -> Run:
-    ids = random_ids(model.config, 1, tokens)
+    ids = random_ids(1, tokens)
     expected = cost.prefill(model.config, tokens, cost.causal_pairs(tokens), ITEMSIZE)
     return Run(torch.no_grad()(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)), expected)
 
 
 def decode(model: BagelForConditionalGeneration, prefix: int, batch: int = 1) -> Run:
     """`generate()` after what is in the cache already."""
-    ids = random_ids(model.config, batch, prefix + 1)
+    ids = random_ids(batch, prefix + 1)
     cache = filled_cache(model.config, prefix, batch)
 
     def call() -> None:
@@ -147,7 +147,7 @@ def training(model: BagelForConditionalGeneration, latents: int) -> Run:
     """Forward and backward of one drawing after its prompt."""
     config = model.config
     ids = torch.full((1, PROMPT + latents + 2), config.latent_token_id)
-    ids[:, :PROMPT] = random_ids(config, PROMPT)
+    ids[:, :PROMPT] = random_ids(PROMPT)
     ids[:, PROMPT], ids[:, -1] = config.vision_start_token_id, config.vision_end_token_id
     labels = torch.full_like(ids, -100)
     labels[:, 1:PROMPT] = ids[:, 1:PROMPT]

@@ -53,7 +53,7 @@ def test_operations_of_a_prefill_and_of_decoding():
     expected = cost.prefill(model.config, 24, 24 * 24, itemsize=4)
     assert sum(counted(growth.prefill(model, 24).call)) == expected.operations
 
-    ids = growth.random_ids(model.config, 3, 1)
+    ids = growth.random_ids(3, 1)
     cache = growth.filled_cache(model.config, 9, batch=3)
     products, batched = counted(lambda: model(input_ids=ids, past_key_values=cache))
     assert products + batched == cost.decode(model.config, 9, 3, itemsize=4).operations
