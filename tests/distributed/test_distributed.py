@@ -79,6 +79,14 @@ def test_two_processes_draw_the_pictures_of_one(split, prompts, drawn_by_one, tm
         assert np.abs(pixels[0] - pixels[1]).max() <= (1 if split == "layers" else 0)
 
 
+def test_a_split_step_is_measured():
+    script = Path(__file__).parents[2] / "benchmarks" / "split.py"
+    done = launch(str(script), "--width", "golden", "--latents", "64", "--repeats", "1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (row,) = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("| 64 |")]
+    assert float(row[-1]) <= 1e-5
+
+
 @pytest.fixture
 def settings(tmp_path) -> dict:
     base, pictures = tmp_path / "base", tmp_path / "pictures"
