@@ -40,7 +40,9 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     # The snippets are written for a GPU.
     to = DiffusionPipeline.to
     monkeypatch.setattr(
-        DiffusionPipeline, "to", lambda self, device, **kw: to(self, "cpu" if device == "cuda" else device, **kw)
+        DiffusionPipeline,
+        "to",
+        lambda self, device, **kw: to(self, "cpu" if str(device).startswith("cuda") else device, **kw),
     )
     for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         offload = getattr(DiffusionPipeline, name)
@@ -56,6 +58,15 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     # accelerate 1.15 cannot offload any model to "cpu:0", the name that diffusers gives this stand-in for a GPU.
     cpu_offload = accelerate.cpu_offload
     monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **kw: cpu_offload(model, "cpu", **kw))
+    # As `torchrun` tells a process that is alone.
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
     golden_image("wide").save("cat.png")
     variables: dict = {"__name__": "snippet"}
     for snippet in snippets(page):
@@ -65,6 +76,8 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     for value in variables.values():
         if isinstance(value, BagelPipeline):
             value.remove_all_hooks()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     assert torch.is_grad_enabled()
 
 

@@ -27,6 +27,7 @@ from transformers_bagel import (
     PrefixBuffer,
     PrefixCache,
     PrefixLane,
+    SplitPrefixCache,
     fork_cache,
 )
 from transformers_bagel.image_processing_bagel import patchify
@@ -146,6 +147,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         self.default_sample_size = min(1024, self.max_latent_size * self.vae_scale_factor)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, resample="bicubic")
         self._taylorseer: TaylorSeerConfig | None = None
+        self._split_group: torch.distributed.ProcessGroup | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BagelPipeline":
@@ -241,6 +243,23 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
     def disable_taylorseer(self) -> None:
         """Compute every step again."""
         self._taylorseer = None
+
+    def enable_context_split(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """
+        Draw every image with several processes, each of which computes a part of its latents.
+
+        All of them must make the same calls, with generators of the same seeds, and get the same images.
+
+        Args:
+            group (`torch.distributed.ProcessGroup`, *optional*): By default all processes.
+        """
+        if not torch.distributed.is_initialized():
+            raise RuntimeError("A context split needs several processes: launch with `torchrun`.")
+        self._split_group = torch.distributed.group.WORLD if group is None else group
+
+    def disable_context_split(self) -> None:
+        """Draw every image in this process alone again."""
+        self._split_group = None
 
     @property
     def guidance_scale(self) -> float:
@@ -529,11 +548,18 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         if latents.dtype != torch.float32:
             raise ValueError(f"`latents` must be float32, got {latents.dtype}. Pass `latents.float()`.")
 
+    def _check_generators(self, generators: list[torch.Generator | None]) -> None:
+        if self._split_group is not None and None in generators:
+            raise ValueError(
+                "A context split needs a `generator`, of the same seed in every process, or each would draw another image."
+            )
+
     def _prepare_lanes(
         self, contexts: list[dict[str, BagelContext]], grids: list[tuple[int, int]], guidance: list[BagelGuidance]
     ) -> tuple[_Lanes, list[_Row]]:
         """Lay the prefixes of all contexts into buffers, each once, and give every image its lanes in them."""
         lanes: list[PrefixLane] = []
+        lengths: list[int] = []
         positions: list[int] = []
         rows: list[_Row] = []
         buffers: dict[int, PrefixBuffer] = {}
@@ -565,8 +591,11 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
                 if no_image is not full:
                     row["no_image"] = add(PrefixLane(buffer_of(no_image, room)), no_image)
             rows.append(_Row(grid, how, row))
+            lengths += [rows[-1].num_tokens] * (len(lanes) - len(lengths))
         states = None if self._taylorseer is None else [TaylorSeerState(self._taylorseer) for _ in lanes]
-        return _Lanes(PrefixCache(lanes), torch.tensor(positions), states), rows
+        group = self._split_group
+        cache = PrefixCache(lanes) if group is None else SplitPrefixCache(lanes, lengths, group)
+        return _Lanes(cache, torch.tensor(positions), states), rows
 
     def _predict_velocity(
         self, latents: torch.Tensor, timestep: torch.Tensor, rows: list[_Row], lanes: _Lanes
@@ -752,6 +781,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         inputs = [self.preprocess(conversation, think) for conversation in conversations]
         grids = [self._grid(item, height, width) for item in inputs for _ in range(num_images_per_prompt)]
         self._check_latents(latents, grids)
+        self._check_generators(generators)
         for item in inputs:
             self._check_context(item, max_think_tokens if think else 0)
 

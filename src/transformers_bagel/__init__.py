@@ -17,6 +17,7 @@ from .cache_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fo
 from .checkpoint_bagel import WEIGHT_RENAMINGS
 from .collator_bagel import BagelDataCollator
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from .context_split_bagel import SplitPrefixCache
 from .data_loader_bagel import BagelDataLoader
 from .image_processing_bagel import BagelImageProcessor
 from .losses_bagel import loss_totals
@@ -69,6 +70,7 @@ __all__ = [
     "PrefixBuffer",
     "PrefixCache",
     "PrefixLane",
+    "SplitPrefixCache",
     "fork_cache",
     "loss_totals",
 ]

@@ -44,6 +44,11 @@ class BagelTextConfig(Qwen2Config):
         "layers.*.mlp_moe_gen.gate_proj": "colwise",
         "layers.*.mlp_moe_gen.up_proj": "colwise",
         "layers.*.mlp_moe_gen.down_proj": "rowwise",
+        # A process has the heads of its own, so that its gradients are a part of these weights'.
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.q_norm_moe_gen": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm_moe_gen": "replicated_with_grad_allreduce",
     }
     base_model_fsdp_plan = {**Qwen2Config.base_model_fsdp_plan, "norm_moe_gen": "keep_full_weight"}
 

@@ -41,6 +41,7 @@ from .adapters_bagel import BagelAdapterMixin
 from .cache_bagel import CacheLayer, GrowingCache, PrefixCache, PrefixLane, PrefixLayer, layer_caches
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
+from .context_split_bagel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
 from .losses_bagel import (
     IGNORED_LABEL,
@@ -918,8 +919,15 @@ class BagelModel(BagelPreTrainedModel):
                 f"`position_ids` must hold one position for each of {len(lengths)} images, got {position_ids.numel()}."
             )
         self.check_position_range(position_ids)
-        routing = Routing.from_blocks(lengths)
         embeds = self.embed_latents(latents, timesteps, latent_grid_hw)
+        split = past_key_values if isinstance(past_key_values, SplitPrefixCache) else None
+        if split is not None:
+            if split.lengths != lengths:
+                raise ValueError(
+                    f"`past_key_values` splits blocks of {split.lengths} latents, got blocks of {lengths}."
+                )
+            embeds, lengths = split.own_part(embeds), split.own_lengths()
+        routing = Routing.from_blocks(lengths)
         markers = torch.tensor(
             [self.config.vision_start_token_id, self.config.vision_end_token_id], device=latents.device
         )
@@ -947,6 +955,8 @@ class BagelModel(BagelPreTrainedModel):
             **kwargs,
         )
         outputs.last_hidden_state = None
+        if split is not None:
+            outputs.latent_hidden_states = split.gather(outputs.latent_hidden_states)
         return self._velocity(outputs)
 
     def _forward_sequence(

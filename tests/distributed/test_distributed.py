@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.conftest import CHECKPOINT
 from tests.examples.conftest import PROMPT, arguments, assert_same, save_pictures, saved_weights, validation_picture
 
 
@@ -36,10 +39,52 @@ def launch(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "tp", "split"])
 def test_two_processes_equal_one(mode):
     done = launch(str(WORKER), mode)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a red circle\na blue square\na green star\n", encoding="utf-8")
+    return file
+
+
+def many_images(prompts: Path, folder: Path, *more: str) -> list[str]:
+    settings = ["--model", str(CHECKPOINT), "--dtype", "float32", "--size", "64", "--steps", "3", "--cpu", *more]
+    return [str(EXAMPLES / "many_images.py"), str(prompts), str(folder), *settings]
+
+
+@pytest.fixture(scope="module")
+def drawn_by_one(prompts) -> Path:
+    folder = prompts.parent / "one"
+    # As many threads as each of two has, since other sums round otherwise.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *many_images(prompts, folder)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["pictures", "latents", "layers"])
+def test_two_processes_draw_the_pictures_of_one(split, prompts, drawn_by_one, tmp_path):
+    done = launch(*many_images(prompts, tmp_path, "--split", split))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    pictures = sorted(file.name for file in drawn_by_one.iterdir())
+    assert pictures == sorted(file.name for file in tmp_path.iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    for name in pictures:
+        pixels = [np.asarray(Image.open(folder / name)).astype(int) for folder in (drawn_by_one, tmp_path)]
+        # Sums in another order may fall on the other side of a rounding.
+        assert np.abs(pixels[0] - pixels[1]).max() <= (1 if split == "layers" else 0)
+
+
+def test_a_split_step_is_measured():
+    script = Path(__file__).parents[2] / "benchmarks" / "split.py"
+    done = launch(str(script), "--width", "golden", "--latents", "64", "--repeats", "1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (row,) = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("| 64 |")]
+    assert float(row[-1]) <= 1e-5
 
 
 @pytest.fixture

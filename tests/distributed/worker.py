@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -18,9 +19,10 @@ sys.path += [str(ROOT), str(ROOT / "examples")]
 from bagel_training.models import empty_model  # noqa: E402
 from bagel_training.parallel import shard_model  # noqa: E402
 
+from diffusers_bagel import BagelPipeline  # noqa: E402
 from diffusers_bagel.published import load_published_vae  # noqa: E402
 from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor  # noqa: E402
-from transformers_bagel import BagelDataCollator, loss_totals  # noqa: E402
+from transformers_bagel import BagelDataCollator, PrefixCache, SplitPrefixCache, loss_totals  # noqa: E402
 
 
 def turn(role: str, *parts) -> dict:
@@ -91,7 +93,7 @@ def compare_training(mode: str) -> None:
 
 
 def compare_tensor_parallel() -> None:
-    """Logits and velocity of a model split over two processes against the whole one."""
+    """Everything that a model split over two processes computes, against the whole one."""
     torch.distributed.init_process_group("gloo")
     whole, split = load_model(), load_model(tp_plan="auto")
     suffixes = [f"{name}_proj{expert}" for name in "qkvo" for expert in ("", "_moe_gen")]
@@ -109,24 +111,86 @@ def compare_tensor_parallel() -> None:
     with torch.no_grad():
         expected, outputs = whole(**batch), split(**batch)
     for name in ("logits", "velocity"):
-        error = float((full(getattr(outputs, name)) - getattr(expected, name)).abs().max())
-        assert error <= 1e-5, (name, error)
-    expected, velocity = denoised(whole), denoised(split)
-    assert float((full(velocity) - expected).abs().max()) <= 1e-5
+        assert_near(name, full(getattr(outputs, name)), getattr(expected, name))
+
+    # The losses sum over all processes in training mode, but these two have one batch.
+    for model in (whole, split):
+        model(**batch).loss.backward()
+    gradients = dict(split.named_parameters())
+    for name, parameter in whole.named_parameters():
+        if parameter.grad is not None:
+            assert_near(name, full(gradients[name].grad), parameter.grad)
+
+    question = load_processor()(text="how many shapes?", return_tensors="pt")
+    for cache in ("dynamic", "static"):
+        texts = [
+            model.generate(**question, max_new_tokens=8, do_sample=False, cache_implementation=cache)
+            for model in (whole, split)
+        ]
+        assert torch.equal(*texts), cache
+    assert_near("denoised", denoised(split), denoised(whole))
+    for task in ({}, {"image": golden_image("wide")}):
+        assert_near("pipeline", drawn(split, **task), drawn(whole, **task))
+
+
+def compare_context_split() -> None:
+    """Denoising steps and drawings whose latents are split over two processes, against those of one."""
+    torch.distributed.init_process_group("gloo")
+    model = load_model()
+    group = torch.distributed.group.WORLD
+    computed = []
+    expert = model.model.language_model.layers[0].mlp_moe_gen
+    expert.register_forward_pre_hook(lambda module, args: computed.append(len(args[0])))
+    # The second has one token more in the first process, and the third has no token in the second one.
+    for grid, own in (((3, 4), (6, 6)), ((3, 5), (8, 7)), ((1, 1), (1, 0))):
+        expected = denoised(model, grid)
+        found = denoised(model, grid, lambda lanes, length: SplitPrefixCache(lanes, [length], group))
+        assert_near(str(grid), found, expected)
+        assert computed[-2:] == [grid[0] * grid[1], own[group.rank()]]
+    for task in ({}, {"image": golden_image("wide")}, {"height": 48, "width": 80}, {"taylorseer": True}):
+        assert_near(str(task), drawn(model, group, **task), drawn(model, **task))
+
+
+def assert_near(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = float((actual - expected).abs().max())
+    print(f"{name}: {error:.1e}")
+    assert actual.shape == expected.shape and error <= 1e-5, (name, error)
 
 
 @torch.no_grad()
-def denoised(model: torch.nn.Module) -> torch.Tensor:
+def denoised(model: torch.nn.Module, grid: tuple[int, int] = (3, 4), make_cache: Any = None) -> torch.Tensor:
     """Velocity of a denoising step after a prompt."""
     prompt = torch.arange(5, 12).unsqueeze(0)
+    length = grid[0] * grid[1]
     cache = model(input_ids=prompt, use_cache=True).past_key_values
+    if make_cache is not None:
+        cache = make_cache(PrefixCache.from_cache(cache, room=length + 2).lanes, length)
     return model(
-        latents=torch.linspace(-1, 1, 12 * model.config.latent_dim).view(12, -1),
-        latent_grid_hw=torch.tensor([[3, 4]]),
+        latents=torch.linspace(-1, 1, length * model.config.latent_dim).view(length, -1),
+        latent_grid_hw=torch.tensor([grid]),
         timesteps=torch.tensor([0.7]),
         position_ids=torch.tensor([7]),
         past_key_values=cache,
     ).velocity
+
+
+def drawn(model: torch.nn.Module, group: Any = None, taylorseer: bool = False, **task: Any) -> torch.Tensor:
+    """Pictures of a batch of two, `(2, 3, height, width)`, in five steps."""
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=model, processor=load_processor())
+    pipe.set_progress_bar_config(disable=True)
+    if group is not None:
+        pipe.enable_context_split(group)
+    if taylorseer:
+        pipe.enable_taylorseer(warmup_steps=2)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    if "image" in task:
+        task["image"] = [[task["image"]]] * 2
+    else:
+        task = {"height": 64, "width": 64} | task
+    out = pipe(
+        ["a red circle", "make it green"], num_inference_steps=5, generator=generators, output_type="pt", **task
+    )
+    return out.images
 
 
 if __name__ == "__main__":
@@ -134,6 +198,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     if sys.argv[1] == "tp":
         compare_tensor_parallel()
+    elif sys.argv[1] == "split":
+        compare_context_split()
     else:
         compare_training(sys.argv[1])
     # See `end_training` of the examples.
