@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +226,13 @@ class PrefixCache:
 
     def __init__(self, lanes: Sequence[PrefixLane]):
         self.lanes = list(lanes)
+        self._made: tuple[Any, Any] | None = None
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned at the last call with this key: what the steps of a denoising share is made once."""
+        if self._made is None or self._made[0] != key:
+            self._made = (key, make())
+        return self._made[1]
 
     def __len__(self) -> int:
         return len(self.lanes)

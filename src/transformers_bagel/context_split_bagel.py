@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import distributed
 
-from .cache_bagel import PrefixCache, PrefixLane
+from .cache_bagel import PrefixCache, PrefixLane, PrefixLayer
 
 
 class SplitPrefixCache(PrefixCache):
@@ -54,14 +55,30 @@ class SplitPrefixCache(PrefixCache):
         pieces = zip(packed.split(self.own_lengths()), self.counts(), strict=True)
         return torch.cat([part for own, counts in pieces for part in gather_parts(own, counts, self.group)])
 
+    def layer(self, index: int) -> SplitPrefixLayer:
+        """What one decoder layer attends to, as views."""
+        return SplitPrefixLayer(super().layer(index).lanes, self.counts(), self.group)
+
+
+@dataclass
+class SplitPrefixLayer(PrefixLayer):
+    """One layer of a [`SplitPrefixCache`].
+
+    Attributes:
+        counts (`list[list[int]]`): For each block the number of latents of each process.
+        group (`torch.distributed.ProcessGroup`)
+    """
+
+    counts: list[list[int]]
+    group: distributed.ProcessGroup
+
     def extend(
-        self, layer_idx: int, lane_idx: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+        self, lane_idx: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Like the parent's; the pieces are the markers, which every process has, and this process's latents."""
         own = torch.stack([keys[1], values[1]], dim=1)
-        parts = gather_parts(own, self.counts()[lane_idx], self.group)
+        parts = gather_parts(own, self.counts[lane_idx], self.group)
         return super().extend(
-            layer_idx,
             lane_idx,
             [keys[0], *(part[:, 0] for part in parts)],
             [values[0], *(part[:, 1] for part in parts)],

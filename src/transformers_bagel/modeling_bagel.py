@@ -687,6 +687,7 @@ class BagelTextModel(BagelPreTrainedModel):
         block_sequence_ids: torch.LongTensor | None = None,
         and_mask_function: Callable | None = None,
         routing: Routing | None = None,
+        position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """
@@ -702,6 +703,8 @@ class BagelTextModel(BagelPreTrainedModel):
                 Image block of each token, -1 for causal text.
             and_mask_function (`Callable`, *optional*): Further restriction of the mask outside the blocks.
             routing (`Routing`, *optional*): Expert of each token.
+            position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`, *optional*):
+                What `rotation` makes of `position_ids`, if it was called before.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -727,15 +730,14 @@ class BagelTextModel(BagelPreTrainedModel):
                 block_sequence_ids=block_sequence_ids,
             )
 
-        rotation = self.rotary_emb(inputs_embeds, position_ids)
+        if position_embeddings is None:
+            position_embeddings = self.rotation(inputs_embeds, position_ids, routing)
         hidden_states = inputs_embeds
         if routing is not None:
             hidden_states = routing.to_stream(hidden_states)
             if routing.freeze_und:
                 und_states, gen_states = split_experts(routing, hidden_states)
                 hidden_states = join_parts((und_states.detach(), gen_states))
-            rotation = tuple(routing.to_stream(part.expand(*routing.shape, -1)) for part in rotation)
-        position_embeddings = tuple(zip(*(split_experts(routing, part) for part in rotation), strict=True))
         for layer, layer_cache in zip(self.layers, layer_caches(past_key_values, len(self.layers)), strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -753,6 +755,40 @@ class BagelTextModel(BagelPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
             latent_hidden_states=latent_hidden_states,
         )
+
+    def rotation(
+        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, routing: Routing | None = None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Cosines and sines for the tokens of each expert.
+
+        Args:
+            hidden_states (`torch.Tensor`): Whose device and type they have.
+            position_ids (`torch.LongTensor` of shape `(batch, tokens)`): Rope positions.
+            routing (`Routing`, *optional*): Expert of each token.
+        """
+        parts = self.rotary_emb(hidden_states, position_ids)
+        if routing is not None:
+            parts = tuple(routing.to_stream(part.expand(*routing.shape, -1)) for part in parts)
+        return tuple(zip(*(split_experts(routing, part) for part in parts), strict=True))
+
+
+@dataclass
+class DenoisingBlocks:
+    """What all steps of a denoising share, since neither noise nor latents decide it.
+
+    Attributes:
+        routing (`Routing`): Of the markers and latents of all blocks.
+        marker_ids (`torch.LongTensor` of shape `(2 * images,)`): Start and end token of each block.
+        counts (`torch.LongTensor` of shape `(images,)`): Latent tokens of each block.
+        latent_positions (`torch.Tensor` of shape `(latent_tokens, hidden)`): Embeddings of the places in the images.
+        position_embeddings (`tuple`): Of the rope, see `BagelTextModel.rotation`.
+    """
+
+    routing: Routing
+    marker_ids: torch.Tensor
+    counts: torch.Tensor
+    latent_positions: torch.Tensor
+    position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 class BagelModel(BagelPreTrainedModel):
@@ -824,26 +860,35 @@ class BagelModel(BagelPreTrainedModel):
         outputs.pooler_output = features.split(image_grid_hw.prod(-1).tolist()) if len(image_grid_hw) else (features,)
         return outputs
 
+    def latent_positions(self, latent_grid_hw: torch.LongTensor, device: torch.device) -> torch.Tensor:
+        """Embeddings of the places of packed latents, `(latent_tokens, hidden)`.
+
+        Args:
+            latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of tokens of each image.
+            device (`torch.device`): Of the latents.
+        """
+        position_ids = patch_grid_ids(latent_grid_hw, self.config.max_latent_size, self.config.interpolate_pos)
+        return self.latent_pos_embed(position_ids.to(device))
+
     def embed_latents(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, latent_grid_hw: torch.LongTensor
+        self, latents: torch.Tensor, timesteps: torch.Tensor, counts: torch.LongTensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Tokens of packed latents: projection + timestep + position.
 
         Args:
             latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`): Packed latents of all images.
             timesteps (`torch.Tensor` of shape `(images,)`): In [0, 1]; 0 is clean.
-            latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of tokens of each image.
+            counts (`torch.LongTensor` of shape `(images,)`): Tokens of each image.
+            positions (`torch.Tensor` of shape `(latent_tokens, hidden)`): See `latent_positions`.
 
         Returns:
             `torch.Tensor` of shape `(latent_tokens, hidden)`.
         """
-        position_ids = patch_grid_ids(latent_grid_hw, self.config.max_latent_size, self.config.interpolate_pos)
-        lengths = latent_grid_hw.prod(-1).to(latents.device)
         embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype))
         time = self.time_embedder(timesteps.to(latents.device)).repeat_interleave(
-            lengths, dim=0, output_size=latents.shape[0]
+            counts, dim=0, output_size=latents.shape[0]
         )
-        return embeds + time + self.latent_pos_embed(position_ids.to(latents.device)).to(embeds.dtype)
+        return embeds + time + positions.to(embeds.dtype)
 
     @can_return_tuple
     def forward(
@@ -918,25 +963,6 @@ class BagelModel(BagelPreTrainedModel):
             raise ValueError(
                 f"`position_ids` must hold one position for each of {len(lengths)} images, got {position_ids.numel()}."
             )
-        self.check_position_range(position_ids)
-        embeds = self.embed_latents(latents, timesteps, latent_grid_hw)
-        split = past_key_values if isinstance(past_key_values, SplitPrefixCache) else None
-        if split is not None:
-            if split.lengths != lengths:
-                raise ValueError(
-                    f"`past_key_values` splits blocks of {split.lengths} latents, got blocks of {lengths}."
-                )
-            embeds, lengths = split.own_part(embeds), split.own_lengths()
-        routing = Routing.from_blocks(lengths)
-        markers = torch.tensor(
-            [self.config.vision_start_token_id, self.config.vision_end_token_id], device=latents.device
-        )
-        markers = self.get_input_embeddings()(markers).repeat(len(lengths), 1)
-        position_ids = position_ids.flatten().to(latents.device)
-        counts = torch.tensor(lengths, device=latents.device)
-        position_ids = torch.cat(
-            [position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts, output_size=sum(lengths))]
-        )
         if past_key_values is None:
             past_key_values = PrefixCache([PrefixLane(buffer=None)] * len(lengths))
         elif isinstance(past_key_values, Cache):
@@ -946,18 +972,55 @@ class BagelModel(BagelPreTrainedModel):
                 f"`past_key_values` has {len(past_key_values)} rows, but `latent_grid_hw` describes {len(lengths)} "
                 "images."
             )
+        blocks = past_key_values.once(
+            (latents.device, latent_grid_hw.tolist(), position_ids.tolist()),
+            lambda: self._blocks(latent_grid_hw, position_ids, past_key_values, latents.device),
+        )
+        embeds = self.embed_latents(latents, timesteps, blocks.counts, blocks.latent_positions)
+        if isinstance(past_key_values, SplitPrefixCache):
+            embeds = past_key_values.own_part(embeds)
+        markers = self.get_input_embeddings()(blocks.marker_ids)
         outputs = self.language_model(
             inputs_embeds=torch.cat([markers.to(embeds.dtype), embeds]).unsqueeze(0),
-            position_ids=position_ids.unsqueeze(0),
             past_key_values=past_key_values,
             use_cache=False,
-            routing=routing,
+            routing=blocks.routing,
+            position_embeddings=blocks.position_embeddings,
             **kwargs,
         )
         outputs.last_hidden_state = None
-        if split is not None:
-            outputs.latent_hidden_states = split.gather(outputs.latent_hidden_states)
+        if isinstance(past_key_values, SplitPrefixCache):
+            outputs.latent_hidden_states = past_key_values.gather(outputs.latent_hidden_states)
         return self._velocity(outputs)
+
+    def _blocks(
+        self,
+        latent_grid_hw: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        cache: PrefixCache,
+        device: torch.device,
+    ) -> DenoisingBlocks:
+        self.check_position_range(position_ids)
+        latent_positions = self.latent_positions(latent_grid_hw, device)
+        all_counts = latent_grid_hw.prod(-1)
+        counts = all_counts
+        if isinstance(cache, SplitPrefixCache):
+            if cache.lengths != all_counts.tolist():
+                raise ValueError(
+                    f"`past_key_values` splits blocks of {cache.lengths} latents, got blocks of {all_counts.tolist()}."
+                )
+            counts = torch.tensor(cache.own_lengths())
+        routing = Routing.from_blocks(counts.tolist())
+        markers = torch.tensor([self.config.vision_start_token_id, self.config.vision_end_token_id])
+        position_ids = position_ids.flatten().to(counts.device)
+        position_ids = torch.cat([position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts)])
+        return DenoisingBlocks(
+            routing,
+            markers.repeat(len(counts)).to(device),
+            all_counts.to(device),
+            latent_positions,
+            self.language_model.rotation(latent_positions, position_ids.unsqueeze(0).to(device), routing),
+        )
 
     def _forward_sequence(
         self,
@@ -1041,7 +1104,7 @@ class BagelModel(BagelPreTrainedModel):
         pixel_values: torch.Tensor | None,
         image_grid_hw: torch.LongTensor | None,
         latents: torch.Tensor | None,
-        latent_grid_hw: torch.LongTensor | None,
+        latent_grid_hw: Any,
         timesteps: torch.Tensor | None,
         image_outputs: BaseModelOutputWithPooling | None,
         **kwargs: Unpack[TransformersKwargs],
@@ -1064,7 +1127,9 @@ class BagelModel(BagelPreTrainedModel):
             features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter((types == IMAGE_TOKEN).unsqueeze(-1), features)
         if latents is not None:
-            latent_embeds = self.embed_latents(latents, timesteps, latent_grid_hw).to(inputs_embeds.dtype)
+            counts = latent_grid_hw.prod(-1).to(latents.device)
+            positions = self.latent_positions(latent_grid_hw, latents.device)
+            latent_embeds = self.embed_latents(latents, timesteps, counts, positions).to(inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter((types == LATENT_TOKEN).unsqueeze(-1), latent_embeds)
         return inputs_embeds
 
@@ -1280,11 +1345,12 @@ def _join_runs(runs: list[Any]) -> tuple[torch.Tensor | None, ...] | None:
 
 
 def _check_packed(name: str, values: Any, grid_name: str, grid: Any, dim: int) -> None:
-    if not isinstance(grid, torch.Tensor) or grid.ndim != 2 or grid.shape[1] != 2 or bool((grid < 1).any()):
+    is_grid = isinstance(grid, torch.Tensor) and grid.ndim == 2 and grid.shape[1] == 2
+    if not is_grid or any(side < 1 for sides in grid.tolist() for side in sides):
         raise ValueError(
             f"`{grid_name}` must be a tensor of shape (images, 2) with the rows and columns of each image of `{name}`."
         )
-    shape = (int(grid.prod(-1).sum()), dim)
+    shape = (sum(rows * columns for rows, columns in grid.tolist()), dim)
     if not isinstance(values, torch.Tensor) or values.shape != shape:
         given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise ValueError(f"`{name}` must be a tensor of shape {shape}, as `{grid_name}` says, got {given}.")
