@@ -144,7 +144,7 @@ def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
     """A step with its guidance, the contexts being there."""
     how = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
     conversation, inputs, latents = prepared(pipe, pixels, edits=branches == 3)
-    found, _ = pipe.prepare_contexts(conversation, inputs, latents, how, False, 2, False, 1.0, None)
+    ((found, _),) = pipe.prepare_batch([conversation], [inputs], [latents], [how], False, 2, False, 1.0, [None])
     side = pixels // pipe.vae_scale_factor
     pipe._guidance_scale = how.text_scale
     lanes, rows = pipe._prepare_lanes([found], [(side, side)], [how])
@@ -177,7 +177,7 @@ def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
 
     @torch.no_grad()
     def run() -> None:
-        pipe.prefill(inputs, latents)
+        pipe.prefill([inputs], [latents])
 
     return work(pipe, run, 1, "context")
 
@@ -190,7 +190,9 @@ def contexts(pipe: BagelPipeline, pixels: int) -> Work:
 
     @torch.no_grad()
     def run() -> None:
-        found, _ = pipe.prepare_contexts(conversation, inputs, latents, EDITING, False, 2, False, 1.0, None)
+        ((found, _),) = pipe.prepare_batch(
+            [conversation], [inputs], [latents], [EDITING], False, 2, False, 1.0, [None]
+        )
         pipe._prepare_lanes([found], [(side, side)], [EDITING])
 
     return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
