@@ -82,6 +82,10 @@ def cases() -> Iterator[Case]:
         yield Case("contexts", f"edit, {pixels} px: all three", partial(contexts, pixels=pixels))
     yield Case("image", f"text to image, 256 px, {STEPS} steps", partial(image, pixels=256, edits=False))
     yield Case("image", f"edit, 256 px, {STEPS} steps", partial(image, pixels=256, edits=True))
+    for pixels, thinks in ((128, False), (256, False), (256, True)):
+        for batch in (1, 2, 4, 8):
+            name = f"text to image, {pixels} px, {STEPS} steps{', with plans' * thinks}, batch {batch}"
+            yield Case("batch", name, partial(images, pixels=pixels, batch=batch, thinks=thinks))
     for pixels in PIXELS[:2]:
         yield Case("vae", f"encode {pixels} px", partial(encode, pixels=pixels))
         yield Case("vae", f"decode {pixels} px", partial(decode_latents, pixels=pixels))
@@ -211,6 +215,24 @@ def image(pipe: BagelPipeline, pixels: int, edits: bool) -> Work:
         )
 
     return work(pipe, run, 1, "image")
+
+
+def images(pipe: BagelPipeline, pixels: int, batch: int, thinks: bool) -> Work:
+    """The whole pipeline, for prompts of different lengths in one call."""
+    words = PROMPT.split()
+    prompts = [" ".join(words[2 * index :]) for index in range(batch)]
+
+    def run() -> None:
+        pipe(
+            prompts,
+            height=pixels,
+            width=pixels,
+            num_inference_steps=STEPS,
+            think=thinks,
+            max_think_tokens=NEW_TOKENS,
+        )
+
+    return work(pipe, run, batch, "image")
 
 
 @torch.no_grad()
