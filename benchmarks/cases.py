@@ -28,6 +28,8 @@ STEPS = 10
 PIXELS = (256, 512, 1024)
 # Prefix of the published code's decoding figure, and a long one.
 PREFIXES = (128, 2400, 4096)
+# Prompts of a call.
+BATCHES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ def cases() -> Iterator[Case]:
         yield Case("contexts", f"edit, {pixels} px: all three", partial(contexts, pixels=pixels))
     yield Case("image", f"text to image, 256 px, {STEPS} steps", partial(image, pixels=256, edits=False))
     yield Case("image", f"edit, 256 px, {STEPS} steps", partial(image, pixels=256, edits=True))
+    for batch in BATCHES:
+        yield Case("batch", f"plans of {NEW_TOKENS - 1} tokens, batch {batch}", partial(plans, batch=batch))
     for pixels, thinks in ((128, False), (256, False), (256, True)):
-        for batch in (1, 2, 4, 8):
+        for batch in BATCHES:
             name = f"text to image, {pixels} px, {STEPS} steps{', with plans' * thinks}, batch {batch}"
             yield Case("batch", name, partial(images, pixels=pixels, batch=batch, thinks=thinks))
     for pixels in PIXELS[:2]:
@@ -217,14 +221,34 @@ def image(pipe: BagelPipeline, pixels: int, edits: bool) -> Work:
     return work(pipe, run, 1, "image")
 
 
-def images(pipe: BagelPipeline, pixels: int, batch: int, thinks: bool) -> Work:
-    """The whole pipeline, for prompts of different lengths in one call."""
+def prompts_of(batch: int) -> list[str]:
+    """Prompts of different lengths."""
     words = PROMPT.split()
-    prompts = [" ".join(words[2 * index :]) for index in range(batch)]
+    return [" ".join(words[2 * index :]) for index in range(batch)]
+
+
+@torch.no_grad()
+def plans(pipe: BagelPipeline, batch: int) -> Work:
+    """Contexts with plans, up to the denoising."""
+    # Parts of a call are measured outside of one.
+    pipe._attention_kwargs = None
+    conversations = as_conversations(prompts_of(batch), None, None)
+    inputs = [pipe.preprocess(conversation, think=True) for conversation in conversations]
+    none, how = [None] * batch, [TEXT_TO_IMAGE] * batch
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe.prepare_batch(conversations, inputs, [[]] * batch, how, True, NEW_TOKENS, False, 1.0, none)
+
+    return work(pipe, run, batch, "plan")
+
+
+def images(pipe: BagelPipeline, pixels: int, batch: int, thinks: bool) -> Work:
+    """The whole pipeline, for several prompts in one call."""
 
     def run() -> None:
         pipe(
-            prompts,
+            prompts_of(batch),
             height=pixels,
             width=pixels,
             num_inference_steps=STEPS,
