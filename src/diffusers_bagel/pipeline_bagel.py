@@ -36,9 +36,12 @@ from .batches import (
     FORWARD_COST,
     MAX_PLAN_TOKENS,
     MAX_PREFILL_TOKENS,
+    MAX_STEP_TOKENS,
+    MAX_STEP_TOKENS_CPU,
     batches_of,
     join_caches,
     pad_rows,
+    runs_of,
     split_cache,
 )
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
@@ -708,21 +711,9 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             skipped = [lane for lane in active if not due[lane]]
 
         velocities: dict[int, torch.Tensor] = {}
-        if computed:
-            images = [owner[lane] for lane in computed]
-            counts = [rows[index].num_tokens for index in images]
-            outputs = self.transformer(
-                latents=torch.cat([latents[index, :count] for index, count in zip(images, counts, strict=True)]),
-                latent_grid_hw=torch.tensor([rows[index].grid for index in images]),
-                timesteps=timestep.expand(len(images)).to(latents.device),
-                position_ids=lanes.positions[computed],
-                past_key_values=lanes.cache.select(computed),
-                **self._transformer_kwargs,
-            )
-            velocities |= dict(zip(computed, outputs.velocity.split(counts), strict=True))
-            if lanes.states is not None:
-                for lane, features in zip(computed, outputs.latent_hidden_states.split(counts), strict=True):
-                    lanes.states[lane].update(features)
+        for images in self._images_of_forwards(rows, [owner[lane] for lane in computed]):
+            batch = [lane for lane in computed if owner[lane] in images]
+            velocities |= self._compute_velocities(latents, timestep, rows, lanes, batch, owner)
         if skipped and lanes.states is not None:
             features = [lanes.states[lane].predict() for lane in skipped]
             outputs = self.transformer(latent_hidden_states=torch.cat(features))
@@ -732,6 +723,38 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         for index, (row, (guidance, needed)) in enumerate(zip(rows, branches, strict=True)):
             velocity[index, : row.num_tokens] = guidance({name: velocities[lane] for name, lane in needed.items()})
         return velocity
+
+    def _images_of_forwards(self, rows: list[_Row], owners: list[int]) -> list[set[int]]:
+        """Which images share a forward. The branches of one are never parted."""
+        images = sorted(set(owners))
+        limit = MAX_STEP_TOKENS_CPU if self._execution_device.type == "cpu" else MAX_STEP_TOKENS
+        tokens = [owners.count(image) * rows[image].num_tokens for image in images]
+        return [{images[place] for place in run} for run in runs_of(tokens, limit)]
+
+    def _compute_velocities(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        rows: list[_Row],
+        lanes: _Lanes,
+        computed: list[int],
+        owner: dict[int, int],
+    ) -> dict[int, torch.Tensor]:
+        """One forward: the velocity of each lane, `(tokens, latent_dim)`."""
+        images = [owner[lane] for lane in computed]
+        counts = [rows[index].num_tokens for index in images]
+        outputs = self.transformer(
+            latents=torch.cat([latents[index, :count] for index, count in zip(images, counts, strict=True)]),
+            latent_grid_hw=torch.tensor([rows[index].grid for index in images]),
+            timesteps=timestep.expand(len(images)).to(latents.device),
+            position_ids=lanes.positions[computed],
+            past_key_values=lanes.cache.select(computed),
+            **self._transformer_kwargs,
+        )
+        if lanes.states is not None:
+            for lane, features in zip(computed, outputs.latent_hidden_states.split(counts), strict=True):
+                lanes.states[lane].update(features)
+        return dict(zip(computed, outputs.velocity.split(counts), strict=True))
 
     @property
     def _transformer_kwargs(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from diffusers_bagel import BagelPipeline, pipeline_bagel
-from diffusers_bagel.batches import batches_of, join_caches, pad_rows, split_cache
+from diffusers_bagel.batches import batches_of, join_caches, pad_rows, runs_of, split_cache
 from diffusers_bagel.guidance import RENORM_TYPES
 from tests.conftest import conversation, golden_image, max_error
 from tests.diffusers_bagel.conftest import EDIT, SMALL, seeded
@@ -228,8 +228,28 @@ class TestForwards:
         monkeypatch.undo()
         assert close(images, pipe(TEXTS, generator=seeded(0, 1, 2, 3), **SMALL, **PLAN).images)
 
+    def test_images_share_a_step_inside_the_bound(self, pipe, monkeypatch):
+        counts = []
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: counts.append(len(kwargs.get("latent_grid_hw", []))), with_kwargs=True
+        )
+        settings = SMALL | {"num_inference_steps": 1}
+        together = pipe(TEXTS[:3], generator=seeded(0, 1, 2), **settings).images
+        assert counts == [0, 6]
+        counts.clear()
+        # Two images of two branches, 12 tokens each.
+        monkeypatch.setattr(pipeline_bagel, "MAX_STEP_TOKENS_CPU", 48)
+        parted = pipe(TEXTS[:3], generator=seeded(0, 1, 2), **settings).images
+        hook.remove()
+        assert counts == [0, 4, 2]
+        assert close(parted, together)
+
 
 class TestParts:
+    def test_runs_keep_the_order_inside_the_bound(self):
+        assert runs_of([4, 4, 9, 1, 2], 8) == [[0, 1], [2], [3, 4]]
+        assert runs_of([], 8) == []
+
     @pytest.mark.parametrize(
         ("lengths", "max_tokens", "max_padding", "expected"),
         [
