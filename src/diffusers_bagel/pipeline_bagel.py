@@ -803,7 +803,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
                 What to draw, or how to change the image. If not defined, pass `messages`.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a list or list of lists of them, *optional*):
                 Images to start from: one for every prompt, a list with several of one prompt, or a list with the list
-                of each prompt.
+                of each prompt, which may be empty.
             messages (`list[dict]` or `list[list[dict]]`, *optional*):
                 Chat messages with texts and images in any order, instead of `prompt` and `image`.
             height (`int`, *optional*):
@@ -831,7 +831,8 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             max_think_tokens (`int`, *optional*, defaults to 1024):
                 Decoding steps of the plan, the one that feeds the start token included.
             do_sample (`bool`, *optional*, defaults to `False`):
-                Whether the plan is sampled instead of greedy.
+                Whether the plan is sampled instead of greedy. The greedy plans of several prompts are written together,
+                sampled ones one by one.
             temperature (`float`, *optional*, defaults to 0.3):
                 Temperature of a sampled plan.
             num_images_per_prompt (`int`, *optional*, defaults to 1):
