@@ -26,6 +26,8 @@ STEPS = 10
 PIXELS = (256, 512, 1024)
 # Prefix of the published code's decoding figure, and a long one.
 PREFIXES = (128, 2400, 4096)
+# Prompts of a call.
+BATCHES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ def cases() -> Iterator[Case]:
         yield Case("contexts", f"edit, {pixels} px: all three", partial(contexts, pixels=pixels))
     yield Case("image", f"text to image, 256 px, {STEPS} steps", partial(image, pixels=256, edits=False))
     yield Case("image", f"edit, 256 px, {STEPS} steps", partial(image, pixels=256, edits=True))
+    for batch in BATCHES:
+        yield Case("batch", f"plans of {NEW_TOKENS - 1} tokens, batch {batch}", partial(plans, batch=batch))
+    for pixels, thinks in ((128, False), (256, False), (256, True)):
+        for batch in BATCHES:
+            name = f"text to image, {pixels} px, {STEPS} steps{', with plans' * thinks}, batch {batch}"
+            yield Case("batch", name, partial(images, pixels=pixels, batch=batch, thinks=thinks))
     for pixels in PIXELS[:2]:
         yield Case("vae", f"encode {pixels} px", partial(encode, pixels=pixels))
         yield Case("vae", f"decode {pixels} px", partial(decode_latents, pixels=pixels))
@@ -141,7 +149,7 @@ def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
     """A step with its guidance, the contexts being there."""
     how = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
     conversation, inputs, latents = prepared(pipe, pixels, edits=branches == 3)
-    found, _ = pipe.prepare_contexts(conversation, inputs, latents, how, False, 2, False, 1.0, None)
+    ((found, _),) = pipe.prepare_batch([conversation], [inputs], [latents], [how], False, 2, False, 1.0, [None])
     side = pixels // pipe.vae_scale_factor
     pipe._guidance_scale = how.text_scale
     lanes, rows = pipe._prepare_lanes([found], [(side, side)], [how])
@@ -174,7 +182,7 @@ def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
 
     @torch.no_grad()
     def run() -> None:
-        pipe.prefill(inputs, latents)
+        pipe.prefill([inputs], [latents])
 
     return work(pipe, run, 1, "context")
 
@@ -187,7 +195,9 @@ def contexts(pipe: BagelPipeline, pixels: int) -> Work:
 
     @torch.no_grad()
     def run() -> None:
-        found, _ = pipe.prepare_contexts(conversation, inputs, latents, EDITING, False, 2, False, 1.0, None)
+        ((found, _),) = pipe.prepare_batch(
+            [conversation], [inputs], [latents], [EDITING], False, 2, False, 1.0, [None]
+        )
         pipe._prepare_lanes([found], [(side, side)], [EDITING])
 
     return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
@@ -206,6 +216,44 @@ def image(pipe: BagelPipeline, pixels: int, edits: bool) -> Work:
         )
 
     return work(pipe, run, 1, "image")
+
+
+def prompts_of(batch: int) -> list[str]:
+    """Prompts of different lengths."""
+    words = PROMPT.split()
+    return [" ".join(words[2 * index :]) for index in range(batch)]
+
+
+@torch.no_grad()
+def plans(pipe: BagelPipeline, batch: int) -> Work:
+    """Contexts with plans, up to the denoising."""
+    # Parts of a call are measured outside of one.
+    pipe._attention_kwargs = None
+    conversations = as_conversations(prompts_of(batch), None, None)
+    inputs = [pipe.preprocess(conversation, think=True) for conversation in conversations]
+    none, how = [None] * batch, [TEXT_TO_IMAGE] * batch
+
+    @torch.no_grad()
+    def run() -> None:
+        pipe.prepare_batch(conversations, inputs, [[]] * batch, how, True, NEW_TOKENS, False, 1.0, none)
+
+    return work(pipe, run, batch, "plan")
+
+
+def images(pipe: BagelPipeline, pixels: int, batch: int, thinks: bool) -> Work:
+    """The whole pipeline, for several prompts in one call."""
+
+    def run() -> None:
+        pipe(
+            prompts_of(batch),
+            height=pixels,
+            width=pixels,
+            num_inference_steps=STEPS,
+            think=thinks,
+            max_think_tokens=NEW_TOKENS,
+        )
+
+    return work(pipe, run, batch, "image")
 
 
 @torch.no_grad()

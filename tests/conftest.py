@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.modeling_flash_attention_utils as flash_utils
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -149,3 +150,43 @@ def encode(processor):
         )
 
     return apply
+
+
+def plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+    """What flash-attn's varlen function computes, written out: `(tokens, heads, head_dim)`, packed sequences."""
+    outputs = []
+    bounds = zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True)
+    for q_start, q_stop, k_start, k_stop in bounds:
+        query, key, value = q[q_start:q_stop], k[k_start:k_stop], v[k_start:k_stop]
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * softmax_scale
+        if causal:
+            rows, columns = scores.shape[1:]
+            # Bottom-right aligned: the last query sees every key.
+            hidden = torch.arange(columns)[None, :] > torch.arange(rows)[:, None] + columns - rows
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value))
+    return torch.cat(outputs)
+
+
+def plain_flash(q, k, v, softmax_scale=None, causal=False):
+    rows = [
+        plain_varlen(*row, torch.tensor([0, q.shape[1]]), torch.tensor([0, k.shape[1]]), 0, 0, softmax_scale, causal)
+        for row in zip(q, k, v, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The model under flash attention 2, whose kernels are replaced by plain functions."""
+    functions = (plain_flash, plain_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **kwargs: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    model = load_model()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_attention_2"
+    yield model
+    flash_utils._loaded_implementation = None

@@ -12,70 +12,8 @@ import torch
 from diffusers import AutoPipelineForText2Image, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.guidance import RENORM_TYPES
-from tests.conftest import CHECKPOINT, conversation, golden_image, load_processor, max_error
-
-
-SMALL = {"height": 48, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
-EDIT = {"num_inference_steps": 3, "output_type": "latent"}
-
-
-def seeded(*seeds: int):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return generators[0] if len(generators) == 1 else generators
-
-
-@pytest.fixture
-def own_pipe(model) -> BagelPipeline:
-    """A pipeline that a test may change."""
-    pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=copy.deepcopy(model), processor=load_processor())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-class TestBatches:
-    @pytest.mark.parametrize("renorm", RENORM_TYPES)
-    def test_batch_equals_single_runs_for_every_renorm(self, pipe, renorm):
-        prompts = ["a red circle", "many small yellow squares left of a large green triangle"]
-        settings = SMALL | {"cfg_renorm_type": renorm, "cfg_interval": (0.0, 1.0)}
-        batch = pipe(prompts, generator=seeded(1, 2), **settings).images
-        for index, prompt in enumerate(prompts):
-            single = pipe(prompt, generator=seeded(index + 1), **settings).images[0]
-            assert max_error(batch[index], single) <= 1e-5
-
-    @pytest.mark.parametrize("renorm", RENORM_TYPES)
-    def test_batch_of_mixed_sizes_equals_single_runs(self, pipe, renorm):
-        prompts = ["make it green", "swap the two shapes", "draw more"]
-        images = [[golden_image("wide")], [golden_image("tall")], [golden_image("square"), golden_image("wide")]]
-        settings = EDIT | {"cfg_renorm_type": renorm, "image_guidance_scale": 1.5}
-        batch = pipe(prompts, image=images, generator=seeded(1, 2, 3), **settings).images
-        assert {item.shape[0] for item in batch[:2]} == {40, 28}
-        for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            single = pipe(prompt, image=image, generator=seeded(index + 1), **settings).images[0]
-            assert max_error(batch[index], single) <= 1e-5
-
-    def test_drawing_and_editing_in_one_batch_keep_their_own_presets(self, pipe):
-        messages = [conversation(["a blue square"]), conversation(["@square", "make it red"])]
-        batch = pipe(messages=messages, generator=seeded(1, 2), **SMALL).images
-        for index, item in enumerate(messages):
-            single = pipe(messages=item, generator=seeded(index + 1), **SMALL).images[0]
-            assert max_error(batch[index], single) <= 1e-5
-
-    def test_thinking_in_a_batch_equals_single_runs(self, pipe):
-        prompts = ["a red circle", "two yellow squares"]
-        settings = SMALL | {"think": True, "max_think_tokens": 6, "image_guidance_scale": 1.5}
-        batch = pipe(prompts, generator=seeded(1, 2), **settings)
-        for index, prompt in enumerate(prompts):
-            single = pipe(prompt, generator=seeded(index + 1), **settings)
-            assert batch.texts[index] == single.texts[0]
-            assert max_error(batch.images[index], single.images[0]) <= 1e-5
-
-    def test_num_images_per_prompt_draws_each_from_its_own_noise(self, pipe):
-        images = pipe(["a", "b"], num_images_per_prompt=2, generator=seeded(1, 2, 3, 4), **SMALL).images
-        assert images.shape[0] == 4
-        for index, (prompt, seed) in enumerate((("a", 1), ("a", 2), ("b", 3), ("b", 4))):
-            single = pipe(prompt, generator=seeded(seed), **SMALL).images[0]
-            assert max_error(images[index], single) <= 1e-5
+from tests.conftest import CHECKPOINT, conversation, golden_image, max_error
+from tests.diffusers_bagel.conftest import EDIT, SMALL, seeded
 
 
 class TestGuidance:
