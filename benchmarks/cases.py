@@ -159,7 +159,7 @@ def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
 
     @torch.no_grad()
     def run() -> None:
-        pipe._predict_velocity(noise, level, rows, lanes)
+        pipe._predict_velocity(noise, level, level.to(noise.device), rows, lanes)
 
     return work(pipe, run, 1, "step")
 

@@ -730,14 +730,22 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         return _Lanes(cache, torch.tensor(positions), states), rows
 
     def _predict_velocity(
-        self, latents: torch.Tensor, timestep: torch.Tensor, rows: list[_Row], lanes: _Lanes
+        self,
+        latents: torch.Tensor,
+        level: torch.Tensor,
+        device_level: torch.Tensor,
+        rows: list[_Row],
+        lanes: _Lanes,
     ) -> torch.Tensor:
-        """Guided velocity of all images, `(batch, tokens, latent_dim)` in float32."""
+        """Guided velocity of all images, `(batch, tokens, latent_dim)` in float32, at a noise level.
+
+        Guidance reads the level on the CPU, the model on its device.
+        """
         branches: list[tuple[BagelGuidance, dict[str, int]]] = []
         owner: dict[int, int] = {}
         for index, row in enumerate(rows):
             guidance = row.guidance.with_changes(text_scale=self._guidance_scale)
-            needed = {name: row.lanes[name] for name in guidance.branches(timestep) if name in row.lanes}
+            needed = {name: row.lanes[name] for name in guidance.branches(level) if name in row.lanes}
             branches.append((guidance, needed))
             owner |= dict.fromkeys(needed.values(), index)
         active = sorted(owner)
@@ -751,7 +759,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         velocities: dict[int, torch.Tensor] = {}
         for images in self._images_of_forwards(rows, [owner[lane] for lane in computed]):
             batch = [lane for lane in computed if owner[lane] in images]
-            velocities |= self._compute_velocities(latents, timestep, rows, lanes, batch, owner)
+            velocities |= self._compute_velocities(latents, device_level, rows, lanes, batch, owner)
         if skipped and lanes.states is not None:
             features = [lanes.states[lane].predict() for lane in skipped]
             outputs = self.transformer(latent_hidden_states=torch.cat(features))
@@ -772,7 +780,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
     def _compute_velocities(
         self,
         latents: torch.Tensor,
-        timestep: torch.Tensor,
+        level: torch.Tensor,
         rows: list[_Row],
         lanes: _Lanes,
         computed: list[int],
@@ -784,7 +792,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         outputs = self.transformer(
             latents=torch.cat([latents[index, :count] for index, count in zip(images, counts, strict=True)]),
             latent_grid_hw=torch.tensor([rows[index].grid for index in images]),
-            timesteps=timestep.expand(len(images)).to(latents.device),
+            timesteps=level.expand(len(images)),
             position_ids=lanes.positions[computed],
             past_key_values=lanes.select(computed),
             **self._transformer_kwargs,
@@ -991,14 +999,17 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         self._num_timesteps = len(timesteps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
+        levels = self._noise_levels(timesteps)
+        device_levels = levels.to(self._execution_device)
+        finite: list[torch.Tensor] = []
 
-        # 4. Denoising loop
+        # 4. Denoising loop, in which the host never waits for another device
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                velocity = self._predict_velocity(latents, self._noise_level(i, t), rows, lanes)
+                velocity = self._predict_velocity(latents, levels[i], device_levels[i], rows, lanes)
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -1008,17 +1019,16 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
                     latents = callback_outputs.pop("latents", latents)
 
-                if not torch.isfinite(latents).all():
-                    self.maybe_free_model_hooks()
-                    raise ValueError(
-                        f"The latents are NaN or infinite after step {i} of {len(timesteps)} (noise level "
-                        f"{float(self._noise_level(i, t)):.3f}). Try float32 or bfloat16, or a lower `guidance_scale`."
-                    )
+                finite.append(torch.isfinite(latents).all())
+                if latents.device.type == "cpu":
+                    # Here an early stop costs nothing.
+                    self._check_finite(finite, levels)
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
                 if XLA_AVAILABLE:
                     xm.mark_step()
         self._current_timestep = None
+        self._check_finite(finite, levels)
 
         # 5. Decode
         images = self._outputs(latents, rows, output_type)
@@ -1026,6 +1036,17 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         if not return_dict:
             return (images, texts if think else None)
         return BagelPipelineOutput(images=images, texts=texts if think else None)
+
+    def _check_finite(self, finite: list[torch.Tensor], levels: torch.Tensor) -> None:
+        """Raise a `ValueError` if the latents of a step were not finite. The host waits for the device to tell."""
+        is_finite = [bool(flag) for flag in finite]
+        if not all(is_finite):
+            self.maybe_free_model_hooks()
+            step = is_finite.index(False)
+            raise ValueError(
+                f"The latents are NaN or infinite after step {step} of {len(levels)} (noise level "
+                f"{float(levels[step]):.3f}). Try float32 or bfloat16, or a lower `guidance_scale`."
+            )
 
     def _outputs(self, latents: torch.Tensor, rows: list[_Row], output_type: str) -> Any:
         if len({row.grid for row in rows}) == 1:
@@ -1039,11 +1060,11 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
                 images.append(self.decode_latents(row_latents.unsqueeze(0), row.grid, output_type)[0])
         return images
 
-    def _noise_level(self, index: int, timestep: torch.Tensor) -> torch.Tensor:
-        """Noise level in [0, 1] of a step, exact where the scheduler knows it."""
+    def _noise_levels(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noise level in [0, 1] of each step, `(steps,)` on the CPU, exact where the scheduler knows it."""
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            return self.scheduler.sigmas[index].float()
-        return timestep.float() / self.scheduler.config.num_train_timesteps
+            return self.scheduler.sigmas[: len(timesteps)].float().cpu()
+        return timesteps.float().cpu() / self.scheduler.config.num_train_timesteps
 
     def _grid(self, inputs: BatchFeature, height: int | None, width: int | None) -> tuple[int, int]:
         """Rows and columns of tokens of a drawing: as asked for, else like the last image, else the default size."""

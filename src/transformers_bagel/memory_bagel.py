@@ -19,7 +19,7 @@ UNCAST_MODULES = ("embed_tokens", "position_embedding", "lm_head")
 # of them has to be moved by itself.
 OFFLOAD_BLOCKS = [
     *("model", "language_model", "vision_tower", "encoder"),
-    *("embed_tokens", "norm_moe_gen", "connector", "vit_pos_embed"),
+    *("embed_tokens", "rotary_emb", "norm_moe_gen", "connector", "vit_pos_embed"),
 ]
 
 

@@ -58,7 +58,8 @@ def test_edit_takes_one_or_several_pictures(checkpoint, picture, tmp_path):
 
 def test_think_shows_the_plan(checkpoint, tmp_path, capsys, pipe, monkeypatch):
     monkeypatch.setattr(
-        "diffusers_bagel.BagelPipeline.think", lambda self, inputs, context, *rest: ("a plan", context)
+        "diffusers_bagel.BagelPipeline.think",
+        lambda self, inputs, contexts, *rest: [("a plan", context) for context in contexts],
     )
     output = tmp_path / "out.png"
     assert main(["draw", "x", "-o", str(output), "--model", checkpoint, "--steps", "1", "--think"]) == 0
