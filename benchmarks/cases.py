@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from floor import floor_of, recording
 from PIL import Image
+from transformers import CompileConfig, StaticCache
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
@@ -70,6 +71,9 @@ def cases() -> Iterator[Case]:
         for length in PREFIXES:
             name = f"after {length} tokens, batch {batch}"
             yield Case("decode", name, partial(decode, length=length, batch=batch))
+    for length in PREFIXES:
+        name = f"after {length} tokens, batch 1, static cache, compiled"
+        yield Case("compiled", name, partial(decode_compiled, length=length))
     for pixels in PIXELS:
         for branches in (1, 2):
             name = f"text to image, {pixels} px, {branches} branch{'es' * (branches > 1)}"
@@ -138,6 +142,35 @@ def decode(pipe: BagelPipeline, length: int, batch: int) -> Work:
         )
 
     return work(pipe, run, batch * NEW_TOKENS, "token")
+
+
+@torch.no_grad()
+def decode_compiled(pipe: BagelPipeline, length: int) -> Work:
+    """`generate()` with a static cache and a compiled forward, whose products the compiler may choose."""
+    ids = random_ids(pipe, 1, length + 1)
+    cache = StaticCache(config=pipe.transformer.config.get_text_config(), max_cache_len=length + 1 + NEW_TOKENS)
+    pipe.transformer(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    settings = CompileConfig(mode=None, options={"max_autotune": True, "freezing": True})
+    # The library compiles on accelerators only, unless it is told.
+    settings._compile_all_devices = True
+
+    def run(**kwargs: Any) -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+        pipe.transformer.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            **kwargs,
+        )
+
+    with recording(pipe.transformer) as calls:
+        run(disable_compile=True)
+    floor = floor_of(calls, pipe.transformer.dtype, pipe.transformer.device)
+    return Work(partial(run, compile_config=settings), floor, NEW_TOKENS, "token")
 
 
 def picture(pixels: int) -> Image.Image:

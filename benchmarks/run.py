@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
+    parser.add_argument("--onednn", action="store_true", help="float32 products by oneDNN, see docs/speed.md")
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
     if args.repeats < 1:
@@ -44,19 +46,22 @@ def main(arguments: list[str] | None = None) -> None:
     print("| width | dtype | what | time | spread | rate | floor | ratio | peak |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []
+    settings = {"onednn": args.onednn, "compile": args.compile}
     for width in args.widths:
         for dtype in args.dtypes:
             for case in chosen:
-                rows.append(in_process_of_its_own(case, width, dtype, args.repeats, args.threads))
+                rows.append(in_process_of_its_own(case, width, dtype, args))
                 print(table_row(rows[-1]), flush=True)
                 if args.json:
-                    args.json.write_text(json.dumps(machine(args.threads) | {"rows": rows}, indent=2) + "\n")
+                    args.json.write_text(
+                        json.dumps(machine(args.threads) | settings | {"rows": rows}, indent=2) + "\n"
+                    )
 
 
-def in_process_of_its_own(case: Case, width: str, dtype: str, repeats: int, threads: int | None) -> dict[str, Any]:
+def in_process_of_its_own(case: Case, width: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_row, args=(sender, case, width, dtype, repeats, threads))
+    process = context.Process(target=send_row, args=(sender, case, width, dtype, args))
     process.start()
     sender.close()
     try:
@@ -70,16 +75,22 @@ def in_process_of_its_own(case: Case, width: str, dtype: str, repeats: int, thre
         process.join()
 
 
-def send_row(sender: Any, case: Case, width: str, dtype: str, repeats: int, threads: int | None) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-    sender.send(measure(case, width, dtype, repeats))
+def send_row(sender: Any, case: Case, width: str, dtype: str, args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.onednn:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    sender.send(measure(case, width, dtype, args.repeats, args.compile))
 
 
-def measure(case: Case, width: str, dtype: str, repeats: int) -> dict[str, Any]:
+def measure(case: Case, width: str, dtype: str, repeats: int, compiles: bool = False) -> dict[str, Any]:
     """A row of the table: seconds are those of one unit."""
     device = default_device()
-    work = case.make(make_pipeline(width, DTYPES[dtype], device))
+    pipe = make_pipeline(width, DTYPES[dtype], device)
+    work = case.make(pipe)
+    if compiles:
+        # Behind the recording, which needs the modules to be called.
+        pipe.transformer.compile_repeated_blocks()
     peak = peak_bytes(device)
     times, floors = seconds_of((work.run, work.floor), repeats, device)
     (seconds, spread), (floor, _) = median_and_spread(times), median_and_spread(floors)

@@ -757,8 +757,9 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             skipped = [lane for lane in active if not due[lane]]
 
         velocities: dict[int, torch.Tensor] = {}
-        for images in self._images_of_forwards(rows, [owner[lane] for lane in computed]):
-            batch = [lane for lane in computed if owner[lane] in images]
+        limit = MAX_STEP_TOKENS_CPU if latents.device.type == "cpu" else MAX_STEP_TOKENS
+        for run in runs_of([rows[owner[lane]].num_tokens for lane in computed], limit):
+            batch = [computed[place] for place in run]
             velocities |= self._compute_velocities(latents, device_level, rows, lanes, batch, owner)
         if skipped and lanes.states is not None:
             features = [lanes.states[lane].predict() for lane in skipped]
@@ -769,13 +770,6 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         for index, (row, (guidance, needed)) in enumerate(zip(rows, branches, strict=True)):
             velocity[index, : row.num_tokens] = guidance({name: velocities[lane] for name, lane in needed.items()})
         return velocity
-
-    def _images_of_forwards(self, rows: list[_Row], owners: list[int]) -> list[set[int]]:
-        """Which images share a forward. The branches of one are never parted."""
-        images = sorted(set(owners))
-        limit = MAX_STEP_TOKENS_CPU if self._execution_device.type == "cpu" else MAX_STEP_TOKENS
-        tokens = [owners.count(image) * rows[image].num_tokens for image in images]
-        return [{images[place] for place in run} for run in runs_of(tokens, limit)]
 
     def _compute_velocities(
         self,

@@ -228,7 +228,7 @@ class TestForwards:
         monkeypatch.undo()
         assert close(images, pipe(TEXTS, generator=seeded(0, 1, 2, 3), **SMALL, **PLAN).images)
 
-    def test_images_share_a_step_inside_the_bound(self, pipe, monkeypatch):
+    def test_branches_share_a_forward_inside_the_bound(self, pipe, monkeypatch):
         counts = []
         hook = pipe.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: counts.append(len(kwargs.get("latent_grid_hw", []))), with_kwargs=True
@@ -237,7 +237,7 @@ class TestForwards:
         together = pipe(TEXTS[:3], generator=seeded(0, 1, 2), **settings).images
         assert counts == [0, 6]
         counts.clear()
-        # Two images of two branches, 12 tokens each.
+        # Four branches of 12 tokens each.
         monkeypatch.setattr(pipeline_bagel, "MAX_STEP_TOKENS_CPU", 48)
         parted = pipe(TEXTS[:3], generator=seeded(0, 1, 2), **settings).images
         hook.remove()
