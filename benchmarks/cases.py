@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._inductor.config
 from floor import floor_of, recording
 from PIL import Image
 from transformers import CompileConfig, StaticCache
@@ -84,20 +85,28 @@ def cases() -> Iterator[Case]:
     for pixels in PIXELS[:2]:
         yield Case("contexts", f"edit, {pixels} px: full", partial(prefill_edit, pixels=pixels))
         yield Case("contexts", f"edit, {pixels} px: all three", partial(contexts, pixels=pixels))
-    yield Case("image", f"text to image, 256 px, {STEPS} steps", partial(image, pixels=256, edits=False))
-    yield Case("image", f"edit, 256 px, {STEPS} steps", partial(image, pixels=256, edits=True))
-    for batch in BATCHES:
-        yield Case("batch", f"plans of {NEW_TOKENS - 1} tokens, batch {batch}", partial(plans, batch=batch))
-    for pixels, thinks in ((128, False), (256, False), (256, True)):
-        for batch in BATCHES:
-            name = f"text to image, {pixels} px, {STEPS} steps{', with plans' * thinks}, batch {batch}"
-            yield Case("batch", name, partial(images, pixels=pixels, batch=batch, thinks=thinks))
+    yield from whole_images()
     for pixels in PIXELS[:2]:
         yield Case("vae", f"encode {pixels} px", partial(encode, pixels=pixels))
         yield Case("vae", f"decode {pixels} px", partial(decode_latents, pixels=pixels))
     for checkpointing in (False, True):
         name = f"packed row, checkpointing {'on' if checkpointing else 'off'}"
         yield Case("training", name, partial(training, checkpointing=checkpointing))
+
+
+def whole_images() -> Iterator[Case]:
+    """Alone, and in batches."""
+    yield Case("image", f"text to image, 256 px, {STEPS} steps", partial(image, pixels=256, edits=False))
+    yield Case("image", f"edit, 256 px, {STEPS} steps", partial(image, pixels=256, edits=True))
+    for taylorseer in (False, True):
+        name = "text to image, 256 px, 49 steps" + ", TaylorSeer" * taylorseer
+        yield Case("image", name, partial(image, pixels=256, edits=False, steps=49, taylorseer=taylorseer))
+    for batch in BATCHES:
+        yield Case("batch", f"plans of {NEW_TOKENS - 1} tokens, batch {batch}", partial(plans, batch=batch))
+    for pixels, thinks in ((128, False), (256, False), (256, True)):
+        for batch in BATCHES:
+            name = f"text to image, {pixels} px, {STEPS} steps{', with plans' * thinks}, batch {batch}"
+            yield Case("batch", name, partial(images, pixels=pixels, batch=batch, thinks=thinks))
 
 
 def work(pipe: BagelPipeline, run: Callable[[], object], count: int, unit: str) -> Work:
@@ -150,7 +159,9 @@ def decode_compiled(pipe: BagelPipeline, length: int) -> Work:
     ids = random_ids(pipe, 1, length + 1)
     cache = StaticCache(config=pipe.transformer.config.get_text_config(), max_cache_len=length + 1 + NEW_TOKENS)
     pipe.transformer(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-    settings = CompileConfig(mode=None, options={"max_autotune": True, "freezing": True})
+    # As TORCHINDUCTOR_MAX_AUTOTUNE and TORCHINDUCTOR_FREEZING do: on a CPU the compiler then has products of its own.
+    torch._inductor.config.max_autotune = torch._inductor.config.freezing = True
+    settings = CompileConfig(mode="default", dynamic=False)
     # The library compiles on accelerators only, unless it is told.
     settings._compile_all_devices = True
 
@@ -236,8 +247,10 @@ def contexts(pipe: BagelPipeline, pixels: int) -> Work:
     return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
 
 
-def image(pipe: BagelPipeline, pixels: int, edits: bool) -> Work:
+def image(pipe: BagelPipeline, pixels: int, edits: bool, steps: int = STEPS, taylorseer: bool = False) -> Work:
     """The whole pipeline."""
+    if taylorseer:
+        pipe.enable_taylorseer()
 
     def run() -> None:
         pipe(
@@ -245,7 +258,7 @@ def image(pipe: BagelPipeline, pixels: int, edits: bool) -> Work:
             image=picture(pixels) if edits else None,
             height=pixels,
             width=pixels,
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
         )
 
     return work(pipe, run, 1, "image")

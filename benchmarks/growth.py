@@ -25,9 +25,8 @@ from models import WIDTHS, make_config
 from run import machine
 from timing import default_device, seconds_of
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache
 
-from transformers_bagel import BagelConfig, BagelForConditionalGeneration, PrefixCache, fork_cache
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration, GrowingCache, PrefixCache, fork_cache
 
 
 matplotlib.use("Agg")
@@ -84,10 +83,10 @@ def curves() -> list[Curve]:
     ]
 
 
-def filled_cache(config: BagelConfig, length: int, batch: int = 1) -> DynamicCache:
+def filled_cache(config: BagelConfig, length: int, batch: int = 1) -> GrowingCache:
     """Random keys and values."""
     text = config.get_text_config()
-    cache = DynamicCache(config=text)
+    cache = GrowingCache(config)
     for layer in range(text.num_hidden_layers):
         shape = (batch, text.num_key_value_heads, length, text.hidden_size // text.num_attention_heads)
         cache.update(torch.randn(shape), torch.randn(shape), layer)

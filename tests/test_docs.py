@@ -30,11 +30,21 @@ def checkpoint(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def settings_of_torch():
+    """What snippets set for the whole process is taken back."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+    torch._dynamo.reset()
+
+
 def snippets(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+@pytest.mark.usefixtures("settings_of_torch")
 def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The snippets are written for a GPU.
