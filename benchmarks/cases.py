@@ -159,8 +159,6 @@ def decode_compiled(pipe: BagelPipeline, length: int) -> Work:
     ids = random_ids(pipe, 1, length + 1)
     cache = StaticCache(config=pipe.transformer.config.get_text_config(), max_cache_len=length + 1 + NEW_TOKENS)
     pipe.transformer(input_ids=ids[:, :-1], past_key_values=cache, logits_to_keep=1)
-    # As TORCHINDUCTOR_MAX_AUTOTUNE and TORCHINDUCTOR_FREEZING do: on a CPU the compiler then has products of its own.
-    torch._inductor.config.max_autotune = torch._inductor.config.freezing = True
     settings = CompileConfig(mode="default", dynamic=False)
     # The library compiles on accelerators only, unless it is told.
     settings._compile_all_devices = True
@@ -181,7 +179,13 @@ def decode_compiled(pipe: BagelPipeline, length: int) -> Work:
     with recording(pipe.transformer) as calls:
         run(disable_compile=True)
     floor = floor_of(calls, pipe.transformer.dtype, pipe.transformer.device)
-    return Work(partial(run, compile_config=settings), floor, NEW_TOKENS, "token")
+
+    def run_compiled() -> None:
+        # As TORCHINDUCTOR_MAX_AUTOTUNE and TORCHINDUCTOR_FREEZING do: on a CPU the compiler then has products of its own.
+        with torch._inductor.config.patch(max_autotune=True, freezing=True):
+            run(compile_config=settings)
+
+    return Work(run_compiled, floor, NEW_TOKENS, "token")
 
 
 def picture(pixels: int) -> Image.Image:
