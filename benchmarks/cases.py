@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from floor import floor_of, recording
+from models import write_tokens
 from PIL import Image
 from transformers import CompileConfig, StaticCache
 
@@ -141,14 +142,7 @@ def decode(pipe: BagelPipeline, length: int, batch: int) -> Work:
     cache = pipe.transformer(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
 
     def run() -> None:
-        pipe.transformer.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=fork_cache(cache),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )
+        write_tokens(pipe.transformer, ids, fork_cache(cache), NEW_TOKENS)
 
     return work(pipe, run, batch * NEW_TOKENS, "token")
 
@@ -166,15 +160,7 @@ def decode_compiled(pipe: BagelPipeline, length: int) -> Work:
     def run(**kwargs: Any) -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(length)
-        pipe.transformer.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            **kwargs,
-        )
+        write_tokens(pipe.transformer, ids, cache, NEW_TOKENS, **kwargs)
 
     with recording(pipe.transformer) as calls:
         run(disable_compile=True)

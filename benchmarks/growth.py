@@ -21,7 +21,7 @@ import cost
 import matplotlib
 import torch
 from cost import Cost, Rates
-from models import WIDTHS, make_config
+from models import WIDTHS, make_config, write_tokens
 from run import machine
 from timing import default_device, seconds_of
 from torch.nn.functional import scaled_dot_product_attention
@@ -130,14 +130,7 @@ def decode(model: BagelForConditionalGeneration, prefix: int, batch: int = 1) ->
     cache = filled_cache(model.config, prefix, batch)
 
     def call() -> None:
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=fork_cache(cache),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )
+        write_tokens(model, ids, fork_cache(cache), NEW_TOKENS)
 
     return Run(call, cost.decode(model.config, prefix + NEW_TOKENS // 2, batch, ITEMSIZE), NEW_TOKENS)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import Cache
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.published import load_published_vae
@@ -91,3 +92,27 @@ def make_pipeline(width: str, dtype: torch.dtype, device: torch.device) -> Bagel
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def write_tokens(
+    model: BagelForConditionalGeneration, ids: torch.Tensor, cache: Cache, count: int, **kwargs: Any
+) -> None:
+    """
+    `generate()` after a text of which all but the last token is in the cache.
+
+    Args:
+        model (`BagelForConditionalGeneration`)
+        ids (`torch.LongTensor` of shape `(batch, tokens)`): The whole text.
+        cache (`Cache`): Of `tokens - 1` tokens, which grows.
+        count (`int`): Tokens to write, neither more nor fewer.
+        kwargs: Of `generate`.
+    """
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        **kwargs,
+    )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,18 +201,18 @@ class CacheLayer:
         return self.cache.update(key_states, value_states, self.index)
 
 
-def layer_caches(cache: Cache | PrefixCache | None, num_layers: int) -> Iterator[Any]:
+def layer_caches(cache: Cache | PrefixCache | None, num_layers: int) -> list[Any]:
     """What each decoder layer reads and writes: something with `update`, a [`PrefixLayer`], or `None`.
 
     A layer that took its own out of the cache by its number would be compiled again for each number.
     """
-    for index in range(num_layers):
-        if isinstance(cache, PrefixCache):
-            yield cache.layer(index)
-        elif cache is None or (type(cache).update is Cache.update and not cache.offloading and len(cache) > index):
-            yield None if cache is None else cache.layers[index]
-        else:
-            yield CacheLayer(cache, index)
+    if cache is None:
+        return [None] * num_layers
+    if isinstance(cache, PrefixCache):
+        return [cache.layer(index) for index in range(num_layers)]
+    if type(cache).update is Cache.update and not cache.offloading and len(cache) >= num_layers:
+        return cache.layers[:num_layers]
+    return [CacheLayer(cache, index) for index in range(num_layers)]
 
 
 class PrefixCache:

@@ -1001,7 +1001,8 @@ class BagelModel(BagelPreTrainedModel):
         device: torch.device,
     ) -> DenoisingBlocks:
         self.check_position_range(position_ids)
-        latent_positions = self.latent_positions(latent_grid_hw, device)
+        # In the type of the embeddings, which the rope takes from them, too.
+        latent_positions = self.latent_positions(latent_grid_hw, device).to(self.vae2llm.weight.dtype)
         all_counts = latent_grid_hw.prod(-1)
         counts = all_counts
         if isinstance(cache, SplitPrefixCache):
