@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import Cache
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.published import load_published_vae
+from diffusers_bagel.loading import load_published_vae
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 
 

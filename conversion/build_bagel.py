@@ -55,7 +55,7 @@ from transformers import (
 )
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.published import VAE_FILE, check_saved_vae, vae_from_file
+from diffusers_bagel.loading import VAE_FILE, check_saved_vae, vae_from_file
 from transformers_bagel import (
     BagelConfig,
     BagelForConditionalGeneration,

@@ -40,7 +40,7 @@ from sources import opened
 from streaming import Shard, plan_shards
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.published import vae_from_file
+from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.checkpoint_bagel import check_checkpoint_shapes
 from transformers_bagel.published_bagel import correct_published_config

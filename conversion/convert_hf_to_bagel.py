@@ -26,7 +26,7 @@ from streaming import SPARE_BYTES, Shard, check_room, whole_folder, write_json, 
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from diffusers_bagel.published import VAE_FILE
+from diffusers_bagel.loading import VAE_FILE
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.checkpoint_bagel import check_checkpoint_shapes
 from transformers_bagel.safetensors_bagel import StoredTensor

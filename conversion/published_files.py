@@ -10,7 +10,7 @@ from pathlib import Path
 from safe_files import PICKLES
 from sources import CARD, Source, tensors_of
 
-from diffusers_bagel.published import VAE_FILE
+from diffusers_bagel.loading import VAE_FILE
 from transformers_bagel.safetensors_bagel import StoredTensor
 
 

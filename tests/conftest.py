@@ -14,7 +14,7 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_bagel.published import load_published_vae
+from diffusers_bagel.loading import load_published_vae
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
 
 

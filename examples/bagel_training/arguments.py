@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import argparse
 
-from transformers_bagel.collator_bagel import ON_ERROR
 from transformers_bagel.image_processing_bagel import to_rgb
-from transformers_bagel.losses_bagel import LOSS_REDUCTIONS
+from transformers_bagel.training.collator import ON_ERROR
+from transformers_bagel.training.losses import LOSS_REDUCTIONS
 
 
 # What cannot be zero.

@@ -28,7 +28,7 @@ from transformers.optimization import get_wsd_schedule
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelDataCollator, BagelDataLoader
-from transformers_bagel.losses_bagel import loss_totals, over_ranks
+from transformers_bagel.training.losses import loss_totals, over_ranks
 
 from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .data import TrainingSamples

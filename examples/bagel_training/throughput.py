@@ -12,7 +12,7 @@ from torch import nn
 
 from transformers_bagel import BagelForConditionalGeneration
 from transformers_bagel.modeling_bagel import TOWERS
-from transformers_bagel.sequence_bagel import IMAGE_TOKEN, LATENT_TOKEN
+from transformers_bagel.sequence import IMAGE_TOKEN, LATENT_TOKEN
 
 
 class StepFlops:

@@ -6,11 +6,11 @@ from transformers.utils import logging as transformers_logging
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 
+from .caching import TaylorSeerConfig
 from .guidance import BagelGuidance
 from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
-from .taylorseer import TaylorSeerConfig
 
 
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from transformers_bagel.adapters_bagel import (
+from transformers_bagel.adapters import (
     configured_strength,
     merged_adapters,
     settle_adapter,

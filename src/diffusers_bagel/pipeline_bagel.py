@@ -31,8 +31,8 @@ from transformers_bagel import (
     fork_cache,
 )
 from transformers_bagel.image_processing_bagel import patchify
-from transformers_bagel.latents_bagel import VAE_SAMPLE_MODES, scale_latents
-from transformers_bagel.sequence_bagel import rope_positions
+from transformers_bagel.sequence import rope_positions
+from transformers_bagel.training.latents import VAE_SAMPLE_MODES, scale_latents
 
 from .batches import (
     FORWARD_COST,
@@ -46,6 +46,7 @@ from .batches import (
     runs_of,
     split_cache,
 )
+from .caching import TaylorSeerConfig, TaylorSeerState
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     OUTPUT_TYPES,
@@ -61,11 +62,10 @@ from .inputs import (
     check_whole_number,
     parts_of,
 )
+from .loading import VAE_FILE, check_saved_vae, load_published_vae
 from .lora import BagelLoraLoaderMixin, scales_lora
 from .memory import BagelMemoryMixin, pipeline_quantization, published_quantization
 from .pipeline_output import BagelPipelineOutput
-from .published import VAE_FILE, check_saved_vae, load_published_vae
-from .taylorseer import TaylorSeerConfig, TaylorSeerState
 
 
 if is_torch_xla_available():

@@ -12,15 +12,12 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .adapters_bagel import LORA_TARGETS, register_lora_targets
-from .cache_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from .adapters import LORA_TARGETS, register_lora_targets
+from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
 from .checkpoint_bagel import WEIGHT_RENAMINGS
-from .collator_bagel import BagelDataCollator
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
-from .context_split_bagel import SplitPrefixCache
-from .data_loader_bagel import BagelDataLoader
+from .context_parallel import SplitPrefixCache
 from .image_processing_bagel import BagelImageProcessor
-from .losses_bagel import loss_totals
 from .modeling_bagel import (
     BagelForConditionalGeneration,
     BagelModel,
@@ -30,6 +27,9 @@ from .modeling_bagel import (
     BagelVisionModel,
 )
 from .processing_bagel import BagelProcessor
+from .training.collator import BagelDataCollator
+from .training.data_loader import BagelDataLoader
+from .training.losses import loss_totals
 
 
 __version__ = "0.1.0"

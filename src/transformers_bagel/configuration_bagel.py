@@ -7,7 +7,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
-from .losses_bagel import LOSS_REDUCTIONS
 from .published_bagel import (
     PUBLISHED_KEYS,
     correct_published_config,
@@ -16,6 +15,7 @@ from .published_bagel import (
     rename_published_keys,
 )
 from .remote_code_bagel import InstalledCodeMixin
+from .training.losses import LOSS_REDUCTIONS
 
 
 @strict

@@ -11,8 +11,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
-from .cache_bagel import GrowingCache
-from .sequence_bagel import (
+from .cache import GrowingCache
+from .sequence import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
     blocks_per_row,

@@ -37,23 +37,15 @@ from transformers.utils.generic import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_bagel import BagelAdapterMixin
-from .cache_bagel import CacheLayer, GrowingCache, PrefixCache, PrefixLane, PrefixLayer, layer_caches
+from .adapters import BagelAdapterMixin
+from .cache import CacheLayer, GrowingCache, PrefixCache, PrefixLane, PrefixLayer, layer_caches
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
-from .context_split_bagel import SplitPrefixCache
+from .context_parallel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
-from .losses_bagel import (
-    IGNORED_LABEL,
-    cross_entropy_sum,
-    flow_matching_sum,
-    latent_weights,
-    over_ranks,
-    text_targets,
-)
 from .memory_bagel import OFFLOAD_BLOCKS, SENSITIVE_MODULES, UNCAST_MODULES, unpackable_modules
 from .safetensors_bagel import tensors_to_convert
-from .sequence_bagel import (
+from .sequence import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
     TEXT_TOKEN,
@@ -67,6 +59,14 @@ from .sequence_bagel import (
     route,
     split_experts,
     token_types_from_ids,
+)
+from .training.losses import (
+    IGNORED_LABEL,
+    cross_entropy_sum,
+    flow_matching_sum,
+    latent_weights,
+    over_ranks,
+    text_targets,
 )
 
 

@@ -15,7 +15,7 @@ from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
 from .published_bagel import SPECIAL_TOKENS
 from .remote_code_bagel import InstalledCodeMixin
-from .sequence_bagel import LATENT_TOKEN
+from .sequence import LATENT_TOKEN
 
 
 UNDERSTANDING_THINK_PROMPT = (

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.published import load_published_vae
+from diffusers_bagel.loading import load_published_vae
 from tests.conftest import CHECKPOINT, golden_image, max_error, training_samples
 from tests.conversion.conftest import peak_bytes
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor

@@ -20,7 +20,7 @@ from bagel_training.models import empty_model  # noqa: E402
 from bagel_training.parallel import shard_model  # noqa: E402
 
 from diffusers_bagel import BagelPipeline  # noqa: E402
-from diffusers_bagel.published import load_published_vae  # noqa: E402
+from diffusers_bagel.loading import load_published_vae  # noqa: E402
 from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor  # noqa: E402
 from transformers_bagel import BagelDataCollator, PrefixCache, SplitPrefixCache, loss_totals  # noqa: E402
 

@@ -15,7 +15,7 @@ from reader import read
 from tasks import JOINT, MAKERS, UNDERSTANDING, sample
 from world import CELLS, COLOURS, SHAPES, SIZES, UNSEEN_PAIRS, Scene, Thing, is_held_out, random_scene, render
 
-from transformers_bagel.segments_bagel import sample_segments
+from transformers_bagel.segments import sample_segments
 
 
 SCENE = Scene(

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
 
-from diffusers_bagel.published import load_published_vae
+from diffusers_bagel.loading import load_published_vae
 from tests.conftest import CHECKPOINT, golden_image, load_model, max_error
 from transformers_bagel import (
     LORA_TARGETS,
@@ -22,7 +22,7 @@ from transformers_bagel import (
     BagelPreTrainedModel,
     BagelTextModel,
 )
-from transformers_bagel.adapters_bagel import merged_adapters
+from transformers_bagel.adapters import merged_adapters
 
 
 VARIANTS: dict[str, dict] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -290,4 +290,4 @@ def test_merging_for_a_save_leaves_the_model_as_it_was():
 
 
 def test_every_class_has_the_adapter_methods():
-    assert BagelPreTrainedModel.add_adapter.__module__ == "transformers_bagel.adapters_bagel"
+    assert BagelPreTrainedModel.add_adapter.__module__ == "transformers_bagel.adapters"

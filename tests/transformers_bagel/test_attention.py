@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.conftest import load_model, max_error
-from transformers_bagel.sequence_bagel import SequenceLayout
+from transformers_bagel.sequence import SequenceLayout
 
 
 PROMPTS = {

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import load_model, max_error
 from transformers_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
-from transformers_bagel.cache_bagel import GROWTH, GrowingLayer
+from transformers_bagel.cache import GROWTH, GrowingLayer
 
 
 GRID = torch.tensor([[2, 3]])

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from tests.conftest import CASES, GOLDEN, golden_image, max_error, training_samples, turn
 from transformers_bagel import BagelDataCollator
-from transformers_bagel.collator_bagel import EncodedSample, fill_rows
-from transformers_bagel.losses_bagel import next_labels
-from transformers_bagel.sequence_bagel import IMAGE_TOKEN, LATENT_TOKEN
+from transformers_bagel.sequence import IMAGE_TOKEN, LATENT_TOKEN
+from transformers_bagel.training.collator import EncodedSample, fill_rows
+from transformers_bagel.training.losses import next_labels
 
 
 CASE = CASES["train"][0]

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.conftest import CASES, golden_image, max_error
-from transformers_bagel.sequence_bagel import patch_grid_ids, rope_positions
+from transformers_bagel.sequence import patch_grid_ids, rope_positions
 
 
 @pytest.mark.parametrize("case", CASES["text"], ids=lambda case: case["key"])

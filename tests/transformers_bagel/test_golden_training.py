@@ -8,7 +8,7 @@ import torch
 from tests.conftest import CASES, load_model, max_error
 from transformers_bagel.checkpoint_bagel import module_name
 from transformers_bagel.image_processing_bagel import patchify
-from transformers_bagel.sequence_bagel import LATENT_TOKEN, SequenceLayout
+from transformers_bagel.sequence import LATENT_TOKEN, SequenceLayout
 
 
 CASE = CASES["train"][0]

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import load_model, max_error, training_samples, turn
 from transformers_bagel import BagelForConditionalGeneration, loss_totals
-from transformers_bagel.collator_bagel import fill_rows
-from transformers_bagel.sequence_bagel import LATENT_TOKEN, SequenceLayout
+from transformers_bagel.sequence import LATENT_TOKEN, SequenceLayout
+from transformers_bagel.training.collator import fill_rows
 
 
 ALL = ("edit", "look", "chat", "draw", "talk")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import golden_image, training_samples, turn
-from transformers_bagel.segments_bagel import sample_segments
+from transformers_bagel.segments import sample_segments
 
 
 SHORT = {"text": "text", "vit_image": "vit", "vae_image": "vae"}

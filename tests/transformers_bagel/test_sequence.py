@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.conftest import max_error
-from transformers_bagel.sequence_bagel import (
+from transformers_bagel.sequence import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
     Routing,

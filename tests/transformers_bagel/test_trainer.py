@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.conftest import load_model, max_error, training_samples
 from transformers_bagel import BagelDataLoader, BagelForConditionalGeneration, loss_totals
-from transformers_bagel.trainer_bagel import BagelTrainer
+from transformers_bagel.training.trainer import BagelTrainer
 
 
 MIXED = ("talk", "edit", "look", "draw")

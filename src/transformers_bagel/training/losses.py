@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .sequence_bagel import LATENT_TOKEN, document_runs
+from ..sequence import LATENT_TOKEN, document_runs
 
 
 # A target weighs n ** -exponent, if its sample has n targets of its kind.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from .cache_bagel import PrefixCache, PrefixLane, PrefixLayer
+from .cache import PrefixCache, PrefixLane, PrefixLayer
 
 
 class SplitPrefixCache(PrefixCache):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .losses_bagel import loss_totals, over_ranks
+from .losses import loss_totals, over_ranks
 
 
 class BagelTrainer(Trainer):

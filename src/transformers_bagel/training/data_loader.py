@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BatchFeature
 
-from .collator_bagel import BagelDataCollator, EncodedSample, SkippedSample, mixed_seed
+from .collator import BagelDataCollator, EncodedSample, SkippedSample, mixed_seed
 
 
 class _Samples(Protocol):
@@ -30,7 +30,7 @@ class BagelDataLoader:
 
     Args:
         dataset (`Sequence` or `torch.utils.data.Dataset`):
-            Samples, see [`~segments_bagel.sample_segments`]; anything with a length and items.
+            Samples, see [`~segments.sample_segments`]; anything with a length and items.
         collator ([`BagelDataCollator`]):
             Makes the batches. If it has `max_tokens`, a batch is one row, filled in the dataset's order.
         batch_size (`int`, *optional*):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from .image_processing_bagel import patchify
+from ..image_processing_bagel import patchify
 
 
 logger = logging.get_logger(__name__)

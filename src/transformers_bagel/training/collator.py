@@ -18,12 +18,12 @@ from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from .image_processing_bagel import open_image, to_rgb
-from .latents_bagel import VAE_SAMPLE_MODES, LatentEncoder
-from .losses_bagel import IGNORED_LABEL
-from .processing_bagel import BagelProcessor
-from .segments_bagel import Segment, sample_segments
-from .sequence_bagel import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN, rope_positions
+from ..image_processing_bagel import open_image, to_rgb
+from ..processing_bagel import BagelProcessor
+from ..segments import Segment, sample_segments
+from ..sequence import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN, rope_positions
+from .latents import VAE_SAMPLE_MODES, LatentEncoder
+from .losses import IGNORED_LABEL
 
 
 logger = logging.get_logger(__name__)
