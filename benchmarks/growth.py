@@ -106,7 +106,7 @@ def grid_of(latents: int) -> tuple[int, int]:
 
 def denoise(model: BagelForConditionalGeneration, latents: int, images: int = 1, prefix: int = PROMPT) -> Run:
     """A step of blocks of one size, each behind the same prefix; to the model a branch is one more image."""
-    one = PrefixCache.from_cache(filled_cache(model.config, prefix), room=latents + 2)
+    one = PrefixCache.from_cache(filled_cache(model.config, prefix), scratch=latents + 2)
     inputs = {
         "latents": torch.randn(images * latents, model.config.latent_dim),
         "latent_grid_hw": torch.tensor([grid_of(latents)] * images),

@@ -25,7 +25,7 @@ def denoise(model: BagelForConditionalGeneration, latents: int, splits: bool = F
     """A step behind a prompt, of which this process computes its part of the latents, if `splits`."""
     torch.manual_seed(0)
     filled = model(input_ids=random_ids(1, PROMPT), use_cache=True, logits_to_keep=1).past_key_values
-    cache = PrefixCache.from_cache(filled, room=latents + 2)
+    cache = PrefixCache.from_cache(filled, scratch=latents + 2)
     if splits:
         cache = SplitPrefixCache(cache.lanes, [latents], distributed.group.WORLD)
     inputs = {

@@ -64,7 +64,7 @@ from transformers_bagel import (
     BagelTextConfig,
     BagelVisionConfig,
 )
-from transformers_bagel.published_bagel import SPECIAL_TOKENS
+from transformers_bagel.segments import SPECIAL_TOKENS
 from transformers_bagel.safetensors_bagel import StoredTensor
 
 

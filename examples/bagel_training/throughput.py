@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from transformers_bagel import BagelForConditionalGeneration
-from transformers_bagel.modeling_bagel import TOWERS
+from transformers_bagel.training.freezing import FREEZABLE_PARTS
 from transformers_bagel.sequence import IMAGE_TOKEN, LATENT_TOKEN
 
 
@@ -26,15 +26,15 @@ class StepFlops:
     def __init__(self, model: BagelForConditionalGeneration):
         config = model.config.get_text_config()
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        reaches = {tower: any(re.match(pattern, name) for name in trained) for tower, pattern in TOWERS.items()}
+        reaches = {tower: any(re.match(pattern, name) for name in trained) for tower, pattern in FREEZABLE_PARTS.items()}
         # A gradient goes through the language model whatever is trained, and through the tower only to get to itself.
         reaches["und"] = not model.config.freeze_und
         reaches["gen"] = True
         reaches["connector"] |= reaches["vit"]
         # Operations a token: a product forward, one for the gradient that goes through, one for the weights' own.
-        self.per_token = dict.fromkeys(TOWERS, 0)
+        self.per_token = dict.fromkeys(FREEZABLE_PARTS, 0)
         for name, module in model.named_modules():
-            tower = next((tower for tower, pattern in TOWERS.items() if re.match(pattern, f"{name}.")), None)
+            tower = next((tower for tower, pattern in FREEZABLE_PARTS.items() if re.match(pattern, f"{name}.")), None)
             # The head works on targets and the time embedder on images: neither takes every token.
             each_token = name != "lm_head" and "time_embedder" not in name
             if isinstance(module, nn.Linear) and tower is not None and each_token:

@@ -9,7 +9,7 @@ from typing import Any
 import language
 from world import Scene, is_held_out, random_scene, render
 
-from transformers_bagel.processing_bagel import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
+from transformers_bagel.segments import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
 
 
 # Questions about one picture, in one conversation.

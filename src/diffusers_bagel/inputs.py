@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from transformers_bagel.processing_bagel import check_conversation
+from transformers_bagel.segments import check_conversation
 
 from .guidance import RENORM_TYPES
 

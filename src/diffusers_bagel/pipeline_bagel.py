@@ -26,7 +26,7 @@ from transformers_bagel import (
     GrowingCache,
     PrefixBuffer,
     PrefixCache,
-    PrefixLane,
+    PrefixView,
     SplitPrefixCache,
     fork_cache,
 )
@@ -690,13 +690,13 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         self, contexts: list[dict[str, BagelContext]], grids: list[tuple[int, int]], guidance: list[BagelGuidance]
     ) -> tuple[_Lanes, list[_Row]]:
         """Lay the prefixes of all contexts into buffers, each once, and give every image its lanes in them."""
-        lanes: list[PrefixLane] = []
+        lanes: list[PrefixView] = []
         lengths: list[int] = []
         positions: list[int] = []
         rows: list[_Row] = []
         buffers: dict[int, PrefixBuffer] = {}
 
-        def add(lane: PrefixLane, context: BagelContext) -> int:
+        def add(lane: PrefixView, context: BagelContext) -> int:
             lanes.append(lane)
             positions.append(context.next_position)
             return len(lanes) - 1
@@ -713,15 +713,15 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             room = grid[0] * grid[1] + 2
             full, no_text, no_image = sample["full"], sample.get("no_text"), sample.get("no_image")
             buffer = buffer_of(full, room, no_text.length if no_text is not None else None)
-            row = {"full": add(PrefixLane(buffer), full)}
+            row = {"full": add(PrefixView(buffer), full)}
             if no_text is not None and no_image is not None:
                 row["no_text"] = row["full"]
                 if no_text is not full:
                     # The tokens that only the full context has stand first in the buffer.
-                    row["no_text"] = add(PrefixLane(buffer, full.length - no_text.length), no_text)
+                    row["no_text"] = add(PrefixView(buffer, full.length - no_text.length), no_text)
                 row["no_image"] = row["full"]
                 if no_image is not full:
-                    row["no_image"] = add(PrefixLane(buffer_of(no_image, room)), no_image)
+                    row["no_image"] = add(PrefixView(buffer_of(no_image, room)), no_image)
             rows.append(_Row(grid, how, row))
             lengths += [rows[-1].num_tokens] * (len(lanes) - len(lengths))
         states = None if self._taylorseer is None else [TaylorSeerState(self._taylorseer) for _ in lanes]

@@ -13,7 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from .adapters import LORA_TARGETS, register_lora_targets
-from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
 from .checkpoint_bagel import WEIGHT_RENAMINGS
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
@@ -69,7 +69,7 @@ __all__ = [
     "GrowingCache",
     "PrefixBuffer",
     "PrefixCache",
-    "PrefixLane",
+    "PrefixView",
     "SplitPrefixCache",
     "fork_cache",
     "loss_totals",

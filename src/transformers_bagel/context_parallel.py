@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from .cache import PrefixCache, PrefixLane, PrefixLayer
+from .cache import PrefixCache, PrefixLayer, PrefixView
 
 
 class SplitPrefixCache(PrefixCache):
@@ -20,20 +20,20 @@ class SplitPrefixCache(PrefixCache):
     keys is free, since each carries its rope position. Every process gets the velocity of all latents.
 
     Args:
-        lanes (`Sequence[PrefixLane]`): One lane for each block of the batch.
+        views (`Sequence[PrefixView]`): One view for each block of the batch.
         lengths (`Sequence[int]`): Latent tokens of each block.
         group (`torch.distributed.ProcessGroup`): The processes, which must all be called with the same inputs.
     """
 
-    def __init__(self, lanes: Sequence[PrefixLane], lengths: Sequence[int], group: distributed.ProcessGroup):
-        super().__init__(lanes)
+    def __init__(self, views: Sequence[PrefixView], lengths: Sequence[int], group: distributed.ProcessGroup):
+        super().__init__(views)
         self.lengths = list(lengths)
         self.group = group
 
     def select(self, indices: Sequence[int]) -> SplitPrefixCache:
-        """The cache of some of the lanes. Nothing is copied."""
+        """The cache of some of the views. Nothing is copied."""
         return SplitPrefixCache(
-            [self.lanes[index] for index in indices], [self.lengths[index] for index in indices], self.group
+            [self.views[index] for index in indices], [self.lengths[index] for index in indices], self.group
         )
 
     def counts(self) -> list[list[int]]:
@@ -57,7 +57,7 @@ class SplitPrefixCache(PrefixCache):
 
     def layer(self, index: int) -> SplitPrefixLayer:
         """What one decoder layer attends to, as views."""
-        return SplitPrefixLayer(super().layer(index).lanes, self.counts(), self.group)
+        return SplitPrefixLayer(super().layer(index).views, self.counts(), self.group)
 
 
 @dataclass
@@ -73,13 +73,13 @@ class SplitPrefixLayer(PrefixLayer):
     group: distributed.ProcessGroup
 
     def extend(
-        self, lane_idx: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+        self, branch: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Like the parent's; the pieces are the markers, which every process has, and this process's latents."""
         own = torch.stack([keys[1], values[1]], dim=1)
-        parts = gather_parts(own, self.counts[lane_idx], self.group)
+        parts = gather_parts(own, self.counts[branch], self.group)
         return super().extend(
-            lane_idx,
+            branch,
             [keys[0], *(part[:, 0] for part in parts)],
             [values[0], *(part[:, 1] for part in parts)],
         )

@@ -6,21 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
 from .cache import GrowingCache
-from .sequence import (
-    IMAGE_TOKEN,
-    LATENT_TOKEN,
-    blocks_per_row,
-    check_placeholders,
-    image_block_ids,
-    rope_positions,
-    token_types_from_ids,
-)
+from .checks import check_image_inputs, check_placeholders, check_position_range
+from .segments import IMAGE_TOKEN, LATENT_TOKEN
+from .sequence import SequenceLayout, blocks_per_sample, image_block_ids, rope_positions, token_types_from_ids
 
 
 LATENT_INPUTS = ("latents", "latent_grid_hw", "timesteps")
@@ -63,35 +57,43 @@ class BagelGenerationMixin(GenerationMixin):
         if text_config.eos_token_id not in stops:
             self.generation_config.eos_token_id = text_config.eos_token_id
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """
+        As [`GenerationMixin.generate`], with a [`GrowingCache`] where it would make a `DynamicCache`.
+
+        Raises:
+            ValueError: for images that do not fit the prompt or the model, before they are encoded.
+        """
+        config = generation_config or self.generation_config
+        settings = {
+            name: kwargs.get(name, getattr(config, name, None))
+            for name in ("prefill_chunk_size", "cache_implementation", "use_cache", "is_assistant")
+        }
+        self._check_images(kwargs, settings["prefill_chunk_size"])
+        is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
+        if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
+            # A cache that is given excludes a choice of one.
+            kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _check_images(self, model_kwargs: dict[str, Any], prefill_chunk_size: int | None) -> None:
         has_images = any(
-            model_kwargs.get(key) is not None for key in ("pixel_values", "mm_encoder_outputs", "latents")
+            model_kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs", "latents")
         )
-        if generation_config.prefill_chunk_size is not None and has_images:
+        if prefill_chunk_size is not None and has_images:
             raise ValueError(
-                f"`prefill_chunk_size={generation_config.prefill_chunk_size}` would cut through an image, whose tokens "
-                "must be seen together. Leave `prefill_chunk_size` unset for prompts with images."
+                f"`prefill_chunk_size={prefill_chunk_size}` would cut through an image, whose tokens must be seen "
+                "together. Leave `prefill_chunk_size` unset for prompts with images."
             )
         names = ("pixel_values", "image_grid_hw", "latents", "latent_grid_hw", "timesteps")
-        # Before the images are encoded, which `generate` does ahead of the first forward.
-        self.model.check_image_inputs(*(model_kwargs.get(name) for name in names))
+        check_image_inputs(self.config, *(model_kwargs.get(name) for name in names))
         types = self._full_token_types(model_kwargs.get("input_ids"), model_kwargs.get("mm_token_type_ids"))
         if model_kwargs.get("pixel_values") is not None and types is not None:
-            check_placeholders(types, IMAGE_TOKEN, len(model_kwargs["pixel_values"]), "pixel_values")
-        return generation_config, model_kwargs
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
-        """The library's choice, and a cache that grows in place where that is one of plain keys and values."""
-        is_given = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        is_plain = type(model_kwargs.get("past_key_values")) is DynamicCache
-        if is_plain and not is_given and generation_config.cache_implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = GrowingCache(self.config)
+            latents = model_kwargs.get("latents")
+            layout = SequenceLayout(types.cpu())
+            check_placeholders(layout, len(model_kwargs["pixel_values"]), 0 if latents is None else len(latents))
 
     def _full_token_types(
         self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None
@@ -119,7 +121,7 @@ class BagelGenerationMixin(GenerationMixin):
                 )
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         position_ids = rope_positions(types, attention_mask)
-        self.model.check_position_range(position_ids)
+        check_position_range(self.config, position_ids)
         return position_ids
 
     def prepare_inputs_for_generation(
@@ -171,10 +173,10 @@ class BagelGenerationMixin(GenerationMixin):
         packed = {key: model_kwargs.pop(key) for key in LATENT_INPUTS if model_kwargs.get(key) is not None}
         if packed and expand_size > 1:
             types = self._full_token_types(input_ids, model_kwargs.get("mm_token_type_ids"))
-            per_row = blocks_per_row(types, LATENT_TOKEN)
-            images = list(range(int(per_row.sum())))
-            rows = torch.tensor(images).split(per_row.tolist())
-            repeated = torch.cat([row.repeat(expand_size) for row in rows])
+            per_sample = blocks_per_sample(types, LATENT_TOKEN)
+            images = list(range(int(per_sample.sum())))
+            of_samples = torch.tensor(images).split(per_sample.tolist())
+            repeated = torch.cat([own.repeat(expand_size) for own in of_samples])
             pieces = packed["latents"].split(packed["latent_grid_hw"].prod(-1).tolist())
             packed["latents"] = torch.cat([pieces[index] for index in repeated.tolist()])
             for key in ("latent_grid_hw", "timesteps"):
@@ -230,6 +232,6 @@ def _images_behind(images: dict[str, Any], types: torch.Tensor, cached: int) -> 
 
 
 def _blocks_left(types: torch.Tensor, kind: int, cached: int) -> list[bool]:
-    """For each image of one kind, row by row: whether its block lies behind the first `cached` tokens."""
-    total, before = blocks_per_row(types, kind).tolist(), blocks_per_row(types[:, :cached], kind).tolist()
+    """For each image of one kind, sample by sample: whether its block lies behind the first `cached` tokens."""
+    total, before = blocks_per_sample(types, kind).tolist(), blocks_per_sample(types[:, :cached], kind).tolist()
     return [index >= seen for count, seen in zip(total, before, strict=True) for index in range(count)]

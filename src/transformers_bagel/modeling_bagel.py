@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,75 +12,46 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2MLP,
     Qwen2RMSNorm,
     Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling, logging
-from transformers.utils.generic import (
-    can_return_tuple,
-    get_max_seqlen,
-    is_flash_attention_requested,
-    merge_with_config_defaults,
-)
+from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import BagelAdapterMixin
-from .cache import CacheLayer, GrowingCache, PrefixCache, PrefixLane, PrefixLayer, layer_caches
+from .attention import AttentionLayout, attention, choose_attention
+from .cache import GrowingCache, PrefixCache, PrefixView, layer_caches
 from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
+from .checks import check_image_inputs, check_placeholders, check_position_range, check_positions_end
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
 from .memory_bagel import OFFLOAD_BLOCKS, SENSITIVE_MODULES, UNCAST_MODULES, unpackable_modules
 from .safetensors_bagel import tensors_to_convert
+from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
-    IMAGE_TOKEN,
-    LATENT_TOKEN,
-    TEXT_TOKEN,
-    Routing,
-    SampleMasks,
+    ExpertRouting,
     SequenceLayout,
-    check_placeholders,
-    join_parts,
+    host_grids,
+    join_experts,
     patch_grid_ids,
     rope_positions,
     route,
     split_experts,
     token_types_from_ids,
 )
-from .training.losses import (
-    IGNORED_LABEL,
-    cross_entropy_sum,
-    flow_matching_sum,
-    latent_weights,
-    over_ranks,
-    text_targets,
-)
-
-
-logger = logging.get_logger(__name__)
-
-# Devices where flex attention has only its forward.
-NO_FLEX_BACKWARD = ("cpu", "mps")
-
-# Names of the weights of each part of a `BagelForConditionalGeneration`.
-TOWERS = {
-    "vit": r"model\.vision_tower\.",
-    "connector": r"model\.connector\.",
-    "und": r"model\.language_model\.(?!.*_moe_gen)|lm_head\.",
-    "gen": r"model\.language_model\..*_moe_gen|model\.(vae2llm|llm2vae|time_embedder)\.",
-}
+from .training.freezing import freeze_parts
+from .training.losses import Losses, LossSettings, latent_loss, latent_weights, text_loss, text_targets
 
 
 @dataclass
@@ -94,10 +64,12 @@ class BagelModelOutputWithPast(BaseModelOutputWithPast):
             Flow from data to noise at every latent token, packed like `latents`.
         latent_hidden_states (`torch.FloatTensor` of shape `(latent_tokens, hidden_size)`, *optional*):
             Output of the last layer at the latent tokens, before the final norm.
+        layout (`SequenceLayout`, *optional*): Types of the tokens; `None` for text alone.
     """
 
     velocity: torch.FloatTensor | None = None
     latent_hidden_states: torch.FloatTensor | None = None
+    layout: SequenceLayout | None = None
 
 
 @dataclass
@@ -163,32 +135,24 @@ class BagelAttention(nn.Module):
 
     def forward(
         self,
-        parts: tuple[torch.Tensor, ...],
+        expert_states: tuple[torch.Tensor, ...],
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...],
-        attention_mask: torch.Tensor | SampleMasks | None = None,
-        past_key_values: CacheLayerMixin | CacheLayer | PrefixLayer | None = None,
-        routing: Routing | None = None,
+        attention_layout: AttentionLayout,
+        layer_cache: Any = None,
+        routing: ExpertRouting | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Attention of the tokens of each expert, see [`BagelDecoderLayer`] and `split_experts`."""
-        # Generation passes normalise and rotate in float32 (published behaviour, point 28).
+        # Generation passes normalise and rotate in float32 (original behaviour, point 28).
         in_float32 = routing is not None
         heads = route(
             routing,
-            list(zip(parts, position_embeddings, strict=True)),
-            lambda part: self._heads(part[0], part[1], "", in_float32),
-            lambda part: self._heads(part[0], part[1], "_moe_gen", in_float32),
+            list(zip(expert_states, position_embeddings, strict=True)),
+            lambda und: self._heads(und[0], und[1], "", in_float32),
+            lambda gen: self._heads(gen[0], gen[1], "_moe_gen", in_float32),
         )
-        attn_weights = None
-        if isinstance(past_key_values, PrefixLayer) and routing is not None:
-            attn_output = self._attend_blocks(heads, past_key_values, routing, **kwargs)
-        elif isinstance(attention_mask, SampleMasks):
-            attn_output = self._attend_samples(heads, attention_mask, routing, **kwargs)
-        else:
-            attn_output, attn_weights = self._attend_sequence(
-                heads, attention_mask, past_key_values, routing, **kwargs
-            )
-        return route(routing, attn_output, self.o_proj, self.o_proj_moe_gen), attn_weights
+        attended, attn_weights = attention_layout.attend(self, heads, routing, layer_cache, **kwargs)
+        return route(routing, attended, self.o_proj, self.o_proj_moe_gen), attn_weights
 
     def _heads(
         self,
@@ -197,7 +161,10 @@ class BagelAttention(nn.Module):
         expert: str,
         in_float32: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of one expert's tokens, `(..., heads, head_dim)`, normalised and rotated."""
+        """Queries, keys and values of one expert's tokens, normalised and rotated.
+
+        `(..., hidden)` -> `(..., heads, head_dim)` three times, the last two with the key-value heads.
+        """
         query, key, value = (
             getattr(self, name + expert)(hidden_states).unflatten(-1, (-1, self.head_dim))
             for name in ("q_proj", "k_proj", "v_proj")
@@ -210,87 +177,11 @@ class BagelAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-2)
         return query.to(value.dtype), key.to(value.dtype), value
 
-    def _attend_sequence(
-        self,
-        heads: tuple[tuple[torch.Tensor, ...], ...],
-        attention_mask: torch.Tensor | None,
-        past_key_values: CacheLayerMixin | CacheLayer | None,
-        routing: Routing | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        query, key, value = (states.transpose(1, 2) for states in _whole_sequence(routing, heads))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value)
-        attn_output, attn_weights = self._attention(query, key, value, attention_mask, **kwargs)
-        return _parts_of_sequence(routing, attn_output), attn_weights
-
-    def _attend_blocks(
-        self,
-        heads: tuple[tuple[torch.Tensor, ...], ...],
-        past_key_values: PrefixLayer,
-        routing: Routing,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        markers, latents = [], []
-        for lane_idx, pieces in enumerate(routing.block_slices()):
-            query, key, value = (
-                [states[piece] for states, piece in zip(of_experts, pieces, strict=True)]
-                for of_experts in zip(*heads, strict=True)
-            )
-            lane_key, lane_value = past_key_values.extend(lane_idx, key, value)
-            lane_query = torch.cat(query).transpose(0, 1).unsqueeze(0)
-            lane_output, _ = self._attention(lane_query, lane_key, lane_value, None, **kwargs)
-            markers.append(lane_output[0, :2])
-            latents.append(lane_output[0, 2:])
-        return join_parts(markers), join_parts(latents)
-
-    def _attend_samples(
-        self,
-        heads: tuple[tuple[torch.Tensor, ...], ...],
-        sample_masks: SampleMasks,
-        routing: Routing | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, ...]:
-        def attention(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-        ) -> torch.Tensor:
-            heads = [part.transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
-            mask = None if mask is None else mask[None, None]
-            attn_output, _ = self._attention(heads[0], heads[1], heads[2], mask, implementation="sdpa", **kwargs)
-            return attn_output.view_as(query)
-
-        attn_output = sample_masks.attend(attention, *_whole_sequence(routing, heads)).flatten(-2)
-        return _parts_of_sequence(routing, attn_output)
-
-    def _attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        implementation: str | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation or self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return attn_output.flatten(-2), attn_weights
-
 
 class BagelDecoderLayer(GradientCheckpointingLayer):
     """A Qwen2 layer with a second set of weights for the latent tokens."""
 
-    # None in a model without its drawing half.
+    # None in a model without `visual_gen`.
     mlp_moe_gen: Any
     input_layernorm_moe_gen: Any
     post_attention_layernorm_moe_gen: Any
@@ -312,52 +203,42 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: CacheLayerMixin | CacheLayer | PrefixLayer | None = None,
-        routing: Routing | None = None,
+        attention_layout: AttentionLayout,
+        layer_cache: Any = None,
+        routing: ExpertRouting | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
+        One layer over all tokens, those of each expert through its own weights.
+
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden)`, or `(tokens, hidden)` with a routing)
+            hidden_states (`torch.Tensor`):
+                `(batch, tokens, hidden)`; with a routing `(batch * tokens, hidden)`, in expert order.
             position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`):
                 Cosines and sines for the tokens of each expert, shaped like them.
-            attention_mask (`torch.Tensor` or `BlockMask`, *optional*): Mask in the attention's own format.
-            past_key_values (`CacheLayerMixin`, `CacheLayer` or `PrefixLayer`, *optional*):
-                What came before in this layer, see `layer_caches`; a `PrefixLayer` does not grow.
-            routing (`Routing`, *optional*): Expert of every token; without it all take the understanding expert.
+            attention_layout (`AttentionLayout`): Who attends to whom in this layer.
+            layer_cache (*optional*): What came before in this layer, see `layer_caches`.
+            routing (`ExpertRouting`, *optional*): Expert of every token; without it all take the understanding expert.
 
         Returns:
             `torch.Tensor` of the shape of `hidden_states`.
         """
-        parts = split_experts(routing, hidden_states)
-        normed = route(routing, parts, self.input_layernorm, self.input_layernorm_moe_gen)
+        states = split_experts(routing, hidden_states)
         attended, _ = self.self_attn(
-            normed,
+            route(routing, states, self.input_layernorm, self.input_layernorm_moe_gen),
             position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            attention_layout=attention_layout,
+            layer_cache=layer_cache,
             routing=routing,
             **kwargs,
         )
-        parts = _added(parts, attended)
-        normed = route(routing, parts, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
-        return join_parts(_added(parts, route(routing, normed, self.mlp, self.mlp_moe_gen)))
+        states = _add(states, attended)
+        normed = route(routing, states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
+        return join_experts(_add(states, route(routing, normed, self.mlp, self.mlp_moe_gen)))
 
 
-def _added(parts: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(part + other for part, other in zip(parts, others, strict=True))
-
-
-def _whole_sequence(routing: Routing | None, heads: tuple[tuple[torch.Tensor, ...], ...]) -> Iterator[torch.Tensor]:
-    """Queries, keys and values of both experts in the order of the sequence, `(batch, tokens, heads, head_dim)`."""
-    for of_experts in zip(*heads, strict=True):
-        stream = join_parts(of_experts)
-        yield stream if routing is None else routing.to_sequence(stream)
-
-
-def _parts_of_sequence(routing: Routing | None, sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return split_experts(routing, sequence if routing is None else routing.to_stream(sequence))
+def _add(states: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(own + other for own, other in zip(states, others, strict=True))
 
 
 class BagelVisionAttention(nn.Module):
@@ -377,46 +258,31 @@ class BagelVisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, lengths: tuple[int, ...], **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
+        """`(patches, hidden)` -> `(patches, hidden)`, and the weights; `lengths` are the patches of each image."""
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        kwargs |= {
-            "dropout": self.attention_dropout if self.training else 0.0,
-            "scaling": self.scaling,
-            "is_causal": False,
-        }
-        if len(cu_seqlens) > 1 and is_flash_attention_requested(self.config):
-            max_seqlen = get_max_seqlen(cu_seqlens, self.config)
-            attn_output, attn_weights = attention_interface(
-                self,
-                query,
-                key,
-                value,
-                None,
-                cu_seq_lens_q=cu_seqlens,
-                cu_seq_lens_k=cu_seqlens,
-                max_length_q=max_seqlen,
-                max_length_k=max_seqlen,
-                **kwargs,
-            )
-        elif len(cu_seqlens) == 1:
+        if not lengths:
             # No image: all three projections stay in the graph, as a distributed training needs.
-            attn_output, attn_weights = (query + key + value).transpose(1, 2), None
+            return self.out_proj((query + key + value).transpose(1, 2)[0].flatten(-2)), None
+        kwargs |= {"is_causal": False}
+        if is_flash_attention_requested(self.config):
+            borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            borders = borders.to(hidden_states.device, non_blocking=True)
+            kwargs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+            kwargs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+            attn_output, attn_weights = attention(self, query, key, value, None, **kwargs)
         else:
-            lengths = cu_seqlens.diff().tolist()
             images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-            outputs = [attention_interface(self, *image, None, **kwargs) for image in images]
+            outputs = [attention(self, *image, None, **kwargs) for image in images]
             attn_output = torch.cat([output for output, _ in outputs], dim=1)
             # One map an image, since they differ in size.
             maps = tuple(weights for _, weights in outputs)
             attn_weights = maps[0] if maps[0] is None or len(maps) == 1 else maps
-        return self.out_proj(attn_output[0].flatten(-2)), attn_weights
+        return self.out_proj(attn_output[0]), attn_weights
 
 
 class BagelVisionEncoderLayer(GradientCheckpointingLayer):
@@ -430,10 +296,10 @@ class BagelVisionEncoderLayer(GradientCheckpointingLayer):
         self.mlp = SiglipMLP(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, lengths: tuple[int, ...], **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
-        """`(patches, hidden)` -> `(patches, hidden)`; `cu_seqlens` holds the borders of the images."""
-        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), cu_seqlens, **kwargs)
+        """`(patches, hidden)` -> `(patches, hidden)`; `lengths` are the patches of each image."""
+        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), lengths, **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
@@ -443,7 +309,8 @@ class BagelVisionEmbeddings(nn.Module):
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__()
-        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.patch_dim = config.num_channels * config.patch_size**2
+        self.patch_embedding = nn.Linear(self.patch_dim, config.hidden_size)
         self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -461,11 +328,11 @@ class BagelVisionEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: torch.Tensor, cu_seqlens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, hidden_states: torch.Tensor, lengths: tuple[int, ...], **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         """`(patches, hidden)` -> `(patches, hidden)`."""
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cu_seqlens, **kwargs)
+            hidden_states = layer(hidden_states, lengths, **kwargs)
         return hidden_states
 
 
@@ -486,12 +353,12 @@ class BagelConnector(nn.Module):
 
 
 def timestep_frequencies(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
-    """Cosines, then sines, of raw timesteps in [0, 1]; longest period 1e4 (published behaviour, point 12).
+    """Cosines, then sines, of raw timesteps in [0, 1]; longest period 1e4 (original behaviour, point 12).
 
     `(images,)` -> `(images, dim)`, float32.
     """
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
-    angles = timesteps.float()[:, None] * torch.exp(-torch.log(torch.tensor(1e4)) * exponents)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(1e4) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -513,10 +380,14 @@ class BagelTimestepEmbedder(nn.Module):
 
 
 def sincos_table(side: int, hidden_size: int) -> torch.Tensor:
-    """2-D sinusoids of a grid, `(side * side, hidden_size)`; the first half of a row tells the column (point 10)."""
+    """2-D sinusoids of a grid, `(side * side, hidden_size)`; the first half of each tells the column (point 10).
+
+    Made on the CPU, since not every device has float64.
+    """
     quarter = hidden_size // 4
-    omega = 1e4 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    omega = 1e4 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    places = torch.arange(side, device="cpu")
+    row, column = torch.meshgrid(places, places, indexing="ij")
     angles = torch.stack([column, row], dim=-1).reshape(-1, 2, 1) * omega
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
 
@@ -533,7 +404,7 @@ class BagelPositionEmbedding(nn.Module):
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """`(tokens,)` -> `(tokens, hidden)`."""
-        return self.pos_embed[position_ids]
+        return self.pos_embed[position_ids.to(self.pos_embed.device)]
 
 
 class BagelVelocityHead(nn.Linear):
@@ -622,7 +493,6 @@ class BagelVisionModel(BagelPreTrainedModel):
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__(config)
-        self.patch_dim = config.num_channels * config.patch_size**2
         self.embeddings = BagelVisionEmbeddings(config)
         self.encoder = BagelVisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -641,18 +511,20 @@ class BagelVisionModel(BagelPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
+        Features of packed images.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`): Packed patches.
-            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of patches of each image.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`):
+                Rows and columns of patches of each image, best on the CPU, where they are read.
             position_ids (`torch.LongTensor` of shape `(patches,)`, *optional*):
                 Rows of the position table; `row * side + column` by default.
         """
+        image_grid_hw = image_grid_hw.cpu()
         if position_ids is None:
             position_ids = patch_grid_ids(image_grid_hw, self.config.image_size // self.config.patch_size)
-        lengths = image_grid_hw.prod(-1)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        hidden_states = self.embeddings(pixel_values, position_ids)
-        hidden_states = self.encoder(hidden_states, cu_seqlens.to(hidden_states.device), **kwargs)
+        hidden_states = self.embeddings(pixel_values, position_ids.to(pixel_values.device))
+        hidden_states = self.encoder(hidden_states, tuple(image_grid_hw.prod(-1).tolist()), **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(hidden_states))
 
 
@@ -684,13 +556,14 @@ class BagelTextModel(BagelPreTrainedModel):
         past_key_values: Cache | PrefixCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        block_sequence_ids: torch.LongTensor | None = None,
-        and_mask_function: Callable | None = None,
-        routing: Routing | None = None,
+        layout: SequenceLayout | None = None,
+        routing: ExpertRouting | None = None,
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """
+        Hidden states of a sequence, or of the blocks of a denoising step.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Token ids; or pass `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*):
@@ -699,10 +572,8 @@ class BagelTextModel(BagelPreTrainedModel):
             past_key_values (`Cache` or `PrefixCache`, *optional*): What came before; a `PrefixCache` does not grow.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`, *optional*): Embeddings.
             use_cache (`bool`, *optional*): Whether to return a cache.
-            block_sequence_ids (`torch.LongTensor` of shape `(batch, past + tokens)`, *optional*):
-                Image block of each token, -1 for causal text.
-            and_mask_function (`Callable`, *optional*): Further restriction of the mask outside the blocks.
-            routing (`Routing`, *optional*): Expert of each token.
+            layout (`SequenceLayout`, *optional*): Types of the tokens; by default all are text.
+            routing (`ExpertRouting`, *optional*): Expert of each token.
             position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`, *optional*):
                 What `rotation` makes of `position_ids`, if it was called before.
         """
@@ -712,64 +583,69 @@ class BagelTextModel(BagelPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = GrowingCache(self.config)
+        attention_layout = choose_attention(self.config, inputs_embeds, attention_mask, past_key_values, layout)
+        cache = self._writable_cache(past_key_values)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-
-        if isinstance(past_key_values, PrefixCache):
-            kwargs["is_causal"] = False
-        elif not isinstance(attention_mask, SampleMasks):
-            # Rope positions repeat inside a block: the mask must not be guessed from them.
-            attention_mask = create_causal_mask(
-                self.config,
-                inputs_embeds,
-                attention_mask,
-                past_key_values,
-                position_ids=None,
-                and_mask_function=and_mask_function,
-                block_sequence_ids=block_sequence_ids,
-            )
-
         if position_embeddings is None:
             position_embeddings = self.rotation(inputs_embeds, position_ids, routing)
+
         hidden_states = inputs_embeds
         if routing is not None:
-            hidden_states = routing.to_stream(hidden_states)
+            hidden_states = routing.to_expert_order(hidden_states)
             if routing.freeze_und:
                 und_states, gen_states = split_experts(routing, hidden_states)
-                hidden_states = join_parts((und_states.detach(), gen_states))
-        for layer, layer_cache in zip(self.layers, layer_caches(past_key_values, len(self.layers)), strict=True):
+                hidden_states = join_experts((und_states.detach(), gen_states))
+        for index, (layer, layer_cache) in enumerate(
+            zip(self.layers, layer_caches(cache, len(self.layers)), strict=True)
+        ):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=layer_cache,
+                attention_layout=attention_layout.layer(index),
+                layer_cache=layer_cache,
                 routing=routing,
                 **kwargs,
             )
-        parts = split_experts(routing, hidden_states)
-        latent_hidden_states = None if routing is None else parts[1]
-        hidden_states = join_parts(route(routing, parts, self.norm, self.norm_moe_gen))
+        states = split_experts(routing, hidden_states)
+        latent_hidden_states = None if routing is None else states[1]
+        hidden_states = join_experts(route(routing, states, self.norm, self.norm_moe_gen))
         return BagelModelOutputWithPast(
             last_hidden_state=hidden_states if routing is None else routing.to_sequence(hidden_states),
             past_key_values=past_key_values if use_cache else None,
             latent_hidden_states=latent_hidden_states,
         )
 
+    def _writable_cache(self, past_key_values: Cache | PrefixCache | None) -> Cache | None:
+        """The cache that the layers write into.
+
+        Raises:
+            ValueError: if gradient checkpointing would compute the layers again, and write each token twice.
+        """
+        if past_key_values is None or isinstance(past_key_values, PrefixCache):
+            return None
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "A cache cannot be written under gradient checkpointing. Leave out `past_key_values`, or call the model "
+                "under `torch.no_grad()`."
+            )
+        return past_key_values
+
     def rotation(
-        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, routing: Routing | None = None
+        self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, routing: ExpertRouting | None = None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         """Cosines and sines for the tokens of each expert.
 
         Args:
             hidden_states (`torch.Tensor`): Whose device and type they have.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`): Rope positions.
-            routing (`Routing`, *optional*): Expert of each token.
+            routing (`ExpertRouting`, *optional*): Expert of each token.
         """
-        parts = self.rotary_emb(hidden_states, position_ids)
+        waves = self.rotary_emb(hidden_states, position_ids)
         if routing is not None:
-            parts = tuple(routing.to_stream(part.expand(*routing.shape, -1)) for part in parts)
-        return tuple(zip(*(split_experts(routing, part) for part in parts), strict=True))
+            waves = tuple(routing.to_expert_order(wave.expand(*routing.shape, -1)) for wave in waves)
+        return tuple(zip(*(split_experts(routing, wave) for wave in waves), strict=True))
 
 
 @dataclass
@@ -777,14 +653,14 @@ class DenoisingBlocks:
     """What all steps of a denoising share, since neither noise nor latents decide it.
 
     Attributes:
-        routing (`Routing`): Of the markers and latents of all blocks.
+        routing (`ExpertRouting`): Of the markers and latents of all blocks.
         marker_ids (`torch.LongTensor` of shape `(2 * images,)`): Start and end token of each block.
         counts (`torch.LongTensor` of shape `(images,)`): Latent tokens of each block.
         latent_positions (`torch.Tensor` of shape `(latent_tokens, hidden)`): Embeddings of the places in the images.
-        position_embeddings (`tuple`): Of the rope, see `BagelTextModel.rotation`.
+        position_embeddings (`tuple`): Of the rope, see [`BagelTextModel.rotation`].
     """
 
-    routing: Routing
+    routing: ExpertRouting
     marker_ids: torch.Tensor
     counts: torch.Tensor
     latent_positions: torch.Tensor
@@ -794,7 +670,7 @@ class DenoisingBlocks:
 class BagelModel(BagelPreTrainedModel):
     """The language model, the tower that sees, and the layers between latents and tokens; no head."""
 
-    # Each is None in a model without its half.
+    # Each is None in a model without `visual_und`, or without `visual_gen`.
     vision_tower: Any
     connector: Any
     vit_pos_embed: Any
@@ -849,31 +725,33 @@ class BagelModel(BagelPreTrainedModel):
 
         Returns:
             [`BaseModelOutputWithPooling`]: `pooler_output` is a tuple with a `(patches, hidden)` tensor an image.
+
+        Raises:
+            ValueError: if the two do not fit each other, or the model.
         """
-        self.check_image_inputs(pixel_values, image_grid_hw)
-        position_ids = patch_grid_ids(
-            image_grid_hw, self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
-        ).to(pixel_values.device)
-        outputs = self.vision_tower(pixel_values, image_grid_hw, position_ids=position_ids, return_dict=True, **kwargs)
+        grid: Any = image_grid_hw.cpu() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
+        check_image_inputs(self.config, pixel_values, grid)
+        position_ids = patch_grid_ids(grid, self.config.vit_max_num_patch_per_side, self.config.interpolate_pos)
+        position_ids = position_ids.to(pixel_values.device, non_blocking=True)
+        outputs = self.vision_tower(pixel_values, grid, position_ids=position_ids, return_dict=True, **kwargs)
         features = self.connector(outputs.last_hidden_state)
-        features = features + self.vit_pos_embed(position_ids.to(features.device)).to(features.dtype)
-        outputs.pooler_output = features.split(image_grid_hw.prod(-1).tolist()) if len(image_grid_hw) else (features,)
+        features = features + self.vit_pos_embed(position_ids).to(features.device, features.dtype)
+        outputs.pooler_output = features.split(grid.prod(-1).tolist()) if len(grid) else (features,)
         return outputs
 
-    def latent_positions(self, latent_grid_hw: torch.LongTensor, device: torch.device) -> torch.Tensor:
-        """Embeddings of the places of packed latents, `(latent_tokens, hidden)`.
+    def latent_positions(self, latent_grid_hw: torch.LongTensor) -> torch.Tensor:
+        """Embeddings of the places of packed latents, `(latent_tokens, hidden)`, on the device of the position table.
 
         Args:
             latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`): Rows and columns of tokens of each image.
-            device (`torch.device`): Of the latents.
         """
         position_ids = patch_grid_ids(latent_grid_hw, self.config.max_latent_size, self.config.interpolate_pos)
-        return self.latent_pos_embed(position_ids.to(device))
+        return self.latent_pos_embed(position_ids)
 
     def embed_latents(
         self, latents: torch.Tensor, timesteps: torch.Tensor, counts: torch.LongTensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens of packed latents: projection + timestep + position.
+        """Tokens of packed latents: projection + timestep + position (point 12).
 
         Args:
             latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`): Packed latents of all images.
@@ -885,10 +763,9 @@ class BagelModel(BagelPreTrainedModel):
             `torch.Tensor` of shape `(latent_tokens, hidden)`.
         """
         embeds = self.vae2llm(latents.to(self.vae2llm.weight.dtype))
-        time = self.time_embedder(timesteps.to(latents.device)).repeat_interleave(
-            counts, dim=0, output_size=latents.shape[0]
-        )
-        return embeds + time + positions.to(embeds.dtype)
+        time = self.time_embedder(timesteps.to(latents.device))
+        time = time.repeat_interleave(counts.to(time.device), dim=0, output_size=latents.shape[0])
+        return embeds + time.to(embeds.device) + positions.to(embeds.device, embeds.dtype)
 
     @can_return_tuple
     def forward(
@@ -908,12 +785,14 @@ class BagelModel(BagelPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         latent_hidden_states: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        layout: SequenceLayout | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """See [`BagelForConditionalGeneration.forward`]."""
         if latent_hidden_states is not None:
-            return self._velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
-        self.check_image_inputs(pixel_values, image_grid_hw, latents, latent_grid_hw, timesteps)
+            return self._with_velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
+        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw)
+        check_image_inputs(self.config, pixel_values, image_grid_hw, latents, latent_grid_hw, timesteps)
         if input_ids is None and inputs_embeds is None:
             if latents is None or position_ids is None:
                 raise ValueError(
@@ -927,305 +806,77 @@ class BagelModel(BagelPreTrainedModel):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`, got both.")
         if isinstance(past_key_values, PrefixCache):
             raise ValueError("A `PrefixCache` serves denoising steps only. Pass a `Cache` as `past_key_values`.")
-        # Without latents all tokens take the understanding expert.
-        is_frozen = self.config.freeze_und and latents is None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
-            return self._forward_sequence(
-                input_ids,
-                attention_mask,
-                position_ids,
-                past_key_values,
-                inputs_embeds,
-                use_cache,
-                pixel_values,
-                image_grid_hw,
-                latents,
-                latent_grid_hw,
-                timesteps,
-                mm_token_type_ids,
-                document_ids,
-                mm_encoder_outputs,
-                **kwargs,
-            )
 
-    def _denoise(
-        self,
-        latents: torch.Tensor,
-        latent_grid_hw: torch.LongTensor,
-        timesteps: torch.Tensor,
-        position_ids: torch.LongTensor,
-        past_key_values: Cache | PrefixCache | None,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BagelModelOutputWithPast:
-        lengths = latent_grid_hw.prod(-1).tolist()
-        if position_ids.numel() != len(lengths):
-            raise ValueError(
-                f"`position_ids` must hold one position for each of {len(lengths)} images, got {position_ids.numel()}."
-            )
-        if past_key_values is None:
-            past_key_values = PrefixCache([PrefixLane(buffer=None)] * len(lengths))
-        elif isinstance(past_key_values, Cache):
-            past_key_values = PrefixCache.from_cache(past_key_values, max(lengths) + 2, attention_mask)
-        if len(past_key_values) != len(lengths):
-            raise ValueError(
-                f"`past_key_values` has {len(past_key_values)} rows, but `latent_grid_hw` describes {len(lengths)} "
-                "images."
-            )
-        blocks = past_key_values.once(
-            (latents.device, latent_grid_hw.tolist(), position_ids.tolist()),
-            lambda: self._blocks(latent_grid_hw, position_ids, past_key_values, latents.device),
-        )
-        embeds = self.embed_latents(latents, timesteps, blocks.counts, blocks.latent_positions)
-        if isinstance(past_key_values, SplitPrefixCache):
-            embeds = past_key_values.own_part(embeds)
-        markers = self.get_input_embeddings()(blocks.marker_ids)
-        outputs = self.language_model(
-            inputs_embeds=torch.cat([markers.to(embeds.dtype), embeds]).unsqueeze(0),
-            past_key_values=past_key_values,
-            use_cache=False,
-            routing=blocks.routing,
-            position_embeddings=blocks.position_embeddings,
-            **kwargs,
-        )
-        outputs.last_hidden_state = None
-        if isinstance(past_key_values, SplitPrefixCache):
-            outputs.latent_hidden_states = past_key_values.gather(outputs.latent_hidden_states)
-        return self._velocity(outputs)
-
-    def _blocks(
-        self,
-        latent_grid_hw: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        cache: PrefixCache,
-        device: torch.device,
-    ) -> DenoisingBlocks:
-        self.check_position_range(position_ids)
-        # In the type of the embeddings, which the rope takes from them, too.
-        latent_positions = self.latent_positions(latent_grid_hw, device).to(self.vae2llm.weight.dtype)
-        all_counts = latent_grid_hw.prod(-1)
-        counts = all_counts
-        if isinstance(cache, SplitPrefixCache):
-            if cache.lengths != all_counts.tolist():
-                raise ValueError(
-                    f"`past_key_values` splits blocks of {cache.lengths} latents, got blocks of {all_counts.tolist()}."
-                )
-            counts = torch.tensor(cache.own_lengths())
-        routing = Routing.from_blocks(counts.tolist())
-        markers = torch.tensor([self.config.vision_start_token_id, self.config.vision_end_token_id])
-        position_ids = position_ids.flatten().to(counts.device)
-        position_ids = torch.cat([position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts)])
-        return DenoisingBlocks(
-            routing,
-            markers.repeat(len(counts)).to(device),
-            all_counts.to(device),
-            latent_positions,
-            self.language_model.rotation(latent_positions, position_ids.unsqueeze(0).to(device), routing),
-        )
-
-    def _forward_sequence(
-        self,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
-        inputs_embeds: torch.FloatTensor | None,
-        use_cache: bool | None,
-        pixel_values: torch.Tensor | None,
-        image_grid_hw: torch.LongTensor | None,
-        latents: torch.Tensor | None,
-        latent_grid_hw: torch.LongTensor | None,
-        timesteps: torch.Tensor | None,
-        mm_token_type_ids: torch.LongTensor | None,
-        document_ids: torch.LongTensor | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BagelModelOutputWithPast:
+        image_outputs = (mm_encoder_outputs or {}).get("image")
         if document_ids is not None and attention_mask is not None:
             document_ids = document_ids.masked_fill(attention_mask == 0, -1)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        has_images = not (pixel_values is None and image_outputs is None and latents is None)
-        token_types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, has_images)
-        layout = None
-        if latents is not None:
-            layout = SequenceLayout.from_latents(token_types, timesteps, latent_grid_hw, document_ids)
-        elif token_types is not None:
-            layout = SequenceLayout(token_types, None, document_ids)
+        if layout is None:
+            has_images = not (pixel_values is None and image_outputs is None and latents is None)
+            types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, has_images)
+            if types is not None:
+                layout = SequenceLayout.from_inputs(types, image_grid_hw, latent_grid_hw, timesteps, document_ids)
         if past_key_values is not None and not is_torchdynamo_compiling() and past_key_values.get_seq_length() == 0:
             past_key_values.holds_image_blocks = False
         if position_ids is None:
-            position_ids = self._default_position_ids(layout, input_ids, attention_mask, past_key_values)
-        if position_ids is None:
-            # Text alone: positions are places.
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            tokens: Any = inputs_embeds if input_ids is None else input_ids
-            self._check_positions_end(past + tokens.shape[1])
+            position_ids = self._default_position_ids(
+                layout, inputs_embeds if input_ids is None else input_ids, attention_mask, past_key_values
+            )
         elif position_ids.shape[-1] > 1:
-            self.check_position_range(position_ids)
+            check_position_range(self.config, position_ids)
 
-        inputs_embeds = self._embed_sequence(
-            layout,
-            input_ids,
-            inputs_embeds,
-            pixel_values,
-            image_grid_hw,
-            latents,
-            latent_grid_hw,
-            timesteps,
-            image_outputs,
-            **kwargs,
-        )
-        if layout is None:
-            return self.language_model(
+        if layout is not None and layout.document_ids is not None:
+            # Packed samples are never continued.
+            use_cache = bool(use_cache)
+        # Without latents all tokens take the understanding expert.
+        is_frozen = self.config.freeze_und and latents is None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+            if layout is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            else:
+                if pixel_values is not None:
+                    num_patches = len(pixel_values)
+                else:
+                    num_patches = 0 if image_outputs is None else sum(map(len, image_outputs.pooler_output))
+                check_placeholders(layout, num_patches, 0 if latents is None else len(latents))
+                if pixel_values is not None:
+                    image_outputs = self.get_image_features(pixel_values, image_grid_hw, return_dict=True, **kwargs)
+                features = None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
+                inputs_embeds = self._embed_text(layout, input_ids, inputs_embeds)
+                inputs_embeds = _place(inputs_embeds, layout.token_types == IMAGE_TOKEN, features)
+                if latents is not None:
+                    embeds = self.embed_latents(
+                        latents, timesteps, latent_grid_hw.prod(-1), self.latent_positions(latent_grid_hw)
+                    )
+                    inputs_embeds = _place(inputs_embeds, layout.token_types == LATENT_TOKEN, embeds)
+            routing = None
+            if latents is not None:
+                routing = ExpertRouting.from_token_types(
+                    layout.token_types, self.config.freeze_und, inputs_embeds.device
+                )
+            outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **kwargs,
-            )
-        has_latents = latents is not None
-        if is_flash_attention_requested(self.config.get_text_config()):
-            outputs = self._forward_runs(
-                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, layout, has_latents, **kwargs
-            )
-        else:
-            outputs = self._forward_masked(
-                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, layout, has_latents, **kwargs
-            )
-        if outputs.past_key_values is not None:
-            outputs.past_key_values.holds_image_blocks = True
-        return self._velocity(outputs)
-
-    def _embed_sequence(
-        self,
-        layout: SequenceLayout | None,
-        input_ids: Any,
-        inputs_embeds: torch.FloatTensor | None,
-        pixel_values: torch.Tensor | None,
-        image_grid_hw: torch.LongTensor | None,
-        latents: torch.Tensor | None,
-        latent_grid_hw: Any,
-        timesteps: torch.Tensor | None,
-        image_outputs: BaseModelOutputWithPooling | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """Embeddings of a sequence, `(batch, tokens, hidden)`, with its images in place of their placeholders."""
-        if layout is None:
-            return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        types = layout.token_types
-        num_patches = 0 if image_grid_hw is None else int(image_grid_hw.prod(-1).sum())
-        if image_outputs is not None:
-            num_patches = sum(len(features) for features in image_outputs.pooler_output)
-        check_placeholders(types, IMAGE_TOKEN, num_patches, "pixel_values")
-        check_placeholders(types, LATENT_TOKEN, 0 if latents is None else len(latents), "latents")
-        if inputs_embeds is None:
-            # The ids of placeholders are never looked up: a tokenizer may have given them any number.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(types != TEXT_TOKEN, 0))
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, image_grid_hw, return_dict=True, **kwargs)
-        if image_outputs is not None:
-            features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter((types == IMAGE_TOKEN).unsqueeze(-1), features)
-        if latents is not None:
-            counts = latent_grid_hw.prod(-1).to(latents.device)
-            positions = self.latent_positions(latent_grid_hw, latents.device)
-            latent_embeds = self.embed_latents(latents, timesteps, counts, positions).to(inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter((types == LATENT_TOKEN).unsqueeze(-1), latent_embeds)
-        return inputs_embeds
-
-    def _forward_masked(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        layout: SequenceLayout,
-        has_latents: bool,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BagelModelOutputWithPast:
-        """The whole sequence in one forward, under one mask."""
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if layout.is_packed and past:
-            raise ValueError("`document_ids` and noised `latents` inside a sequence cannot follow a filled cache.")
-        routing = Routing.from_token_types(layout.token_types, self.config.freeze_und) if has_latents else None
-        masks: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "block_sequence_ids": layout.block_ids(past),
-            "and_mask_function": layout.mask_function() if layout.is_packed else None,
-        }
-        if layout.document_ids is not None and not self._takes_packed_rows(inputs_embeds.device):
-            if use_cache or past_key_values is not None:
-                raise ValueError("`document_ids` cannot be used with a cache. Leave out `past_key_values`.")
-            masks, use_cache = {"attention_mask": layout.sample_masks()}, False
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            routing=routing,
-            **masks,
-            **kwargs,
-        )
-        outputs.hidden_states = _in_sequence(outputs.hidden_states, routing)
-        return outputs
-
-    def _takes_packed_rows(self, device: torch.device) -> bool:
-        """Whether the attention has a sparse mask for packed rows; others go through them sample by sample."""
-        if self.config.get_text_config()._attn_implementation != "flex_attention":
-            return False
-        if device.type in NO_FLEX_BACKWARD and torch.is_grad_enabled():
-            logger.warning_once(
-                f"Flex attention has no backward on {device.type}: packed rows are attended sample by sample."
-            )
-            return False
-        return True
-
-    def _forward_runs(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        layout: SequenceLayout,
-        has_latents: bool,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BagelModelOutputWithPast:
-        """Flash attention takes no block mask: feed the sequence run by run, each causal or bidirectional."""
-        if layout.is_packed or (attention_mask is not None and not attention_mask.all()):
-            raise ValueError(
-                "Flash attention takes no mask of image blocks beside padding, `document_ids` or noised latents. "
-                'Pass the rows one by one, or load the model with `attn_implementation="sdpa"`.'
-            )
-        cache = GrowingCache(self.config) if past_key_values is None else past_key_values
-        position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        # Without padding the mask tells the filled places of a static cache.
-        behind = 0 if attention_mask is None else attention_mask.shape[1] - inputs_embeds.shape[1]
-        hidden, latent_hidden, layers = [], [], []
-        for start, stop, is_block in layout.runs():
-            routing = Routing.from_token_types(layout.token_types[:, start:stop]) if has_latents else None
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds[:, start:stop],
-                attention_mask=None if attention_mask is None else attention_mask[:, : behind + stop],
-                position_ids=position_ids[:, start:stop],
-                past_key_values=cache,
-                use_cache=True,
+                layout=layout,
                 routing=routing,
-                **({"is_causal": False} if is_block else {}),
                 **kwargs,
             )
-            hidden.append(outputs.last_hidden_state)
-            layers.append(_in_sequence(outputs.hidden_states, routing))
-            if has_latents:
-                latent_hidden.append(outputs.latent_hidden_states.unflatten(0, (inputs_embeds.shape[0], -1)))
-        return BagelModelOutputWithPast(
-            last_hidden_state=torch.cat(hidden, dim=1),
-            past_key_values=None if use_cache is False else cache,
-            hidden_states=_join_runs(layers),
-            latent_hidden_states=torch.cat(latent_hidden, dim=1).flatten(0, 1) if has_latents else None,
-        )
+        outputs.hidden_states = _in_sequence(outputs.hidden_states, routing)
+        if outputs.past_key_values is not None and layout is not None and layout.has_blocks:
+            outputs.past_key_values.holds_image_blocks = True
+        outputs.layout = layout
+        return self._with_velocity(outputs)
+
+    def _embed_text(
+        self, layout: SequenceLayout, input_ids: Any, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.Tensor:
+        if inputs_embeds is not None:
+            return inputs_embeds
+        # The ids of placeholders are never looked up: a tokenizer may have given them any number.
+        is_placeholder = (layout.token_types != TEXT_TOKEN).to(input_ids.device, non_blocking=True)
+        return self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
 
     def _token_types(
         self,
@@ -1253,108 +904,128 @@ class BagelModel(BagelPreTrainedModel):
     def _default_position_ids(
         self,
         layout: SequenceLayout | None,
-        input_ids: torch.LongTensor | None,
+        tokens: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> torch.LongTensor | None:
-        if past_key_values is not None and past_key_values.get_seq_length():
-            if getattr(past_key_values, "holds_image_blocks", False) or layout is not None:
-                raise ValueError(
-                    "`position_ids` must be passed to continue a sequence with images: an image takes one position, "
-                    "whatever its number of tokens."
-                )
-            return None
-        padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        if layout is None:
-            return None if padding is None else rope_positions(torch.zeros_like(padding, dtype=torch.long), padding)
-        return layout.position_ids(padding)
-
-    def check_image_inputs(
-        self,
-        pixel_values: torch.Tensor | None,
-        image_grid_hw: torch.LongTensor | None,
-        latents: torch.Tensor | None = None,
-        latent_grid_hw: Any = None,
-        timesteps: torch.Tensor | None = None,
-    ) -> None:
-        """
-        Raises:
-            ValueError: if the images of a forward do not fit each other, or the model.
-        """
-        if pixel_values is not None:
-            if not self.config.visual_und:
-                raise ValueError(
-                    "`pixel_values` were passed to a model without its seeing half. Load it with `visual_und=True`."
-                )
-            _check_packed("pixel_values", pixel_values, "image_grid_hw", image_grid_hw, self.vision_tower.patch_dim)
-        if latents is not None:
-            if not self.config.visual_gen:
-                raise ValueError(
-                    "`latents` were passed to a model without its drawing half. Load it with `visual_gen=True`."
-                )
-            _check_packed("latents", latents, "latent_grid_hw", latent_grid_hw, self.config.latent_dim)
-            images = len(latent_grid_hw)
-            if not isinstance(timesteps, torch.Tensor) or timesteps.shape != (images,):
-                raise ValueError(
-                    f"`timesteps` must be a tensor of shape ({images},), one for each image of `latents`."
-                )
-
-    def check_position_range(self, position_ids: torch.LongTensor) -> None:
-        """
-        Raises:
-            ValueError: if a rope position lies outside the range that the model knows.
-        """
-        if not is_torchdynamo_compiling():
-            if int(position_ids.min()) < 0:
-                raise ValueError(f"`position_ids` must not be negative, got {int(position_ids.min())}.")
-            self._check_positions_end(int(position_ids.max()) + 1)
-
-    def _check_positions_end(self, end: int | torch.Tensor) -> None:
-        text_config = self.config.get_text_config()
-        if is_torchdynamo_compiling() or text_config.rope_parameters["rope_type"] != "default":
-            # A scaled rope is there to go beyond the range.
-            return
-        limit = text_config.max_position_embeddings
-        if end > limit:
+        """Rope positions of a sequence that begins here; `None` where they are the places of the tokens."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        has_blocks = layout is not None and (layout.has_blocks or layout.is_packed)
+        if past and (has_blocks or getattr(past_key_values, "holds_image_blocks", False)):
             raise ValueError(
-                f"The context takes {int(end)} rope positions, but the model knows {limit} "
-                "(`max_position_embeddings`). Shorten the prompt."
+                "`position_ids` must be passed to continue a sequence with images: an image takes one position, "
+                "whatever its number of tokens."
             )
+        padding = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if past or (not has_blocks and padding is None):
+            if not is_torchdynamo_compiling():
+                check_positions_end(self.config, int(past) + tokens.shape[1])
+            return None
+        if layout is None:
+            position_ids = rope_positions(torch.zeros_like(padding, dtype=torch.long), padding)
+        else:
+            position_ids = layout.position_ids(padding)
+        check_position_range(self.config, position_ids)
+        return position_ids.to(tokens.device)
 
-    def _velocity(self, outputs: BagelModelOutputWithPast) -> BagelModelOutputWithPast:
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        latent_grid_hw: torch.LongTensor,
+        timesteps: torch.Tensor,
+        position_ids: torch.LongTensor,
+        past_key_values: Cache | PrefixCache | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BagelModelOutputWithPast:
+        lengths = latent_grid_hw.prod(-1).tolist()
+        if position_ids.numel() != len(lengths):
+            raise ValueError(
+                f"`position_ids` must hold one position for each of {len(lengths)} images, got {position_ids.numel()}."
+            )
+        prefix = past_key_values
+        if prefix is None:
+            prefix = PrefixCache([PrefixView(buffer=None)] * len(lengths))
+        elif not isinstance(prefix, PrefixCache):
+            prefix = PrefixCache.from_cache(prefix, max(lengths) + 2, attention_mask)
+        if len(prefix) != len(lengths):
+            raise ValueError(
+                f"`past_key_values` holds {len(prefix)} samples, but `latent_grid_hw` describes {len(lengths)} images."
+            )
+        position_ids = position_ids.flatten().cpu()
+        blocks = prefix.get_or_create(
+            (latents.device, latent_grid_hw.tolist(), position_ids.tolist()),
+            lambda: self._blocks(latent_grid_hw, position_ids, prefix, latents.device),
+        )
+        embeds = self.embed_latents(latents, timesteps, blocks.counts, blocks.latent_positions)
+        if isinstance(prefix, SplitPrefixCache):
+            embeds = prefix.own_part(embeds)
+        markers = self.get_input_embeddings()(blocks.marker_ids)
+        outputs = self.language_model(
+            inputs_embeds=torch.cat([markers.to(embeds.device, embeds.dtype), embeds]).unsqueeze(0),
+            past_key_values=prefix,
+            use_cache=False,
+            routing=blocks.routing,
+            position_embeddings=blocks.position_embeddings,
+            **kwargs,
+        )
+        outputs.last_hidden_state = None
+        if isinstance(prefix, SplitPrefixCache):
+            outputs.latent_hidden_states = prefix.gather(outputs.latent_hidden_states)
+        return self._with_velocity(outputs)
+
+    def _blocks(
+        self,
+        latent_grid_hw: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        prefix: PrefixCache,
+        device: torch.device,
+    ) -> DenoisingBlocks:
+        check_position_range(self.config, position_ids)
+        # In the type of the embeddings, which the rope takes from them, too.
+        latent_positions = self.latent_positions(latent_grid_hw).to(device, self.vae2llm.weight.dtype)
+        all_counts = latent_grid_hw.prod(-1)
+        counts = all_counts
+        if isinstance(prefix, SplitPrefixCache):
+            if prefix.lengths != all_counts.tolist():
+                raise ValueError(
+                    f"`past_key_values` splits blocks of {prefix.lengths} latents, got blocks of {all_counts.tolist()}."
+                )
+            counts = torch.tensor(prefix.own_lengths())
+        routing = ExpertRouting.from_blocks(counts.tolist())
+        markers = torch.tensor([self.config.vision_start_token_id, self.config.vision_end_token_id])
+        position_ids = torch.cat([position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts)])
+        return DenoisingBlocks(
+            routing,
+            markers.repeat(len(counts)).to(device),
+            all_counts.to(device),
+            latent_positions,
+            self.language_model.rotation(latent_positions, position_ids.unsqueeze(0).to(device), routing),
+        )
+
+    def _with_velocity(self, outputs: BagelModelOutputWithPast) -> BagelModelOutputWithPast:
         if outputs.latent_hidden_states is not None:
             outputs.velocity = self.llm2vae(self.language_model.norm_moe_gen(outputs.latent_hidden_states))
         return outputs
 
 
+def _place(inputs_embeds: torch.Tensor, places: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+    """Put features `(tokens, hidden)` into a sequence `(batch, tokens, hidden)` at the places of a mask."""
+    if features is None:
+        return inputs_embeds
+    places = places.unsqueeze(-1).to(inputs_embeds.device, non_blocking=True)
+    return inputs_embeds.masked_scatter(places, features.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
 def _in_sequence(
-    hidden_states: tuple[torch.Tensor | None, ...] | None, routing: Routing | None
+    hidden_states: tuple[torch.Tensor | None, ...] | None, routing: ExpertRouting | None
 ) -> tuple[torch.Tensor | None, ...] | None:
-    """Hidden states recorded inside the layers, put from the order of the stream into that of the sequence."""
+    """Hidden states recorded inside the layers, put from expert order into that of the sequence."""
     if hidden_states is None or routing is None:
         return hidden_states
     return tuple(
         states if states is None or states.ndim == 3 else routing.to_sequence(states) for states in hidden_states
     )
-
-
-def _join_runs(runs: list[Any]) -> tuple[torch.Tensor | None, ...] | None:
-    """Hidden states of all runs, layer by layer."""
-    if runs[0] is None:
-        return None
-    return tuple(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*runs, strict=True))
-
-
-def _check_packed(name: str, values: Any, grid_name: str, grid: Any, dim: int) -> None:
-    is_grid = isinstance(grid, torch.Tensor) and grid.ndim == 2 and grid.shape[1] == 2
-    if not is_grid or any(side < 1 for sides in grid.tolist() for side in sides):
-        raise ValueError(
-            f"`{grid_name}` must be a tensor of shape (images, 2) with the rows and columns of each image of `{name}`."
-        )
-    shape = (sum(rows * columns for rows, columns in grid.tolist()), dim)
-    if not isinstance(values, torch.Tensor) or values.shape != shape:
-        given = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-        raise ValueError(f"`{name}` must be a tensor of shape {shape}, as `{grid_name}` says, got {given}.")
 
 
 class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
@@ -1376,28 +1047,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         self.register_load_state_dict_pre_hook(rename_published_weights)
         self.post_init()
 
-    def freeze(self, *towers: str) -> None:
-        """
-        Keep parts of the model as they are in a training.
-
-        Args:
-            towers (`str`):
-                Any of `"vit"` (the tower that sees), `"connector"`, `"und"` (the understanding expert, embeddings and
-                text head) and `"gen"` (the generation expert and the layers around latents). For `"und"` gradients
-                also stop at the expert's activations (published behaviour, point 35): `config.freeze_und` is set, and
-                since none could reach the tower and the connector any more, they are frozen too.
-
-        Raises:
-            ValueError: if there is no such part.
-        """
-        if unknown := set(towers) - set(TOWERS):
-            raise ValueError(f"`towers` must be of {', '.join(TOWERS)}, got {', '.join(sorted(unknown))}.")
-        if "und" in towers:
-            self.config.freeze_und = True
-            towers = (*towers, "vit", "connector")
-        for name, parameter in self.named_parameters():
-            if any(re.match(TOWERS[tower], name) for tower in towers):
-                parameter.requires_grad_(False)
+    def freeze(self, *parts: str) -> None:
+        """See [`~training.freezing.freeze_parts`]."""
+        freeze_parts(self, *parts)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grid_hw: torch.LongTensor, **kwargs: Unpack[TransformersKwargs]
@@ -1423,11 +1075,13 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         document_ids: torch.LongTensor | None = None,
         noise: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         loss_totals: torch.Tensor | None = None,
         latent_hidden_states: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        layout: SequenceLayout | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelOutput:
         r"""
@@ -1435,14 +1089,14 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
 
         A sequence is described by `input_ids` with placeholders, and `pixel_values` and `latents` in the order of
         their placeholders. Without `input_ids` and `inputs_embeds` it is a **denoising step**: `latents` are blocks
-        of their own, one a row of `past_key_values`, which is read and not grown.
+        of their own, one a sample of `past_key_values`, which is read and not grown.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Token ids.
             attention_mask (`torch.Tensor` of shape `(batch, past + tokens)`, *optional*): 0 at padding.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 Rope positions; needed after a cache that holds images. For a denoising step `(images,)`: the next
-                position of each row.
+                position of each sample.
             past_key_values (`Cache` or `PrefixCache`, *optional*): What came before.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`, *optional*):
                 Embeddings instead of `input_ids`.
@@ -1458,15 +1112,16 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 0 text, 1 ViT placeholder, 4 latent placeholder; read off `input_ids` by default.
             document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
-                Sample of each token of a packed row, negative at padding; attention never crosses samples.
+                Sample of each token of a packed sequence, negative at padding; attention never crosses samples.
             noise (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
                 Training: mixed into `latents` by `timesteps`; the target of the velocity is `noise - latents`.
             labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 Training: token ids where a token is to be predicted from those before it, -100 elsewhere.
+            shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                Training: instead of `labels`, what each token is to predict, -100 for nothing.
             loss_totals (`torch.FloatTensor` of shape `(2,)`, *optional*):
                 Training: what the sums of `ce_loss` and `mse_loss` are divided by, see [`loss_totals`]. By default the
-                totals of this batch, or, in training mode, those of all ranks' batches: then the mean of the ranks'
-                losses is the loss of the global batch.
+                totals of this batch.
             latent_hidden_states (`torch.Tensor` of shape `(latent_tokens, hidden_size)`, *optional*):
                 Instead of everything else: apply only the velocity head to a last layer's output (TaylorSeer).
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
@@ -1475,6 +1130,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 Leave `logits` out of the output. By default they are left out in training mode with `labels`: the loss
                 needs those of its targets only, and all of them are the largest tensor of a training step.
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}` computed before.
+            layout (`SequenceLayout`, *optional*):
+                What the collator or the pipeline knows of this very batch on the CPU. Without it, types and grids are
+                read back from the device.
 
         Returns:
             [`BagelOutput`]
@@ -1490,22 +1148,26 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         >>> logits = model(**inputs).logits
         ```
         """
-        has_loss = labels is not None or noise is not None
+        has_text_loss = labels is not None or shift_labels is not None
+        has_loss = has_text_loss or noise is not None
         if noise is not None and (latents is None or timesteps is None or latent_grid_hw is None):
             raise ValueError("`noise` needs `latents`, `latent_grid_hw` and `timesteps` beside it.")
         if has_loss:
+            if input_ids is None and inputs_embeds is None:
+                raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
             use_cache = bool(use_cache)
-            mm_token_type_ids = self._types_for_loss(input_ids, inputs_embeds, mm_token_type_ids)
-        if has_loss and self.training:
-            if pixel_values is None and self.config.visual_und:
-                pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.patch_dim)
-            if latents is None and self.config.visual_gen:
-                latents, latent_grid_hw = self._no_images(self.config.latent_dim)
-                noise, timesteps = latents, torch.empty(0, device=self.device)
+            if self.training:
+                # Every rank must use all weights in every step, or the others wait.
+                if pixel_values is None and self.config.visual_und:
+                    pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.embeddings.patch_dim)
+                if latents is None and self.config.visual_gen:
+                    latents, latent_grid_hw = self._no_images(self.config.latent_dim)
+                    noise, timesteps = latents, torch.empty(0, device=self.device)
         clean = latents
         if noise is not None:
-            level = timesteps.repeat_interleave(latent_grid_hw.prod(-1).to(timesteps.device)).unsqueeze(-1)
-            latents = (1 - level) * clean + level * noise
+            counts = latent_grid_hw.prod(-1).to(timesteps.device)
+            sigma = timesteps.repeat_interleave(counts, output_size=len(latents)).unsqueeze(-1)
+            latents = (1 - sigma) * clean + sigma * noise
         outputs: BagelModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1522,28 +1184,22 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             document_ids=document_ids,
             latent_hidden_states=latent_hidden_states,
             mm_encoder_outputs=mm_encoder_outputs,
+            layout=layout,
             return_dict=True,
             **kwargs,
         )
         if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        logits = loss = ce_loss = mse_loss = None
+            skip_logits = self.training and has_text_loss
+        logits = None
         if outputs.last_hidden_state is not None and not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        losses = Losses()
         if has_loss:
-            text = latent = None
-            if labels is not None:
-                text = self._text_loss(outputs.last_hidden_state, labels, document_ids)
-            if noise is not None:
-                weights = latent_weights(
-                    mm_token_type_ids, document_ids, timesteps, latent_grid_hw, self.config.loss_reduction
-                )
-                latent = flow_matching_sum(outputs.velocity, clean, noise, weights), weights.sum()
-            loss, ce_loss, mse_loss = self._mean_losses(text, latent, loss_totals)
+            losses = self._losses(outputs, labels, shift_labels, clean, noise, loss_totals)
         return BagelOutput(
-            loss=loss,
-            ce_loss=ce_loss,
-            mse_loss=mse_loss,
+            loss=losses.loss,
+            ce_loss=losses.ce_loss,
+            mse_loss=losses.mse_loss,
             logits=logits,
             velocity=outputs.velocity,
             latent_hidden_states=outputs.latent_hidden_states,
@@ -1552,57 +1208,34 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _types_for_loss(
-        self, input_ids: Any, inputs_embeds: Any, mm_token_type_ids: torch.LongTensor | None
-    ) -> torch.Tensor:
-        if mm_token_type_ids is not None:
-            return mm_token_type_ids
-        if input_ids is not None:
-            return token_types_from_ids(input_ids, self.config.image_token_id, self.config.latent_token_id)
-        if inputs_embeds is None:
-            raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
-        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-
     def _no_images(self, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed values and grid of no image: every rank must use all weights in every step, or the others wait."""
-        return torch.empty(0, dim, device=self.device), torch.empty(0, 2, dtype=torch.long, device=self.device)
+        """Packed values and grid of no image."""
+        return torch.empty(0, dim, device=self.device), torch.empty(0, 2, dtype=torch.long)
 
-    def _text_loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, document_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum of the cross-entropies, and sum of the weights; scores are made for the targets only."""
-        targets, weights = text_targets(labels.to(hidden_states.device), document_ids, self.config.loss_reduction)
-        is_target = targets != IGNORED_LABEL
-        logits = self.lm_head(hidden_states[is_target])
-        return cross_entropy_sum(logits, targets[is_target].to(logits.device), weights), weights.sum()
-
-    def _mean_losses(
+    def _losses(
         self,
-        text: tuple[torch.Tensor, torch.Tensor] | None,
-        latent: tuple[torch.Tensor, torch.Tensor] | None,
-        loss_totals: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The weighted loss and the two losses it is made of, from a sum and a total of each that was asked for."""
-        sums = [None if part is None else part[0] for part in (text, latent)]
-        totals, factor = loss_totals, 1
-        if totals is None:
-            totals = torch.stack(
-                [torch.zeros((), device=self.device) if part is None else part[1] for part in (text, latent)]
-            )
-            if self.training:
-                totals, factor = over_ranks(totals)
-        # Without a target the sum is zero, and has a graph.
-        totals = torch.where(totals > 0, totals, 1)
-        means = [
-            None if part is None else factor * part / total.to(part.device)
-            for part, total in zip(sums, totals, strict=True)
-        ]
-        weighted = [
-            weight * mean
-            for weight, mean in zip((self.config.ce_weight, self.config.mse_weight), means, strict=True)
-            if mean is not None
-        ]
-        return torch.stack(weighted).sum(), means[0], means[1]
+        outputs: BagelModelOutputWithPast,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        clean: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        totals: torch.Tensor | None,
+    ) -> Losses:
+        config, layout = self.config, outputs.layout
+        hidden_states: torch.Tensor = outputs.last_hidden_state
+        if layout is None:
+            layout = SequenceLayout(torch.zeros(hidden_states.shape[:2], dtype=torch.long))
+        text = latent = None
+        if labels is not None or shift_labels is not None:
+            if labels is not None:
+                labels = labels.cpu() if layout.labels is None else layout.labels
+            if shift_labels is not None:
+                shift_labels = shift_labels.cpu()
+            targets = text_targets(labels, layout, config.loss_reduction, shift_labels)
+            text = text_loss(hidden_states, self.lm_head, targets)
+        if noise is not None:
+            latent = latent_loss(outputs.velocity, clean, noise, latent_weights(layout, config.loss_reduction))
+        return LossSettings(config.ce_weight, config.mse_weight, config.loss_reduction, totals).mean(text, latent)
 
 
 __all__ = [

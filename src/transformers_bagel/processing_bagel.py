@@ -13,53 +13,15 @@ from transformers.utils import cached_file
 
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
-from .published_bagel import SPECIAL_TOKENS
 from .remote_code_bagel import InstalledCodeMixin
-from .sequence import LATENT_TOKEN
-
-
-UNDERSTANDING_THINK_PROMPT = (
-    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
-    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
-    "answer here"
+from .segments import (
+    CHAT_TEMPLATE,
+    GENERATION_THINK_PROMPT,
+    LATENT_TOKEN,
+    SPECIAL_TOKENS,
+    UNDERSTANDING_THINK_PROMPT,
+    check_conversation,
 )
-GENERATION_THINK_PROMPT = (
-    "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
-    "image here"
-)
-
-
-def _jinja_string(text: str) -> str:
-    return "'" + text.replace("\n", "\\n") + "'"
-
-
-# A segment has no role and no newline (published behaviour, points 1-3). `generation_mode="image"` gives each image
-# twice, as latents and as ViT tokens: a condition for drawing.
-CHAT_TEMPLATE = (
-    "{%- set start, end = '<|im_start|>', '<|im_end|>' -%}"
-    "{%- set vit = '<|vision_start|><|image_pad|><|vision_end|>' -%}"
-    "{%- set vae = '<|vision_start|><|vision_pad|><|vision_end|>' -%}"
-    "{%- set draws = generation_mode is defined and generation_mode == 'image' -%}"
-    "{%- if think is defined and think -%}"
-    "{%- if draws -%}{{- start + " + _jinja_string(GENERATION_THINK_PROMPT) + " + end -}}"
-    "{%- else -%}{{- start + " + _jinja_string(UNDERSTANDING_THINK_PROMPT) + " + end -}}{%- endif -%}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{{- start + message['content'] + end -}}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'text' -%}{{- start + part['text'] + end -}}"
-    "{%- elif draws -%}{{- vae + vit -}}"
-    "{%- else -%}{{- vit -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- start -}}{%- endif -%}"
-)
-
-ROLES = ("system", "user", "assistant")
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
 class BagelProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -185,21 +147,16 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
                 f"`text` {index} has {num_images} {self.image_token}, but `images` holds {given} images for it."
             )
 
-    def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
-        processed, replacements = super()._process_images(images, **kwargs)
-        stride = self.image_processor.vae_stride
-        self_latents = [
-            self.latent_token * ((pixels.shape[1] // stride) * (pixels.shape[2] // stride))
-            for pixels in processed.get("vae_pixel_values", [])
-        ]
-        if self_latents:
-            # One replacement serves both placeholders of an image; `get_text_with_replacements` parts them.
-            replacements = [f"{vae}{vit}" for vae, vit in zip(self_latents, replacements, strict=True)]
-        return processed, replacements
-
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of the ViT tokens of an image."""
-        return self.image_token * int(image_inputs["image_grid_hw"][image_idx].prod())
+        """The placeholders of the tokens of an image: of its latents, if they are asked for, and of the ViT."""
+        seen = self.image_token * int(image_inputs["image_grid_hw"][image_idx].prod())
+        if "vae_pixel_values" not in image_inputs:
+            return seen
+        # One replacement serves both placeholders of an image; `get_text_with_replacements` parts them.
+        rows, columns = (
+            side // self.image_processor.vae_stride for side in image_inputs["vae_pixel_values"][image_idx].shape[1:]
+        )
+        return self.latent_token * (rows * columns) + seen
 
     def get_text_with_replacements(
         self,
@@ -249,46 +206,6 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         return [*super().model_input_names, "mm_token_type_ids"]
 
 
-def check_conversation(conversation: Any, name: str = "conversation") -> None:
-    """
-    Raises:
-        TypeError: if it is not a list of messages, or a list of such lists.
-        ValueError: if it is empty, or if a message has no content, or an unknown role or part.
-    """
-    if not isinstance(conversation, (list, tuple)):
-        raise TypeError(f"`{name}` must be a list of messages, got a `{type(conversation).__name__}`.")
-    if len(conversation) == 0:
-        raise ValueError(f"`{name}` is empty: pass at least one message.")
-    if all(isinstance(item, (list, tuple)) for item in conversation):
-        for item in conversation:
-            if not item:
-                raise ValueError(f"`{name}` holds an empty conversation: pass at least one message.")
-            for message in item:
-                _check_message(message, name)
-    else:
-        for message in conversation:
-            _check_message(message, name)
-
-
-def _check_message(message: Any, name: str) -> None:
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, (str, list, tuple)) or len(content) == 0:
-        raise ValueError(f"`{name}` holds a message without content: {message!r}. Pass `role` and `content`.")
-    if message.get("role") not in ROLES:
-        raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
-    for part in [] if isinstance(content, str) else content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            continue
-        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if isinstance(part, dict) else []
-        if kind in ("image", "image_url") and len(given) == 1 and not isinstance(given[0], (list, tuple)):
-            continue
-        raise ValueError(
-            f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
-            f"'image': ...}}: {part!r}."
-        )
-
-
 def _has_file(path: str | os.PathLike, names: tuple[str, ...], **kwargs: Any) -> bool:
     hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs}
     subfolder = kwargs.get("subfolder", "")
@@ -298,4 +215,4 @@ def _has_file(path: str | os.PathLike, names: tuple[str, ...], **kwargs: Any) ->
     )
 
 
-__all__ = ["BagelProcessor", "BagelProcessorKwargs"]
+__all__ = ["GENERATION_THINK_PROMPT", "UNDERSTANDING_THINK_PROMPT", "BagelProcessor", "BagelProcessorKwargs"]

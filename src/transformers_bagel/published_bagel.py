@@ -16,6 +16,7 @@ import huggingface_hub
 from transformers.utils import cached_file
 
 from .safetensors_bagel import read_shapes
+from .segments import SPECIAL_TOKENS
 
 
 # Names of the published config.json that this package spells differently.
@@ -23,16 +24,6 @@ PUBLISHED_KEYS = ("llm_config", "vit_config", "vae_config")
 
 # Entries of the published llm_config and vit_config that describe other classes than ours.
 _FOREIGN_KEYS = ("model_type", "architectures", "transformers_version", "layer_module", "_name_or_path", "auto_map")
-
-SPECIAL_TOKENS = {
-    "bos_token_id": "<|im_start|>",
-    "eos_token_id": "<|im_end|>",
-    "pad_token_id": "<|endoftext|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-    "image_token_id": "<|image_pad|>",
-    "latent_token_id": "<|vision_pad|>",
-}
 
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "ema.safetensors")
 

@@ -1,19 +1,91 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""From a training sample to its segments: what conditions, what is learned, what may be dropped.
+"""Conversations and training samples as segments, and segments as tokens.
 
-Sources: published behaviour, points 1-3, 8, 31 and 33.
+A sequence is a list of segments: texts, images that the ViT sees, and latents of images. Processor, collator, pipeline
+and session all read conversations here, and nothing else writes a special token or a label.
+Source: original behaviour, points 1-3, 8, 14-16, 31 and 33.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .processing_bagel import IMAGE_KEYS, check_conversation
+import torch
+
+from .image_processing_bagel import open_image, to_rgb
 
 
+if TYPE_CHECKING:
+    from .processing_bagel import BagelProcessor
+
+# Tokens of BAGEL by the name that the configuration gives to their ids.
+SPECIAL_TOKENS = {
+    "bos_token_id": "<|im_start|>",
+    "eos_token_id": "<|im_end|>",
+    "pad_token_id": "<|endoftext|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "latent_token_id": "<|vision_pad|>",
+}
+START, END = SPECIAL_TOKENS["bos_token_id"], SPECIAL_TOKENS["eos_token_id"]
+VISION_START, VISION_END = SPECIAL_TOKENS["vision_start_token_id"], SPECIAL_TOKENS["vision_end_token_id"]
+IMAGE_PLACEHOLDER, LATENT_PLACEHOLDER = SPECIAL_TOKENS["image_token_id"], SPECIAL_TOKENS["latent_token_id"]
+
+# Values of `mm_token_type_ids`. The library reserves 1 for images, 2 for videos and 3 for audio.
+TEXT_TOKEN, IMAGE_TOKEN, LATENT_TOKEN = 0, 1, 4
+
+# Label of a token that nothing has to predict.
+IGNORED_LABEL = -100
+
+# System segments of thinking (point 14), with a space before the newline as in training.
+UNDERSTANDING_THINK_PROMPT = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
+    "answer here"
+)
+GENERATION_THINK_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
+    "image here"
+)
+THINK_PROMPTS = {"text": UNDERSTANDING_THINK_PROMPT, "image": GENERATION_THINK_PROMPT}
+
+ROLES = ("system", "user", "assistant")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 SEGMENT_TYPES = ("text", "vit_image", "vae_image")
+
+
+def _jinja_string(text: str) -> str:
+    return "'" + text.replace("\n", "\\n") + "'"
+
+
+# `chat_segments` as a template. A segment has no role and no newline (points 1-3); what the assistant says is marked as
+# generated.
+CHAT_TEMPLATE = (
+    f"{{%- set start, end = '{START}', '{END}' -%}}"
+    f"{{%- set vit = '{VISION_START}{IMAGE_PLACEHOLDER}{VISION_END}' -%}}"
+    f"{{%- set vae = '{VISION_START}{LATENT_PLACEHOLDER}{VISION_END}' -%}}"
+    "{%- set draws = generation_mode is defined and generation_mode == 'image' -%}"
+    "{%- if think is defined and think -%}"
+    "{%- if draws -%}{{- start + " + _jinja_string(GENERATION_THINK_PROMPT) + " + end -}}"
+    "{%- else -%}{{- start + " + _jinja_string(UNDERSTANDING_THINK_PROMPT) + " + end -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
+    "{%- for part in content -%}"
+    "{%- if part['type'] == 'text' and message['role'] == 'assistant' -%}"
+    "{{- start -}}{%- generation -%}{{- part['text'] + end -}}{%- endgeneration -%}"
+    "{%- elif part['type'] == 'text' -%}{{- start + part['text'] + end -}}"
+    "{%- elif draws -%}{{- vae + vit -}}"
+    "{%- else -%}{{- vit -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- start -}}{%- endif -%}"
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +103,190 @@ class Segment:
     content: Any
     loss: bool = False
     dropout: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedSegment:
+    """A segment as tokens, on the CPU.
+
+    Attributes:
+        segment (`Segment`): What was encoded.
+        token_ids (`torch.LongTensor` of shape `(tokens,)`): Its two markers included; of an image, placeholders.
+        grid (`tuple[int, int]`, *optional*): Rows and columns of the tokens of an image.
+        pixels (`torch.FloatTensor`, *optional*):
+            Of an image that is seen its patches `(patches, patch_dim)`, of latents the pixels `(3, height, width)` that
+            the VAE encodes.
+    """
+
+    segment: Segment
+    token_ids: torch.Tensor
+    grid: tuple[int, int] | None = None
+    pixels: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """Rope positions that it takes: one for each token of a text, one for an image (point 2)."""
+        return len(self) if self.segment.type == "text" else 1
+
+    @property
+    def token_types(self) -> torch.Tensor:
+        """Text, image or latent, `(tokens,)`; the markers of an image are text."""
+        kind = {"text": TEXT_TOKEN, "vit_image": IMAGE_TOKEN, "vae_image": LATENT_TOKEN}[self.segment.type]
+        types = torch.full_like(self.token_ids, kind)
+        types[[0, -1]] = TEXT_TOKEN
+        return types
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Where a token is to be predicted from those before it, its id, else -100 (point 31), `(tokens,)`."""
+        labels = torch.full_like(self.token_ids, IGNORED_LABEL)
+        if self.segment.type == "text" and self.segment.loss:
+            labels[1:] = self.token_ids[1:]
+        return labels
+
+
+class SegmentEncoder:
+    """
+    Turns segments into tokens. An image that fills several segments is preprocessed once.
+
+    Args:
+        processor ([`BagelProcessor`]): Whose tokenizer and image processor read texts and images.
+    """
+
+    def __init__(self, processor: BagelProcessor):
+        self.image_processor = processor.image_processor
+        self.tokenizer = processor.tokenizer
+
+    def __call__(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
+        """
+        Raises:
+            ValueError: if a text holds a placeholder of images.
+            TypeError, ValueError, OSError: if an image cannot be read.
+        """
+        images: dict[int, Any] = {}
+        return [
+            self._encode_text(segment) if segment.type == "text" else self._encode_image(segment, images)
+            for segment in segments
+        ]
+
+    def _encode_text(self, segment: Segment) -> EncodedSegment:
+        text = segment.content
+        if IMAGE_PLACEHOLDER in text or LATENT_PLACEHOLDER in text:
+            raise ValueError(
+                f"A text holds {IMAGE_PLACEHOLDER} or {LATENT_PLACEHOLDER}, which stand for images: {text[:100]!r}."
+            )
+        return EncodedSegment(segment, torch.tensor(self.tokenizer(f"{START}{text}{END}")["input_ids"]))
+
+    def _encode_image(self, segment: Segment, images: dict[int, Any]) -> EncodedSegment:
+        features = images.get(id(segment.content))
+        if features is None:
+            source = segment.content
+            if isinstance(source, Mapping):
+                # `datasets` hands out an image that it did not decode as a mapping.
+                source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
+            features = self.image_processor(to_rgb(source), return_vae_pixel_values=True, return_tensors="pt")
+            images[id(segment.content)] = features
+        if segment.type == "vit_image":
+            rows, columns = features["image_grid_hw"][0].tolist()
+            pixels, placeholder = features["pixel_values"], IMAGE_PLACEHOLDER
+        else:
+            pixels, placeholder = features["vae_pixel_values"][0], LATENT_PLACEHOLDER
+            rows, columns = (side // self.image_processor.vae_stride for side in pixels.shape[1:])
+        ids = self.tokenizer.convert_tokens_to_ids([VISION_START, placeholder, VISION_END])
+        token_ids = torch.tensor([ids[0], *[ids[1]] * (rows * columns), ids[2]])
+        return EncodedSegment(segment, token_ids, (rows, columns), pixels)
+
+
+def content_parts(message: Mapping[str, Any]) -> list[Any]:
+    """The parts of a message's content; a string is one text."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def chat_segments(
+    messages: Sequence[Mapping[str, Any]], think: bool = False, generation_mode: str = "text"
+) -> list[Segment]:
+    """
+    Segments of a conversation that the model is to continue.
+
+    Args:
+        messages (`Sequence[Mapping]`): One conversation, see [`check_conversation`].
+        think (`bool`, *optional*, defaults to `False`): Whether a system segment asks for thoughts first (point 14).
+        generation_mode (`str`, *optional*, defaults to `"text"`):
+            `"text"` to answer; `"image"` to draw, which gives every image as latents and as ViT tokens (point 3).
+    """
+    segments = [Segment("text", THINK_PROMPTS[generation_mode])] if think else []
+    for part in (part for message in messages for part in content_parts(message)):
+        if part["type"] == "text":
+            segments.append(Segment("text", part["text"]))
+            continue
+        image = image_of(part)
+        if generation_mode == "image":
+            segments.append(Segment("vae_image", image))
+        segments.append(Segment("vit_image", image))
+    return segments
+
+
+def image_of(part: Mapping[str, Any]) -> Any:
+    """The image of a message part."""
+    image = next(part[key] for key in IMAGE_KEYS if part.get(key) is not None)
+    return image["url"] if isinstance(image, Mapping) and "url" in image else image
+
+
+def without_last_text(segments: Sequence[EncodedSegment]) -> list[EncodedSegment]:
+    """What guidance compares the last text with: everything before it, or all if an image is last (point 16)."""
+    ends_in_text = bool(segments) and segments[-1].segment.type == "text"
+    return list(segments[:-1] if ends_in_text else segments)
+
+
+def without_images(segments: Sequence[EncodedSegment]) -> list[EncodedSegment]:
+    """What guidance compares the images with: all texts (point 16)."""
+    return [segment for segment in segments if segment.segment.type == "text"]
+
+
+def check_conversation(conversation: Any, name: str = "conversation") -> None:
+    """
+    Refuse what is no conversation.
+
+    Raises:
+        TypeError: if it is not a list of messages, or a list of such lists.
+        ValueError: if it is empty, or if a message has no content, or an unknown role or part.
+    """
+    if not isinstance(conversation, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list of messages, got a `{type(conversation).__name__}`.")
+    if len(conversation) == 0:
+        raise ValueError(f"`{name}` is empty: pass at least one message.")
+    if all(isinstance(item, (list, tuple)) for item in conversation):
+        for item in conversation:
+            if not item:
+                raise ValueError(f"`{name}` holds an empty conversation: pass at least one message.")
+            for message in item:
+                _check_message(message, name)
+    else:
+        for message in conversation:
+            _check_message(message, name)
+
+
+def _check_message(message: Any, name: str) -> None:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, (str, list, tuple)) or len(content) == 0:
+        raise ValueError(f"`{name}` holds a message without content: {message!r}. Pass `role` and `content`.")
+    if message.get("role") not in ROLES:
+        raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
+    for part in content_parts(message):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            continue
+        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if isinstance(part, dict) else []
+        if kind in ("image", "image_url") and len(given) == 1 and not isinstance(given[0], (list, tuple)):
+            continue
+        raise ValueError(
+            f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
+            f"'image': ...}}: {part!r}."
+        )
 
 
 def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
@@ -89,7 +345,7 @@ def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
     check_conversation(messages, "messages")
     if not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("`messages` of a sample must be one conversation, a list of messages, got a list of lists.")
-    parts = [(message["role"], part) for message in messages for part in _parts(message)]
+    parts = [(message["role"], part) for message in messages for part in content_parts(message)]
     learned = [_choice(part, "loss", role == "assistant") for role, part in parts]
     draws = any(loss and part["type"] != "text" for loss, (_, part) in zip(learned, parts, strict=True))
     segments: list[Segment] = []
@@ -98,7 +354,7 @@ def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
         if part["type"] == "text":
             new = [Segment("text", part["text"], loss=loss)]
         else:
-            image = next(part[key] for key in IMAGE_KEYS if part.get(key) is not None)
+            image = image_of(part)
             conditions = not loss or index < len(parts) - 1
             new = [Segment("vae_image", image, loss=True)] if loss else []
             if conditions and _choice(part, "vae", draws):
@@ -130,7 +386,7 @@ def _with_images(messages: Any, images: Any) -> Any:
     filled = []
     for message in messages:
         if isinstance(message, Mapping) and isinstance(message.get("content"), Sequence):
-            parts = [dict(part) if isinstance(part, Mapping) else part for part in _parts(message)]
+            parts = [dict(part) if isinstance(part, Mapping) else part for part in content_parts(message)]
             for part in parts:
                 is_empty = isinstance(part, dict) and part.get("type") == "image"
                 if is_empty and all(part.get(key) is None for key in IMAGE_KEYS):
@@ -144,15 +400,18 @@ def _with_images(messages: Any, images: Any) -> Any:
     return filled
 
 
-def _parts(message: Mapping[str, Any]) -> list[Any]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-
-
 def _choice(part: Mapping[str, Any], name: str, default: bool) -> bool:
     """An override, if the part has one; tables store an absent one as `None`."""
     value = part.get(name)
     return default if value is None else bool(value)
 
 
-__all__ = ["Segment", "sample_segments"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "SPECIAL_TOKENS",
+    "EncodedSegment",
+    "Segment",
+    "SegmentEncoder",
+    "chat_segments",
+    "sample_segments",
+]

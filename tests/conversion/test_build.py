@@ -35,7 +35,7 @@ from tests.conftest import CHECKPOINT, golden_image, max_error, training_samples
 from tests.conversion.conftest import peak_bytes
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.image_processing_bagel import patchify
-from transformers_bagel.published_bagel import SPECIAL_TOKENS
+from transformers_bagel.segments import SPECIAL_TOKENS
 
 
 # What Qwen2's tokenizer has of BAGEL's tokens.

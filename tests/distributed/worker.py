@@ -164,7 +164,7 @@ def denoised(model: torch.nn.Module, grid: tuple[int, int] = (3, 4), make_cache:
     length = grid[0] * grid[1]
     cache = model(input_ids=prompt, use_cache=True).past_key_values
     if make_cache is not None:
-        cache = make_cache(PrefixCache.from_cache(cache, room=length + 2).lanes, length)
+        cache = make_cache(PrefixCache.from_cache(cache, scratch=length + 2).lanes, length)
     return model(
         latents=torch.linspace(-1, 1, length * model.config.latent_dim).view(length, -1),
         latent_grid_hw=torch.tensor([grid]),

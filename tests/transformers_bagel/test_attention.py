@@ -95,7 +95,7 @@ def test_one_forward_equals_segment_by_segment(name, latents, model, prompt):
         else iter(()),
     }
     pieces = []
-    for start, stop, _ in layout.runs():
+    for start, stop, _ in layout.chunks():
         kind = int(types[0, start:stop].max())
         extra = {}
         if kind == 1:

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from tests.conftest import load_model, max_error
-from transformers_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixLane, fork_cache
+from transformers_bagel import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
 from transformers_bagel.cache import GROWTH, GrowingLayer
 
 
@@ -149,7 +149,7 @@ def test_other_caches_are_not_forked_silently(model):
         fork_cache(object())
 
 
-@pytest.mark.parametrize("wrap", [lambda cache: cache, lambda cache: PrefixCache.from_cache(cache, room=8)])
+@pytest.mark.parametrize("wrap", [lambda cache: cache, lambda cache: PrefixCache.from_cache(cache, scratch=8)])
 def test_a_denoising_step_neither_grows_nor_changes_what_it_reads(model, wrap):
     cache = prefilled(model, 9)
     before = snapshot(cache)
@@ -163,7 +163,7 @@ def test_a_denoising_step_neither_grows_nor_changes_what_it_reads(model, wrap):
 def test_lanes_of_a_batch_equal_single_steps(model):
     caches = [prefilled(model, length, seed=length) for length in (5, 12, 1)]
     grids = torch.tensor([[2, 3], [1, 4], [3, 3]])
-    cache = PrefixCache([PrefixLane(PrefixBuffer.from_cache(each, room=11)) for each in caches])
+    cache = PrefixCache([PrefixView(PrefixBuffer.from_cache(each, scratch=11)) for each in caches])
     together = step(model, cache, [5, 12, 1], grids).split(grids.prod(-1).tolist())
     latents = torch.randn(19, model.config.latent_dim, generator=torch.Generator().manual_seed(1))
     for each, grid, velocity, own in zip(caches, grids, together, latents.split([6, 4, 9]), strict=True):
@@ -206,8 +206,8 @@ def test_a_lane_may_be_part_of_a_buffer_that_another_lane_reads_in_full(model):
     short = DynamicCache(config=model.config.text_config)
     for layer, source in enumerate(cache.layers):
         short.update(source.keys[:, :, :5], source.values[:, :, :5], layer)
-    buffer = PrefixBuffer.from_cache(cache, room=8, common=5)
-    lanes = [PrefixLane(buffer), PrefixLane(buffer, start=7), PrefixLane(buffer, start=12)]
+    buffer = PrefixBuffer.from_cache(cache, scratch=8, common=5)
+    lanes = [PrefixView(buffer), PrefixView(buffer, start=7), PrefixView(buffer, start=12)]
     grids, latents = GRID.repeat(3, 1), torch.randn(6, model.config.latent_dim).repeat(3, 1)
     with torch.no_grad():
         together = model(
@@ -249,7 +249,7 @@ def random_prefix(model, length: int) -> PrefixCache:
     for layer in range(config.num_hidden_layers):
         shape = (1, config.num_key_value_heads, length, head_dim)
         cache.update(torch.randn(shape), torch.randn(shape), layer)
-    return PrefixCache.from_cache(cache, room=8)
+    return PrefixCache.from_cache(cache, scratch=8)
 
 
 def test_a_denoising_step_copies_nothing_of_its_prefix():
@@ -259,7 +259,7 @@ def test_a_denoising_step_copies_nothing_of_its_prefix():
         prefix = random_prefix(model, length)
         step(model, prefix, [10])
         bytes_by_length[length] = allocated(lambda prefix=prefix: step(model, prefix, [10]))
-    lane = prefix.lanes[0].buffer
+    lane = prefix.views[0].buffer
     prefix_bytes = sum(states.nbytes for states in (*lane.keys, *lane.values))
     # Attention keeps a few numbers a key block and thread; the prefix itself is 40 times that and more.
     assert bytes_by_length[40_000] - bytes_by_length[100] < 0.01 * prefix_bytes

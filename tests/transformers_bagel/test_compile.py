@@ -26,7 +26,7 @@ def step():
                 latent_grid_hw=torch.tensor([[3, 4]]),
                 timesteps=torch.tensor([0.5]),
                 position_ids=torch.tensor([length]),
-                past_key_values=PrefixCache.from_cache(cache, room=14),
+                past_key_values=PrefixCache.from_cache(cache, scratch=14),
             ).velocity
 
     language_model = model.model.language_model
@@ -89,7 +89,7 @@ def test_one_graph_denoises_in_all_layers_and_after_all_prompts(layers_compiled)
             "latent_grid_hw": torch.tensor([[3, 4]]),
             "timesteps": torch.tensor([0.5]),
             "position_ids": torch.tensor([length]),
-            "past_key_values": PrefixCache.from_cache(cache, room=14),
+            "past_key_values": PrefixCache.from_cache(cache, scratch=14),
         }
         assert max_error(compiled(**inputs).velocity, plain(**inputs).velocity) <= 1e-5
     # The second length turns the graph into one for any length.

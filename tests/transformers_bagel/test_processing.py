@@ -11,7 +11,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from tests.conftest import CASES, CHECKPOINT, conversation, golden_image, load_processor, max_error
 from transformers_bagel import BagelImageProcessor, BagelProcessor
 from transformers_bagel.image_processing_bagel import patchify, resized_size, to_rgb
-from transformers_bagel.processing_bagel import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
+from transformers_bagel.segments import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
 
 
 PUBLISHED = {"vae": (1024, 512, 16), "vit": (980, 224, 14)}

@@ -10,7 +10,7 @@ from tests.conftest import max_error
 from transformers_bagel.sequence import (
     IMAGE_TOKEN,
     LATENT_TOKEN,
-    Routing,
+    ExpertRouting,
     SequenceLayout,
     image_block_ids,
     patch_grid_ids,
@@ -63,15 +63,15 @@ def test_noised_blocks_hold_their_markers():
 
 
 def test_runs_cut_text_from_blocks():
-    assert SequenceLayout(types("...ii..ll..")).runs() == [(0, 2, False), (2, 6, True), (6, 10, True), (10, 11, False)]
+    assert SequenceLayout(types("...ii..ll..")).chunks() == [(0, 2, False), (2, 6, True), (6, 10, True), (10, 11, False)]
 
 
 def test_routing_sorts_and_restores():
     sequence_types = torch.cat([types("..ll.."), types(".l....")])
-    routing = Routing.from_token_types(sequence_types)
+    routing = ExpertRouting.from_token_types(sequence_types)
     assert routing.num_und == 9
     sequence = torch.arange(12).view(2, 6, 1)
-    stream = routing.to_stream(sequence)
+    stream = routing.to_expert_order(sequence)
     assert stream[9:, 0].tolist() == [2, 3, 7]
     assert torch.equal(routing.to_sequence(stream), sequence)
 
