@@ -1,7 +1,8 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """The pipeline's arguments: refused by name before anything is computed, or turned into conversations."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +106,48 @@ def check_sigmas(sigmas: Any) -> None:
         raise ValueError(f"`sigmas` must be decreasing noise levels in (0, 1], before the shift, got {sigmas!r}.")
 
 
+def takes_sigmas(scheduler: Any) -> bool:
+    """Whether a scheduler can be given the noise levels of its steps."""
+    return "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+
+
+def check_scheduler(scheduler: Any, sigmas: Any = None) -> None:
+    """
+    Refuse a scheduler that does not integrate velocities: its pictures would be noise.
+
+    Raises:
+        ValueError: naming the scheduler, or if it takes no `sigmas` and some were passed.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    is_flow = "FlowMatch" in name or (
+        config.get("use_flow_sigmas", False) and config.get("prediction_type") == "flow_prediction"
+    )
+    if not is_flow:
+        raise ValueError(
+            f"`scheduler` is a {name}, which is not set up for flow matching. Use a FlowMatchEulerDiscreteScheduler, or "
+            'one with `use_flow_sigmas=True` and `prediction_type="flow_prediction"`.'
+        )
+    if sigmas is not None and not takes_sigmas(scheduler):
+        raise ValueError(f"`sigmas` were passed, but {name} makes its own. Leave them out.")
+
+
+def check_latents(latents: Any, grids: Sequence[tuple[int, int]], latent_dim: int) -> None:
+    """
+    Refuse noise that does not fit the images to be drawn.
+
+    Raises:
+        ValueError: if it has another shape or type.
+    """
+    if latents is None:
+        return
+    shape = (len(grids), max(rows * columns for rows, columns in grids), latent_dim)
+    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+        given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"`latents` must be packed noise of shape {shape} (batch, tokens, latent_dim), got {given}.")
+    if latents.dtype != torch.float32:
+        raise ValueError(f"`latents` must be float32, got {latents.dtype}. Pass `latents.float()`.")
+
+
 def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
     """
     Raises:
@@ -193,12 +236,3 @@ def as_conversations(prompt: Any, image: Any, messages: Any) -> list[list[dict[s
         ]
         for items, text in zip(images, prompts, strict=True)
     ]
-
-
-def parts_of(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The texts and images of a conversation, in a row."""
-    parts: list[dict[str, Any]] = []
-    for message in conversation:
-        content = message["content"]
-        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return parts

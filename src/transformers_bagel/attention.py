@@ -102,7 +102,7 @@ class MaskedAttention(AttentionLayout):
         if cache is not None:
             key, value = cache.update(key, value)
         # A model may be spread over several devices, and the mask lies on one of them.
-        mask = None if self.mask is None else self.mask.to(query.device)
+        mask = self.mask.to(query.device) if isinstance(self.mask, torch.Tensor) else self.mask
         output, weights = attention(module, query, key, value, mask, **kwargs)
         return _of_experts(routing, output), weights
 

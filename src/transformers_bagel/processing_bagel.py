@@ -3,6 +3,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -20,6 +21,9 @@ from .segments import (
     LATENT_TOKEN,
     SPECIAL_TOKENS,
     UNDERSTANDING_THINK_PROMPT,
+    EncodedSegment,
+    Segment,
+    SegmentEncoder,
     check_conversation,
 )
 
@@ -200,6 +204,10 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
         check_conversation(conversation)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
+        """Segments as tokens, see [`~segments.SegmentEncoder`]; whatever the chat template is."""
+        return SegmentEncoder(self)(segments)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -116,12 +116,14 @@ class EncodedSegment:
         pixels (`torch.FloatTensor`, *optional*):
             Of an image that is seen its patches `(patches, patch_dim)`, of latents the pixels `(3, height, width)` that
             the VAE encodes.
+        latents (`torch.FloatTensor` of shape `(tokens, latent_dim)`, *optional*): What the VAE made of the pixels.
     """
 
     segment: Segment
     token_ids: torch.Tensor
     grid: tuple[int, int] | None = None
     pixels: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -51,16 +51,19 @@ def test_pipeline_gives_the_published_trajectory_and_image(case, configured, gol
     pipe = configured(case)
     key = case["key"]
     trajectory = []
+    calls = []
 
     def record(pipeline, step, timestep, tensors):
+        calls.append(pipeline)
         trajectory.append(tensors["latents"][0].clone())
         return tensors
 
     noise = golden[f"{key}.noise"].unsqueeze(0)
     out = pipe(**arguments(case), latents=noise, output_type="latent", callback_on_step_end=record)
-    assert max_error(pipe.scheduler.sigmas[:-1], golden[f"{key}.t"]) == 0.0
+    sigmas = calls[-1].scheduler.sigmas
+    assert max_error(sigmas[:-1], golden[f"{key}.t"]) == 0.0
     steps = torch.stack([noise[0], *trajectory])
-    velocity = (steps[:-1] - steps[1:]) / -pipe.scheduler.sigmas.diff()[:, None, None]
+    velocity = (steps[:-1] - steps[1:]) / -sigmas.diff()[:, None, None]
     assert max_error(velocity, golden[f"{key}.velocity"]) <= 1e-4
     assert max_error(out.images[0], golden[f"{key}.latent"]) <= 5e-4
     assert out.texts == ([case["think_text"]] if case.get("think") else None)
@@ -76,9 +79,9 @@ def test_contexts_have_the_published_lengths_and_positions(case, configured, mon
     prepare = pipe.prepare_contexts
 
     def record(*args, **kwargs):
-        contexts, plan = prepare(*args, **kwargs)
-        seen.update(contexts)
-        return contexts, plan
+        contexts, plans = prepare(*args, **kwargs)
+        seen.update(contexts[0])
+        return contexts, plans
 
     monkeypatch.setattr(pipe, "prepare_contexts", record)
     pipe(**(arguments(case) | {"num_inference_steps": 1}), output_type="latent")
@@ -93,8 +96,15 @@ def test_contexts_have_the_published_lengths_and_positions(case, configured, mon
 def test_scheduler_gives_the_published_noise_levels(schedule, pipe):
     pipe.scheduler.set_shift(schedule["shift"])
     steps = schedule["num_timesteps"] - 1
-    pipe("a", num_inference_steps=steps, guidance_scale=1.0, height=16, width=16, output_type="latent")
-    assert max_error(pipe.scheduler.sigmas, torch.tensor(schedule["t"])) == 0.0
+    calls = []
+
+    def record(pipeline, step, timestep, tensors):
+        calls.append(pipeline)
+        return tensors
+
+    settings = {"guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "latent"}
+    pipe("a", num_inference_steps=steps, callback_on_step_end=record, **settings)
+    assert max_error(calls[-1].scheduler.sigmas, torch.tensor(schedule["t"])) == 0.0
     pipe.scheduler.set_shift(3.0)
 
 

@@ -229,7 +229,7 @@ def test_a_lane_may_be_part_of_a_buffer_that_another_lane_reads_in_full(model):
 
 
 def test_rows_and_images_must_agree(model):
-    with pytest.raises(ValueError, match="`past_key_values` has 1 rows"):
+    with pytest.raises(ValueError, match="`past_key_values` holds 1 samples"):
         step(model, prefilled(model, 3), [3, 3], GRID.repeat(2, 1))
     with pytest.raises(ValueError, match="PrefixCache"), torch.no_grad():
         model(input_ids=torch.tensor([[1]]), past_key_values=PrefixCache.from_cache(prefilled(model, 3), 8))

@@ -98,8 +98,13 @@ def test_mask_matches(row, golden):
     model, inputs, given = row
     ids = inputs["input_ids"]
     types = torch.where(ids == model.config.latent_token_id, LATENT_TOKEN, (ids == model.config.image_token_id).long())
-    layout = SequenceLayout.from_latents(types, inputs["timesteps"], inputs["latent_grid_hw"], inputs["document_ids"])
-    visible = layout.mask_function()
+    layout = SequenceLayout.from_inputs(
+        types,
+        latent_grid_hw=inputs["latent_grid_hw"],
+        timesteps=inputs["timesteps"],
+        document_ids=inputs["document_ids"],
+    )
+    visible = layout.visibility()
     blocks = layout.block_ids()[0]
     index = torch.arange(ids.shape[1])
     query, key = index[:, None], index[None, :]

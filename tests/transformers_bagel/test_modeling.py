@@ -119,7 +119,7 @@ def test_tuples_equal_outputs(model, encode):
 def test_logits_may_be_kept_for_the_last_tokens_only(model, encode):
     inputs = encode(["what is it?"])
     with torch.no_grad():
-        assert max_error(model(**inputs, logits_to_keep=2).logits, model(**inputs).logits[:, -2:]) <= 1e-6
+        assert max_error(model(**inputs, logits_to_keep=2).logits, model(**inputs).logits[:, -2:]) <= 1e-5
 
 
 def test_bfloat16_stays_near_float32(model, encode):

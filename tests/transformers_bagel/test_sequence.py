@@ -63,7 +63,12 @@ def test_noised_blocks_hold_their_markers():
 
 
 def test_runs_cut_text_from_blocks():
-    assert SequenceLayout(types("...ii..ll..")).chunks() == [(0, 2, False), (2, 6, True), (6, 10, True), (10, 11, False)]
+    assert SequenceLayout(types("...ii..ll..")).chunks() == [
+        (0, 2, False),
+        (2, 6, True),
+        (6, 10, True),
+        (10, 11, False),
+    ]
 
 
 def test_routing_sorts_and_restores():

@@ -1,0 +1,208 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""One velocity for all images of a call: which images and which branches of their guidance share a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transformers_bagel import (
+    BagelForConditionalGeneration,
+    PrefixBuffer,
+    PrefixCache,
+    PrefixView,
+    SplitPrefixCache,
+)
+
+from .caching import TaylorSeerConfig, TaylorSeerState
+from .contexts import BagelContext
+from .guidance import BagelGuidance
+
+
+# Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones leave its caches (see
+# docs/speed.md); elsewhere memory sets the bound.
+MAX_STEP_TOKENS_CPU = 1536
+MAX_STEP_TOKENS = 32768
+
+
+@dataclass
+class Drawing:
+    """One image in the making.
+
+    Attributes:
+        grid (`tuple[int, int]`): Rows and columns of its tokens.
+        guidance (`BagelGuidance`): How its branches are joined.
+        branches (`dict[str, int]`): Place of each of its branches among those of all images; branches may share one.
+    """
+
+    grid: tuple[int, int]
+    guidance: BagelGuidance
+    branches: dict[str, int]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class Denoiser:
+    """
+    Predicts the velocity of all images of a call. What the steps share lives and dies with it.
+
+    Args:
+        transformer ([`BagelForConditionalGeneration`]): The model.
+        contexts (`Sequence[dict[str, BagelContext]]`): Of each image, see `guidance_contexts`.
+        grids (`Sequence[tuple[int, int]]`): Rows and columns of the tokens of each image.
+        guidance (`Sequence[BagelGuidance]`): Of each image.
+        taylorseer (`TaylorSeerConfig`, *optional*): Predict most steps.
+        group (`torch.distributed.ProcessGroup`, *optional*): Processes that share each step.
+        attention_kwargs (`dict`, *optional*): Passed on to the attention layers.
+    """
+
+    def __init__(
+        self,
+        transformer: BagelForConditionalGeneration,
+        contexts: Sequence[dict[str, BagelContext]],
+        grids: Sequence[tuple[int, int]],
+        guidance: Sequence[BagelGuidance],
+        taylorseer: TaylorSeerConfig | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ):
+        self.transformer = transformer
+        self.attention_kwargs = attention_kwargs or {}
+        self.drawings: list[Drawing] = []
+        self._owners: list[int] = []
+        self._selected: dict[tuple[int, ...], PrefixCache] = {}
+        views, positions = self._add_branches(contexts, grids, guidance)
+        lengths = [self.drawings[owner].num_tokens for owner in self._owners]
+        self.prefix = PrefixCache(views) if group is None else SplitPrefixCache(views, lengths, group)
+        self.positions = torch.tensor(positions)
+        self.states = None if taylorseer is None else [TaylorSeerState(taylorseer) for _ in views]
+
+    def _add_branches(
+        self,
+        contexts: Sequence[dict[str, BagelContext]],
+        grids: Sequence[tuple[int, int]],
+        guidance: Sequence[BagelGuidance],
+    ) -> tuple[list[PrefixView], list[int]]:
+        """Lay the prefixes of all contexts into buffers, each once; returns a view and a position for each branch."""
+        views: list[PrefixView] = []
+        positions: list[int] = []
+        buffers: dict[int, PrefixBuffer] = {}
+
+        def buffer_of(context: BagelContext, scratch: int, common: int | None = None) -> PrefixBuffer | None:
+            if context.cache is None:
+                return None
+            if id(context) not in buffers:
+                buffers[id(context)] = PrefixBuffer.from_cache(context.own_cache, scratch, common=common)
+            return buffers[id(context)]
+
+        for index, (sample, grid, settings) in enumerate(zip(contexts, grids, guidance, strict=True)):
+            full, scratch = sample["full"], grid[0] * grid[1] + 2
+            places: dict[int, int] = {}
+            branches = {}
+            for name, context in sample.items():
+                if id(context) not in places:
+                    if name == "no_text":
+                        # The tokens that only the full context has stand first in the buffer.
+                        view = PrefixView(buffer_of(full, scratch), full.length - context.length)
+                    else:
+                        common = sample["no_text"].length if name == "full" and "no_text" in sample else None
+                        view = PrefixView(buffer_of(context, scratch, common))
+                    places[id(context)] = len(views)
+                    views.append(view)
+                    positions.append(context.next_position)
+                    self._owners.append(index)
+                branches[name] = places[id(context)]
+            self.drawings.append(Drawing(grid, settings, branches))
+        return views, positions
+
+    def velocity(
+        self, latents: torch.Tensor, sigma: torch.Tensor, device_sigma: torch.Tensor, text_scale: float
+    ) -> torch.Tensor:
+        """
+        Guided velocity of all images.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): Packed latents, in float32.
+            sigma (`torch.Tensor` of shape `()`): Noise level on the CPU, where guidance reads it.
+            device_sigma (`torch.Tensor` of shape `()`): The same where the model computes.
+            text_scale (`float`): Of the guidance at this step.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, tokens, latent_dim)`, float32, zero behind the tokens of smaller images.
+        """
+        guidance = [drawing.guidance.with_changes(text_scale=text_scale) for drawing in self.drawings]
+        needed = [
+            {name: drawing.branches[name] for name in settings.branches(sigma) if name in drawing.branches}
+            for drawing, settings in zip(self.drawings, guidance, strict=True)
+        ]
+        active = sorted({branch for branches in needed for branch in branches.values()})
+        computed, predicted = active, []
+        if self.states is not None:
+            due = {branch: self.states[branch].advance() for branch in active}
+            computed = [branch for branch in active if due[branch]]
+            predicted = [branch for branch in active if not due[branch]]
+
+        velocities: dict[int, torch.Tensor] = {}
+        limit = MAX_STEP_TOKENS_CPU if latents.device.type == "cpu" else MAX_STEP_TOKENS
+        for chunk in chunk_in_order([self.drawings[self._owners[branch]].num_tokens for branch in computed], limit):
+            velocities |= self._compute(latents, device_sigma, [computed[place] for place in chunk])
+        if predicted and self.states is not None:
+            features = [self.states[branch].predict() for branch in predicted]
+            outputs = self.transformer(latent_hidden_states=torch.cat(features))
+            velocities |= dict(zip(predicted, outputs.velocity.split([len(item) for item in features]), strict=True))
+
+        velocity = torch.zeros_like(latents)
+        for index, (drawing, settings, branches) in enumerate(zip(self.drawings, guidance, needed, strict=True)):
+            velocity[index, : drawing.num_tokens] = settings(
+                {name: velocities[branch] for name, branch in branches.items()}
+            )
+        return velocity
+
+    def _compute(self, latents: torch.Tensor, sigma: torch.Tensor, branches: list[int]) -> dict[int, torch.Tensor]:
+        """One forward: the velocity of each branch, `(tokens, latent_dim)`."""
+        key = tuple(branches)
+        if key not in self._selected:
+            # The same object at each step, which keeps what the steps share.
+            self._selected[key] = self.prefix.select(branches)
+        owners = [self._owners[branch] for branch in branches]
+        counts = [self.drawings[owner].num_tokens for owner in owners]
+        outputs = self.transformer(
+            latents=torch.cat([latents[owner, :count] for owner, count in zip(owners, counts, strict=True)]),
+            latent_grid_hw=torch.tensor([self.drawings[owner].grid for owner in owners]),
+            timesteps=sigma.expand(len(branches)),
+            position_ids=self.positions[branches],
+            past_key_values=self._selected[key],
+            **self.attention_kwargs,
+        )
+        if self.states is not None:
+            for branch, features in zip(branches, outputs.latent_hidden_states.split(counts), strict=True):
+                self.states[branch].update(features)
+        return dict(zip(branches, outputs.velocity.split(counts), strict=True))
+
+
+def chunk_in_order(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """
+    Items in their order, cut into chunks of at most `max_tokens`, without padding; a longer one stands alone.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each item.
+        max_tokens (`int`): Of a chunk of several items.
+
+    Returns:
+        `list[list[int]]`: Indices of the items of each chunk.
+    """
+    chunks: list[list[int]] = []
+    total = 0
+    for index, length in enumerate(lengths):
+        total += length
+        if chunks and total <= max_tokens:
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+            total = length
+    return chunks
