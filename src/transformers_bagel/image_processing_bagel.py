@@ -120,14 +120,15 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         TypeError: if the values are no numbers.
         ValueError: if the shape is not that of an image, or if values are out of range.
     """
-    is_tensor = isinstance(array, torch.Tensor)
-    if is_tensor and array.is_floating_point() and array.itemsize < 4:
-        array = array.float()  # NumPy has no bfloat16.
-    values = array.detach().cpu().numpy() if is_tensor else array
+    values, axes = array, (-1, 0)
+    if isinstance(array, torch.Tensor):
+        # NumPy has no bfloat16.
+        short = array.is_floating_point() and array.itemsize < 4
+        values, axes = (array.float() if short else array).detach().cpu().numpy(), (0, -1)
     if values.dtype.kind not in "buif":
         raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
     if values.ndim == 3:
-        ends = [axis for axis in ((0, -1) if is_tensor else (-1, 0)) if values.shape[axis] in (1, 3, 4)]
+        ends = [axis for axis in axes if values.shape[axis] in (1, 3, 4)]
         values = np.moveaxis(values, ends[0], -1) if ends else values
     if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and not ends):
         raise ValueError(
@@ -192,7 +193,8 @@ def to_rgb(image: Any) -> Image.Image:
             f"`images` holds an image of {image.width} x {image.height} pixels, more than Pillow's limit of {limit}. "
             "Shrink it, or raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust its source."
         )
-    name = f"{image.filename!r}" if getattr(image, "filename", "") else "an image"
+    filename = getattr(image, "filename", "")
+    name = repr(filename) if filename else "an image"
     try:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError) as error:
