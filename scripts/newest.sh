@@ -19,7 +19,7 @@ install() {
 
 golden() {
     local passed=0
-    "$python" -m pytest -n 2 -o addopts= -rA --tb=no tests/transformers_bagel/test_golden_{text,training}.py \
+    COLUMNS=200 "$python" -m pytest -n 2 -o addopts= -rA --tb=no tests/transformers_bagel/test_golden_{text,training}.py \
         tests/diffusers_bagel/test_golden_images.py > "$venv/log" 2>&1 || passed=1
     grep -E '^(PASSED|FAILED|ERROR) |^=.* in [0-9]' "$venv/log" || tail -n 20 "$venv/log"
     return $passed
