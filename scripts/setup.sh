@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The path is part of the hash since an editable install points to the directory it was made from.
-hash=$({ pwd && cat pyproject.toml constraints.txt; } | sha256sum)
+hash=$({ pwd && python3 --version && cat pyproject.toml constraints.txt scripts/setup.sh; } | sha256sum)
 extras=${1:-}
 stamp=.venv/.installed-${extras//,/-}
 if [[ -f $stamp && $(<"$stamp") == "$hash" ]]; then
@@ -14,9 +14,13 @@ fi
 
 echo "Installing into .venv ..."
 [[ -x .venv/bin/python ]] || python3 -m venv .venv
+# Other stamps tell of versions that are now replaced.
+for other in .venv/.installed-*; do
+    [[ ! -f $other || $(<"$other") == "$hash" ]] || rm "$other"
+done
 # Twice quiet: errors only, without a warning for each index that lacks a package.
 pip=(.venv/bin/python -m pip install -q -q -c constraints.txt)
 # Exact, as a range would fetch gigabytes of CUDA build although a CPU wheel may be on disk.
-"${pip[@]}" torch==2.13.0
+"${pip[@]}" "$(grep '^torch==' constraints.txt)"
 "${pip[@]}" -e ".${extras:+[$extras]}"
 echo "$hash" > "$stamp"

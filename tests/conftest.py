@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
@@ -34,6 +36,19 @@ def edges(transform: list[int]) -> dict[str, int]:
 
 def golden_image(name: str) -> Image.Image:
     return Image.open(GOLDEN / "inputs" / f"{name}.png")
+
+
+def phone_photo(orientation: int) -> tuple[bytes, Image.Image]:
+    """A JPEG whose EXIF data say how it was held, and the picture as it should be seen."""
+    stream = io.BytesIO()
+    image = golden_image("wide").convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(stream, "JPEG", exif=exif)
+    lying = np.asarray(Image.open(io.BytesIO(stream.getvalue())))
+    mirrored = lying[:, ::-1] if orientation in (2, 4, 5, 7) else lying
+    quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]
+    return stream.getvalue(), Image.fromarray(np.ascontiguousarray(np.rot90(mirrored, quarters)))
 
 
 def conversation(inputs: list[str]) -> list[dict]:

@@ -35,7 +35,7 @@ class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     max_pixels (`int`, *optional*, defaults to 1806336):
         Bound of the area of either view: 14 * 14 * 9 * 1024.
     resize_before_vit (`bool`, *optional*, defaults to `True`):
-        Whether the ViT sees the image after the VAE's resize, as the published demo does, or the original.
+        Whether the ViT sees the image after the VAE's resize, as the original demo does, or the original.
     return_vae_pixel_values (`bool`, *optional*, defaults to `False`):
         Whether to return the VAE's view too.
     """
@@ -51,10 +51,10 @@ class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
 def resized_size(
     width: int, height: int, longest_edge: int, shortest_edge: int, stride: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Width and height of an image after BAGEL's resize (published behaviour, point 24).
+    """Width and height of an image after BAGEL's resize (original behaviour, point 24).
 
     The shortest edge is raised to its bound first, so the longest may then have to be cut; the area is cut by a
-    *linear* factor of the areas' ratio, as the published code does.
+    *linear* factor of the areas' ratio, as the original code does.
 
     Args:
         width, height (`int`): Size of the image in pixels.
@@ -78,7 +78,7 @@ def resized_size(
 
 
 def open_image(source: str | os.PathLike | bytes) -> Image.Image:
-    """An image from a path, a URL, a data URI, base64 text, or a file's bytes; upright, with its transparency.
+    """An image from a path, a URL, a data URI, base64 text, or a file's bytes, for [`to_rgb`] to load.
 
     The library's own `load_image` drops the transparency before it can be pasted on white.
 
@@ -89,17 +89,15 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
         if isinstance(source, bytes):
-            image = Image.open(io.BytesIO(source))
-        elif name.startswith(("http://", "https://")):
+            return Image.open(io.BytesIO(source))
+        if name.startswith(("http://", "https://")):
             response = get_session().get(name, follow_redirects=True)
             response.raise_for_status()
-            image = Image.open(io.BytesIO(response.content))
-        elif os.path.exists(name):
-            image = Image.open(name)
-        else:
-            encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
-            image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
-        return ImageOps.exif_transpose(image)
+            return Image.open(io.BytesIO(response.content))
+        if os.path.exists(name):
+            return Image.open(name)
+        encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
+        return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
     except UnidentifiedImageError as error:
@@ -114,18 +112,25 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
 
 
 def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    """An image from values in [0, 1] or 0 to 255, with 1, 3 or 4 channels first or last, or none.
+    """An image from values in [0, 1] or 0 to 255, of shape `(height, width)`, or with 1, 3 or 4 channels at either end.
+
+    Where both ends could be the channels, a tensor has them first and an array last, as their libraries do.
 
     Raises:
         TypeError: if the values are no numbers.
         ValueError: if the shape is not that of an image, or if values are out of range.
     """
-    values = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    values, axes = array, (-1, 0)
+    if isinstance(array, torch.Tensor):
+        # NumPy has no bfloat16.
+        short = array.is_floating_point() and array.itemsize < 4
+        values, axes = (array.float() if short else array).detach().cpu().numpy(), (0, -1)
     if values.dtype.kind not in "buif":
         raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
-    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
-        values = np.moveaxis(values, 0, -1)
-    if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[-1] not in (1, 3, 4)):
+    if values.ndim == 3:
+        ends = [axis for axis in axes if values.shape[axis] in (1, 3, 4)]
+        values = np.moveaxis(values, ends[0], -1) if ends else values
+    if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and not ends):
         raise ValueError(
             f"`images` holds an array of shape {tuple(array.shape)}; pass (height, width), or with 1, 3 or 4 channels "
             "first or last."
@@ -137,15 +142,39 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
             "or numbers from 0 to 1."
         )
     pixels = (values * 255).round() if top == 1 else values
-    return Image.fromarray(pixels.astype(np.uint8).squeeze(-1) if values.shape[-1] == 1 else pixels.astype(np.uint8))
+    return Image.fromarray(
+        pixels.astype(np.uint8).squeeze(-1) if pixels.shape[2:] == (1,) else pixels.astype(np.uint8)
+    )
+
+
+def shallow(image: Image.Image) -> Image.Image:
+    """An image whose channels have 8 bits: Pillow's own conversions cut deeper grays off at 255.
+
+    Raises:
+        ValueError: if the values of a mode of 32 bits do not say what white is.
+    """
+    if image.mode == "F":
+        return image_from_array(np.asarray(image))
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    grays = np.asarray(image)
+    darkest, brightest = grays.min(), grays.max()
+    if image.mode == "I" and not (darkest >= 0 and (brightest == 0 or 255 < brightest <= 65535)):
+        raise ValueError(
+            f"`images` holds an image of mode I with values from {darkest} to {brightest}, which may have 8 bits or 16; "
+            "say so by `image.convert('L')` or `image.convert('I;16')`."
+        )
+    if "transparency" in image.info:
+        grays = np.where(grays == image.info["transparency"], 65535, grays)
+    return Image.fromarray((grays / 257).round().astype(np.uint8))
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """A loaded RGB image from a path, URL, PIL image, array or tensor; transparency is pasted on white.
+    """A new RGB image from a path, URL, PIL image, array or tensor: upright, with transparency pasted on white.
 
     Raises:
         TypeError: if `image` is none of these.
-        ValueError: if it has no pixels, or more than Pillow allows (`PIL.Image.MAX_IMAGE_PIXELS`).
+        ValueError: if it has no pixels, more than Pillow allows (`PIL.Image.MAX_IMAGE_PIXELS`), or an unknown white.
         OSError: if its file is truncated.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -164,21 +193,22 @@ def to_rgb(image: Any) -> Image.Image:
             f"`images` holds an image of {image.width} x {image.height} pixels, more than Pillow's limit of {limit}. "
             "Shrink it, or raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust its source."
         )
+    filename = getattr(image, "filename", "")
+    name = repr(filename) if filename else "an image"
     try:
-        image.load()
+        image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError) as error:
-        raise OSError(f"`images` holds an image whose file is truncated or broken: {error}.") from error
+        raise OSError(f"`images` holds {name}, whose file is truncated or broken: {error}.") from error
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"`images` holds an image that was closed: {error}.") from error
-    if image.mode.startswith("I;16"):
-        # Pillow would turn all but the darkest 255 of 65535 grays into white.
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    return image.convert("RGB")
+        raise ValueError(f"`images` holds {name}, which was closed: {error}.") from error
+    image = shallow(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Pillow turns premultiplied gray into no other mode.
+    image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -217,8 +247,8 @@ class BagelImageProcessor(PilBackend):
     valid_kwargs = BagelImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_hw"]
 
-    def _set_attributes(self, **kwargs: Any) -> None:
-        super()._set_attributes(**kwargs)
+    def __init__(self, **kwargs: Unpack[BagelImageProcessorKwargs]) -> None:
+        super().__init__(**kwargs)
         _check_settings({name: getattr(self, name) for name in self.valid_kwargs.__annotations__})
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Unpack[BagelImageProcessorKwargs]) -> BatchFeature:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from diffusers_bagel.__main__ import main
-from tests.conftest import CHECKPOINT, golden_image
+from tests.conftest import CHECKPOINT, golden_image, phone_photo
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,20 @@ def test_edit_takes_one_or_several_pictures(checkpoint, picture, tmp_path):
     output.unlink()
     assert main(["edit", picture, picture, "join", "-o", str(output), "--model", checkpoint, "--steps", "1"]) == 0
     assert output.exists()
+
+
+def test_photos_are_edited_upright(checkpoint, tmp_path):
+    drawn = []
+    for kind in ("jpg", "png"):
+        pictures = []
+        for orientation in range(1, 9):
+            content, upright = phone_photo(orientation)
+            pictures.append(str(tmp_path / f"{orientation}.{kind}"))
+            upright.save(pictures[-1]) if kind == "png" else Path(pictures[-1]).write_bytes(content)
+        output = tmp_path / f"out_{kind}.png"
+        assert main(["edit", *pictures, "join", "-o", str(output), "--model", checkpoint, "--steps", "1"]) == 0
+        drawn.append(np.asarray(PIL.Image.open(output)))
+    assert np.array_equal(*drawn)
 
 
 def test_think_shows_the_plan(checkpoint, tmp_path, capsys, pipe, monkeypatch):

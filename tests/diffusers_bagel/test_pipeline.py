@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import accelerate
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CHECKPOINT, conversation, golden_image, max_error
+from tests.conftest import CHECKPOINT, conversation, golden_image, max_error, phone_photo
 from tests.diffusers_bagel.conftest import EDIT, SMALL, seeded
 
 
@@ -381,3 +382,10 @@ class TestLibrary:
         own_pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own_pipe.scheduler.config, shift=1.0)
         own_pipe("x", **(SMALL | {"num_inference_steps": 2}))
         assert own_pipe.scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_photos_stand_upright(pipe):
+    photos, upright = zip(*(phone_photo(orientation) for orientation in range(1, 9)), strict=True)
+    lying = [PIL.Image.open(io.BytesIO(content)) for content in photos]
+    drawn = [pipe("join", list(images), generator=seeded(0), **EDIT).images for images in (lying, upright)]
+    assert torch.equal(*(images[0] for images in drawn))

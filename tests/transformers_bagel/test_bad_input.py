@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import CHECKPOINT, GOLDEN, conversation, golden_image, load_model, load_processor
-from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel import BagelForConditionalGeneration, BagelImageProcessor, BagelProcessor
+from transformers_bagel.image_processing_bagel import to_rgb
 
 
 REFUSED = (ValueError, TypeError, OSError)
@@ -63,6 +64,12 @@ BAD_IMAGES = {
     "array_of_nan": lambda folder: np.full((8, 8, 3), np.nan),
     "array_out_of_range": lambda folder: np.full((8, 8, 3), 300),
     "tensor_out_of_range": lambda folder: torch.full((3, 8, 8), -1.0),
+    # Grays of 8 bits or of 16, nothing says which.
+    "integers_of_unknown_depth": lambda folder: Image.fromarray(np.full((8, 8), 200, np.int32)),
+    "integers_out_of_range": lambda folder: Image.fromarray(np.full((8, 8), 65536, np.int32)),
+    "integers_below_zero": lambda folder: Image.fromarray(np.full((8, 8), -1, np.int32)),
+    "floats_out_of_range": lambda folder: Image.fromarray(np.full((8, 8), 200, np.float32)),
+    "floats_of_nan": lambda folder: Image.fromarray(np.full((8, 8), np.nan, np.float32)),
     "zero_sized": lambda folder: Image.new("RGB", (0, 5)),
     "zero_sized_array": lambda folder: np.zeros((0, 5, 3), np.uint8),
     "zero_sized_tensor": lambda folder: torch.zeros(3, 0, 5),
@@ -290,6 +297,17 @@ def test_unknown_generation_mode_is_refused(mode, encode):
 def test_bad_image_setting_is_refused(name, value, processor):
     with pytest.raises(REFUSED, match=rf"\b{name}\b"):
         processor.image_processor(golden_image("square"), **{name: value})
+    with pytest.raises(REFUSED, match=rf"\b{name}\b"):
+        BagelImageProcessor(**{name: value})
+    with pytest.raises(REFUSED, match=rf"\b{name}\b"):
+        BagelProcessor.from_pretrained(CHECKPOINT, **{name: value})
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = written(tmp_path, PNG[: len(PNG) // 2], "half.png")
+    for source in (path, Image.open(path)):
+        with pytest.raises(OSError, match=r"`images`.*half\.png"):
+            to_rgb(source)
 
 
 def test_processor_is_unchanged_by_bad_input(processor, encode):

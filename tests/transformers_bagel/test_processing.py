@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from tests.conftest import CASES, CHECKPOINT, conversation, golden_image, load_processor, max_error
+from tests.conftest import CASES, CHECKPOINT, conversation, golden_image, load_processor, max_error, phone_photo
 from transformers_bagel import BagelImageProcessor, BagelProcessor
 from transformers_bagel.image_processing_bagel import patchify, resized_size, to_rgb
 from transformers_bagel.segments import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
@@ -138,7 +141,17 @@ class TestImages:
         palette.info["transparency"] = 0
         assert to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
-    @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "YCbCr"])
+    @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+    def test_transparency_of_every_mode_is_pasted_on_white(self, mode):
+        assert to_rgb(Image.new(mode, (8, 8), 0)).getpixel((0, 0)) == (255, 255, 255)
+
+    def test_transparent_gray_of_sixteen_bits_is_pasted_on_white(self):
+        stream = io.BytesIO()
+        Image.fromarray(np.array([[1000, 257 * 9]], np.uint16)).save(stream, "PNG", transparency=1000)
+        image = to_rgb(Image.open(io.BytesIO(stream.getvalue())))
+        assert [image.getpixel((column, 0)) for column in (0, 1)] == [(255, 255, 255), (9, 9, 9)]
+
+    @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "YCbCr", "HSV", "LAB"])
     def test_every_mode_becomes_rgb(self, mode, processor):
         image = golden_image("square").convert(mode)
         assert processor.image_processor(image)["pixel_values"].shape == (25, 588)
@@ -159,17 +172,19 @@ class TestImages:
         given = processor.image_processor(convert(np.asarray(image)), return_tensors="pt")["pixel_values"]
         assert torch.equal(given, expected)
 
-    def test_files_are_turned_upright(self, tmp_path):
-        image = Image.new("RGB", (20, 10))
-        exif = image.getexif()
-        exif[0x0112] = 6
-        image.save(tmp_path / "lying.jpg", exif=exif)
-        assert to_rgb(tmp_path / "lying.jpg").size == (10, 20)
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_photos_stand_upright_however_they_are_passed(self, orientation, processor, tmp_path):
+        content, upright = phone_photo(orientation)
+        (tmp_path / "photo.jpg").write_bytes(content)
+        opened = Image.open(io.BytesIO(content))
+        expected = processor.image_processor(upright, return_tensors="pt")
+        for source in (tmp_path / "photo.jpg", base64.b64encode(content).decode(), opened):
+            features = processor.image_processor(source, return_tensors="pt")
+            assert torch.equal(features["pixel_values"], expected["pixel_values"])
+            assert torch.equal(features["image_grid_hw"], expected["image_grid_hw"])
+        assert (opened.size, opened.getexif()[0x0112]) == (golden_image("wide").size, orientation)
 
     def test_base64_and_data_uris_are_read(self):
-        import base64
-        import io
-
         stream = io.BytesIO()
         golden_image("square").save(stream, format="PNG")
         text = base64.b64encode(stream.getvalue()).decode()
@@ -200,11 +215,57 @@ def test_patches_are_counted_without_the_image(before, processor):
         assert count == len(features["pixel_values"]) == features["image_grid_hw"].prod()
 
 
-def test_sixteen_bit_grays_keep_their_brightness():
-    deep = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    expected = (deep / 257).round().astype(np.uint8)
-    shallow = np.asarray(to_rgb(Image.fromarray(deep)))[..., 0]
-    assert abs(shallow.astype(int) - expected.astype(int)).max() <= 1
+# Each makes the same ramp, from black to white, as an image of deep grays.
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64).round()
+DEEP = {
+    "I;16": lambda: Image.fromarray(RAMP.astype(np.uint16)),
+    "I;16B": lambda: Image.frombytes("I;16B", (64, 64), RAMP.astype(">u2").tobytes()),
+    "I;16L": lambda: Image.frombytes("I;16L", (64, 64), RAMP.astype("<u2").tobytes()),
+    # What Pillow makes of a PGM of 16 bits, and before 10.3 of a PNG.
+    "I": lambda: Image.fromarray(RAMP.astype(np.int32)),
+    "F": lambda: Image.fromarray((RAMP / 65535).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("mode", DEEP)
+def test_deep_grays_keep_their_brightness(mode):
+    image = DEEP[mode]()
+    assert image.mode == mode
+    assert np.abs(np.asarray(to_rgb(image)) - RAMP[..., None] / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PGM"])
+def test_files_of_sixteen_bits_keep_their_brightness(file_format):
+    stream = io.BytesIO()
+    if file_format == "PGM":
+        stream.write(b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes())
+    else:
+        DEEP["I;16"]().save(stream, file_format)
+    image = to_rgb(Image.open(io.BytesIO(stream.getvalue())))
+    assert np.abs(np.asarray(image) - RAMP[..., None] / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_of_every_float_are_read(dtype):
+    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = (pixels.double() * 255).permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(to_rgb(pixels)) - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 1), (3, 8, 3), (3, 8, 4), (1, 8, 3), (1, 3, 3), (3, 3, 3)], ids=str)
+def test_where_both_ends_fit_tensors_have_their_channels_first_and_arrays_last(shape):
+    pixels = torch.arange(torch.Size(shape).numel(), dtype=torch.uint8).reshape(shape)
+    channels, height, width = shape
+    assert np.array_equal(np.asarray(to_rgb(pixels)), pixels.permute(1, 2, 0).expand(height, width, 3))
+    array = pixels.permute(1, 2, 0).numpy()
+    assert to_rgb(array).size == (width, height)
+    assert np.array_equal(np.asarray(to_rgb(array)), np.broadcast_to(array, (height, width, 3)))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (3, 4)], ids=str)
+def test_arrays_without_channels_are_gray(shape):
+    pixels = np.arange(shape[0] * shape[1], dtype=np.uint8).reshape(shape)
+    assert np.array_equal(np.asarray(to_rgb(pixels)), np.broadcast_to(pixels[..., None], (*shape, 3)))
 
 
 def test_a_batch_holds_the_images_of_its_rows_in_order(encode):
