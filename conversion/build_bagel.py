@@ -43,6 +43,7 @@ from repositories import (
 )
 from safe_files import read_json_object, safetensors_of
 from sources import Source, opened, tensors_of
+from stored_tensors import StoredTensor
 from streaming import PIECE, plan_shards, read_tensor
 from torch import nn
 from transformers import (
@@ -64,8 +65,7 @@ from transformers_bagel import (
     BagelTextConfig,
     BagelVisionConfig,
 )
-from transformers_bagel.published_bagel import SPECIAL_TOKENS
-from transformers_bagel.safetensors_bagel import StoredTensor
+from transformers_bagel.original_config import SPECIAL_TOKENS
 
 
 # Tensors that the parts may have and BAGEL has not: buffers of old files, SigLIP's pooling head, and its text model.

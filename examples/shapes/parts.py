@@ -13,7 +13,7 @@ from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelImageProcessor, BagelProcessor
 from transformers_bagel.configuration_bagel import BagelTextConfig, BagelVisionConfig
 from transformers_bagel.modeling_bagel import BagelVisionModel
-from transformers_bagel.published_bagel import SPECIAL_TOKENS
+from transformers_bagel.original_config import SPECIAL_TOKENS
 
 
 # What is shipped.

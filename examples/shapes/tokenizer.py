@@ -6,7 +6,7 @@ from __future__ import annotations
 from tasks import UNDERSTANDING, sample
 from transformers import Qwen2Tokenizer
 
-from transformers_bagel.published_bagel import SPECIAL_TOKENS
+from transformers_bagel.original_config import SPECIAL_TOKENS
 
 
 VOCABULARY = 768

@@ -27,7 +27,7 @@ from transformers_bagel import (
     BagelModel,
     BagelProcessor,
 )
-from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
+from transformers_bagel.loading import WEIGHT_RENAMINGS
 
 
 PUBLISHED = load_file(CHECKPOINT / "ema.safetensors")
