@@ -188,7 +188,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             quantization = kwargs["quantization_config"] = pipeline_quantization(quantization)
         hub = hub_arguments(path, kwargs)
         if not is_original(path, "vae" in kwargs, hub):
-            return super().from_pretrained(path, **kwargs)
+            return super().from_pretrained(path, **(kwargs | hub))
         pipe = cls(**load_original_components(path, hub, **kwargs))
         if quantization is not None:
             pipe.quantization_config = quantization

@@ -255,6 +255,11 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
                     "folder or the Hub id of one."
                 )
             config_dict = {"llm_config": None}
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"`model_type` in the config.json of '{pretrained_model_name_or_path}' is {config_dict['model_type']!r}, "
+                f"expected {cls.model_type!r}."
+            )
         if is_original_config(config_dict):
             config_dict = read_original_config(config_dict, pretrained_model_name_or_path, **hub)
         return config_dict, kwargs
