@@ -261,7 +261,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
                 f"expected {cls.model_type!r}."
             )
         if is_original_config(config_dict):
-            config_dict = read_original_config(config_dict, pretrained_model_name_or_path, **hub)
+            config_dict = read_original_config(config_dict, _place(pretrained_model_name_or_path), **hub)
         return config_dict, kwargs
 
     @classmethod
@@ -273,18 +273,26 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         name = kwargs.get("name_or_path")
         if not name or not is_original_config(config_dict):
             return super().from_dict(config_dict, **kwargs)
-        file = find_file(name, "config.json") if os.path.isdir(name) else None
-        if file is not None and read_json(file) == config_dict:
-            return super().from_dict(read_original_config(config_dict, name), **kwargs)
+        file = os.path.join(name, "config.json") if os.path.isdir(name) else name
+        # A `subfolder` is dropped, too.
+        if os.path.isfile(file) and read_json(file) == config_dict:
+            return super().from_dict(read_original_config(config_dict, _place(name)), **kwargs)
         made = super().from_dict(dict(config_dict), **kwargs)
-        config = made[0] if isinstance(made, tuple) else made
-        config.original_config = config_dict
+        (made[0] if isinstance(made, tuple) else made).original_config = config_dict
+        if isinstance(made, tuple):
+            # Asked by a class that loads a model next.
+            return made
         logger.warning_once(
             f"'{name}' has the original layout, whose `config.json` is wrong in places, and `AutoConfig` does not say from "
             "where to correct it. Models do so when they are loaded; for the configuration alone, use "
             "`BagelConfig.from_pretrained`."
         )
         return made
+
+
+def _place(path: str | os.PathLike) -> str | os.PathLike:
+    """The directory of a file, or the directory or Hub id that it is."""
+    return os.path.dirname(path) if os.path.isfile(path) else path
 
 
 __all__ = ["BagelConfig", "BagelTextConfig", "BagelVisionConfig"]

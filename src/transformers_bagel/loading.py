@@ -350,6 +350,7 @@ def _settle_config(
         config = copy.deepcopy(config)
     else:
         names = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation")
+        names += ("trust_remote_code",)
         kept = {name: kwargs.pop(name) for name in names if name in kwargs}
         config, kwargs = config_class.from_pretrained(
             path if config is None else config, return_unused_kwargs=True, **hub, **kwargs

@@ -47,9 +47,9 @@ def spare_sensitive_layers(quantization_config: Any, model: Any) -> Any:
     if name is not None:
         given = getattr(config, name)
         exceptions = get_keys_to_not_convert(model) if given is None else list(given)
-        exceptions += SENSITIVE_MODULES
+        exceptions.extend(SENSITIVE_MODULES)
         if getattr(config, "load_in_4bit", False):
-            exceptions += _unpackable_modules(model)
+            exceptions.extend(_unpackable_modules(model))
         setattr(config, name, exceptions)
     return config
 

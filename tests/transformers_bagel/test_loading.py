@@ -61,7 +61,9 @@ def test_published_json_is_corrected_from_the_weights_and_the_tokenizer():
     assert config.max_latent_size == 8
     text_config = config.text_config
     assert (text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id) == (421, 422, 420)
-    assert settings(config) == settings(AutoConfig.from_pretrained(CHECKPOINT))
+    for place in (CHECKPOINT, CHECKPOINT / "config.json"):
+        assert settings(config) == settings(AutoConfig.from_pretrained(place))
+        assert settings(config) == settings(BagelConfig.from_pretrained(place))
 
 
 def test_generation_stops_and_pads_with_the_tokenizers_tokens(model):
