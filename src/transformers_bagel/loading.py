@@ -31,6 +31,12 @@ from .memory_bagel import spare_sensitive_layers
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+# Arguments of a model's `from_pretrained` that a configuration would take for its own.
+_OF_THE_MODEL = (
+    *("dtype", "torch_dtype", "quantization_config"),
+    *("attn_implementation", "experts_implementation", "trust_remote_code"),
+)
+
 # In the order in which the library looks for them; the last is the original layout's without an index.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "ema.safetensors")
 
@@ -349,9 +355,7 @@ def _settle_config(
     if isinstance(config, PreTrainedConfig):
         config = copy.deepcopy(config)
     else:
-        names = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation")
-        names += ("trust_remote_code",)
-        kept = {name: kwargs.pop(name) for name in names if name in kwargs}
+        kept = {name: kwargs.pop(name) for name in _OF_THE_MODEL if name in kwargs}
         config, kwargs = config_class.from_pretrained(
             path if config is None else config, return_unused_kwargs=True, **hub, **kwargs
         )

@@ -49,12 +49,12 @@ def spare_sensitive_layers(quantization_config: Any, model: Any) -> Any:
         exceptions = get_keys_to_not_convert(model) if given is None else list(given)
         exceptions.extend(SENSITIVE_MODULES)
         if getattr(config, "load_in_4bit", False):
-            exceptions.extend(_unpackable_modules(model))
+            exceptions.extend(unpackable_modules(model))
         setattr(config, name, exceptions)
     return config
 
 
-def _unpackable_modules(model: nn.Module) -> list[str]:
+def unpackable_modules(model: nn.Module) -> list[str]:
     """
     Patterns of the linear layers that bitsandbytes cannot hold in 4 bits on every device.
 
