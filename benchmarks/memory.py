@@ -100,11 +100,10 @@ def weight_bytes(config: BagelConfig, way: Way) -> float:
     config = copy.deepcopy(config)
     for name, value in way.halves:
         setattr(config, name, value)
-    if way.quantization is not None:
-        config.quantization_config = way.quantization()
     with torch.device("meta"):
         model = BagelForConditionalGeneration(config)
-    kept = unpackable_modules(model)
+    in_four_bits = getattr(way.quantization and way.quantization(), "load_in_4bit", False)
+    kept = unpackable_modules(model) if in_four_bits else []
 
     def size(name: str) -> float:
         module, _, parameter = name.rpartition(".")

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import Cache
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.loading import load_published_vae
+from diffusers_bagel.loading import load_original_vae
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 
 
@@ -86,7 +86,7 @@ def make_pipeline(width: str, dtype: torch.dtype, device: torch.device) -> Bagel
     torch.manual_seed(0)
     pipe = BagelPipeline(
         transformer=BagelForConditionalGeneration(make_config(width)).to(device, dtype).eval(),
-        vae=load_published_vae(CHECKPOINT, dtype).to(device),
+        vae=load_original_vae(CHECKPOINT, dtype).to(device),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         processor=BagelProcessor.from_pretrained(CHECKPOINT, **IMAGE_SIZES),
     )

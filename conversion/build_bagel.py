@@ -43,6 +43,7 @@ from repositories import (
 )
 from safe_files import read_json_object, safetensors_of
 from sources import Source, opened, tensors_of
+from stored_tensors import StoredTensor
 from streaming import PIECE, plan_shards, read_tensor
 from torch import nn
 from transformers import (
@@ -65,7 +66,6 @@ from transformers_bagel import (
     BagelVisionConfig,
 )
 from transformers_bagel.segments import SPECIAL_TOKENS
-from transformers_bagel.safetensors_bagel import StoredTensor
 
 
 # Tensors that the parts may have and BAGEL has not: buffers of old files, SigLIP's pooling head, and its text model.

@@ -42,8 +42,8 @@ from streaming import Shard, plan_shards
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.checkpoint_bagel import check_checkpoint_shapes
-from transformers_bagel.published_bagel import correct_published_config
+from transformers_bagel.loading import check_shapes
+from transformers_bagel.original_config import read_original_config
 
 
 PUBLISHER = "ByteDance-Seed/BAGEL-7B-MoT"
@@ -98,7 +98,7 @@ def convert(
     config, processor = described(files, published, shapes)
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    check_checkpoint_shapes(model, shapes, src)
+    check_shapes(model, shapes, src)
     pipe = BagelPipeline(
         transformer=model,
         vae=vae_from_file(files.vae, dtype),
@@ -132,7 +132,7 @@ def described(
     """
     with assembled(files) as folder:
         try:
-            config = BagelConfig.from_dict(correct_published_config(published, folder, shapes))
+            config = BagelConfig.from_dict(read_original_config(published, folder, shapes))
             processor = BagelProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # The library that reads tokenizer.json raises no other.
             sources = ", ".join(sorted({str(file.parent) for file in files.descriptions.values()}))

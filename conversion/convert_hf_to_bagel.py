@@ -22,14 +22,14 @@ from published_files import NEEDED_TOKENIZER, SETTINGS, TOKENIZER, WHICH
 from repositories import run
 from safe_files import read_json_object
 from sources import INDEX, in_parts_or_flat, model_files, opened, tensors_of
+from stored_tensors import StoredTensor
 from streaming import SPARE_BYTES, Shard, check_room, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from diffusers_bagel.loading import VAE_FILE
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
-from transformers_bagel.checkpoint_bagel import check_checkpoint_shapes
-from transformers_bagel.safetensors_bagel import StoredTensor
+from transformers_bagel.loading import check_shapes
 
 
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
@@ -59,7 +59,7 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     tensors = tensors_of(model_files(source, model_folder))
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    check_checkpoint_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, src)
+    check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, src)
     weights = Shard(WHICH["ema"], tuple(tensors.values()))
     vae = Shard(VAE_FILE, tuple(vae_tensors(source.present(VAE_WEIGHTS))))
     descriptions = {name: source.find(f"{processor_folder}{name}") for name in (*SETTINGS, *TOKENIZER)}

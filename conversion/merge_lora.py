@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraLayer
 from repositories import run, write_card
 from safe_files import PICKLES, check_links
 from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
+from stored_tensors import StoredTensor
 from streaming import FORMAT, SPARE_BYTES, Shard, check_room, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
@@ -38,8 +39,7 @@ from diffusers_bagel.lora import (
     lora_parameters,
 )
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
-from transformers_bagel.checkpoint_bagel import module_name
-from transformers_bagel.safetensors_bagel import StoredTensor
+from transformers_bagel.loading import module_name
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from safe_files import read_json_object
 
 from transformers_bagel import BagelConfig
-from transformers_bagel.published_bagel import PUBLISHED_KEYS
+from transformers_bagel.original_config import ORIGINAL_KEYS
 
 
 def read_published(descriptions: dict[str, Path]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def published_settings(kept: dict[str, Any], config: BagelConfig) -> dict[str, A
         "llm_config": text | rope | {"model_type": "qwen2", "layer_module": "Qwen2MoTDecoderLayer"},
         "vit_config": vision | {"model_type": "siglip_vision_model"},
         "vae_config": {"z_channels": config.latent_channels, "downsample": config.latent_downsample},
-        **{key: kept[key] for key in PUBLISHED_KEYS if kept.get(key) is not None},
+        **{key: kept[key] for key in ORIGINAL_KEYS if kept.get(key) is not None},
         "interpolate_pos": config.interpolate_pos,
         "timestep_shift": config.timestep_shift,
         "vit_max_num_patch_per_side": config.vit_max_num_patch_per_side,
@@ -92,7 +92,7 @@ def repository_settings(
         config ([`BagelConfig`])
         dtype (`torch.dtype`): Of most of the weights.
     """
-    kept = {key: dict(published[key]) for key in PUBLISHED_KEYS if published.get(key) is not None}
+    kept = {key: dict(published[key]) for key in ORIGINAL_KEYS if published.get(key) is not None}
     for name, _, value in corrected:
         part, _, key = name.partition(".")
         if key:
@@ -103,4 +103,4 @@ def repository_settings(
     # Where the weights of the source were is nothing about those of the repository.
     written.pop("transformers_weights", None)
     complete = published_settings(kept, config)
-    return written | {key: complete[key] for key in PUBLISHED_KEYS}
+    return written | {key: complete[key] for key in ORIGINAL_KEYS}

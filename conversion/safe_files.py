@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from transformers_bagel.safetensors_bagel import DTYPES, StoredTensor, stored_tensors
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

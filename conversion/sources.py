@@ -11,8 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safe_files import PICKLES, file_inside, pickled_tensors, read_json_object, root_of, safetensors_of
-
-from transformers_bagel.safetensors_bagel import StoredTensor
+from stored_tensors import StoredTensor
 
 
 INDEX = "model.safetensors.index.json"

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from tqdm.auto import tqdm
-
-from transformers_bagel.safetensors_bagel import DTYPES, StoredTensor, stored_tensors
 
 
 # Bytes in memory at a time. A whole number of elements of any type.

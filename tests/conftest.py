@@ -16,7 +16,7 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_bagel.loading import load_published_vae
+from diffusers_bagel.loading import load_original_vae
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
 
 
@@ -134,7 +134,7 @@ def processor() -> BagelProcessor:
 
 @pytest.fixture(scope="session")
 def vae():
-    return load_published_vae(CHECKPOINT)
+    return load_original_vae(CHECKPOINT)
 
 
 @pytest.fixture

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from transformers.utils import cached_file
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.loading import find_file
 from transformers_bagel.modeling_bagel import NO_FLEX_BACKWARD
 
 
-def empty_model(path: str, **hub_kwargs: Any) -> BagelForConditionalGeneration:
-    """The model of a pipeline with its weights on the meta device, in diffusers' layout or in the published one."""
-    missing = {"_raise_exceptions_for_missing_entries": False}
-    in_subfolder = cached_file(path, "transformer/config.json", **missing, **hub_kwargs) is not None
-    config = BagelConfig.from_pretrained(path, subfolder="transformer" if in_subfolder else "", **hub_kwargs)
+def empty_model(path: str, **hub: Any) -> BagelForConditionalGeneration:
+    """The model of a pipeline with its weights on the meta device, in diffusers' layout or in the original one."""
+    in_subfolder = find_file(path, "transformer/config.json", **hub) is not None
+    config = BagelConfig.from_pretrained(path, subfolder="transformer" if in_subfolder else "", **hub)
     with init_empty_weights():
         return BagelForConditionalGeneration(config)
 
@@ -50,14 +49,14 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: tor
     If the model is to be sharded, the first process reads its weights for all: they would not fit into the machine's
     memory once for each process.
     """
-    hub_kwargs = {"revision": args.revision, "cache_dir": args.cache_dir}
+    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     components: dict[str, Any] = {} if args.variant is None else {"variant": args.variant}
     if getattr(args, "fsdp", False) and not accelerator.is_main_process:
-        components["transformer"] = empty_model(args.pretrained_model_name_or_path, **hub_kwargs)
+        components["transformer"] = empty_model(args.pretrained_model_name_or_path, **hub)
     # The VAE stays in float32, since float16 overflows in it.
     pipe = BagelPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
-        **hub_kwargs,
+        **hub,
         **components,
         dtype={"transformer": dtype, "default": torch.float32},
     )

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from transformers_bagel import BagelForConditionalGeneration
-from transformers_bagel.training.freezing import FREEZABLE_PARTS
 from transformers_bagel.sequence import IMAGE_TOKEN, LATENT_TOKEN
+from transformers_bagel.training.freezing import FREEZABLE_PARTS
 
 
 class StepFlops:
@@ -26,7 +26,9 @@ class StepFlops:
     def __init__(self, model: BagelForConditionalGeneration):
         config = model.config.get_text_config()
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        reaches = {tower: any(re.match(pattern, name) for name in trained) for tower, pattern in FREEZABLE_PARTS.items()}
+        reaches = {
+            tower: any(re.match(pattern, name) for name in trained) for tower, pattern in FREEZABLE_PARTS.items()
+        }
         # A gradient goes through the language model whatever is trained, and through the tower only to get to itself.
         reaches["und"] = not model.config.freeze_und
         reaches["gen"] = True

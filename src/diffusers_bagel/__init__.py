@@ -1,10 +1,8 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """BAGEL for diffusers: importing this package registers it with the library's loaders."""
 
-from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.utils import logging as transformers_logging
-
-from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 
 from .caching import TaylorSeerConfig
 from .guidance import BagelGuidance
@@ -21,14 +19,6 @@ def _register() -> None:
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES.setdefault("transformers_bagel.modeling_bagel", {"PreTrainedModel": methods})
     LOADABLE_CLASSES.setdefault("transformers_bagel.processing_bagel", {"ProcessorMixin": methods})
-    ALL_IMPORTABLE_CLASSES.update({"PreTrainedModel": methods, "ProcessorMixin": methods})
-    # A repository whose code imports this package can name libraries only that diffusers knows without it. Imported
-    # here, because a part of transformers, when it is imported, puts another module object in the library's place.
-    import transformers
-
-    for component in (BagelForConditionalGeneration, BagelProcessor):
-        if not hasattr(transformers, component.__name__):
-            setattr(transformers, component.__name__, component)
     # This imports every pipeline, and transformers would warn about torchvision, which some of them want.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

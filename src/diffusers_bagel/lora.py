@@ -28,7 +28,7 @@ from transformers_bagel.adapters import (
     settle_adapter,
     strength_settings,
 )
-from transformers_bagel.checkpoint_bagel import module_name
+from transformers_bagel.loading import module_name
 
 from .inputs import check_number
 

@@ -17,10 +17,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
-from transformers.utils import cached_file
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.image_processing_bagel import patchify
+from transformers_bagel.loading import hub_arguments
 from transformers_bagel.segments import EncodedSegment, chat_segments
 from transformers_bagel.training.latents import VAE_SAMPLE_MODES, scale_latents
 
@@ -44,9 +44,9 @@ from .inputs import (
     check_whole_number,
     takes_sigmas,
 )
-from .loading import VAE_FILE, check_saved_vae, load_published_vae
+from .loading import is_original, load_original_components, name_own_modules
 from .lora import BagelLoraLoaderMixin, scales_lora
-from .memory import BagelMemoryMixin, pipeline_quantization, published_quantization
+from .memory import BagelMemoryMixin, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
 
 
@@ -118,7 +118,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> BagelPipeline:
         r"""
-        Load a pipeline from a Hub repository or a directory, in diffusers' layout or in the published one.
+        Load a pipeline from a Hub repository or a directory, in diffusers' layout or in the original one.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or directory.
@@ -129,25 +129,21 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             OSError: if there is no checkpoint.
             ValueError: if `quantization_config` is something else, or does not fit.
         """
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = pipeline_quantization(kwargs["quantization_config"])
-        hub_kwargs: dict[str, Any] = {
-            key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs
-        }
-        if os.path.isdir(pretrained_model_name_or_path) and not os.listdir(pretrained_model_name_or_path):
-            raise OSError(f"The directory '{pretrained_model_name_or_path}' is empty: it holds no checkpoint.")
-        missing = {"_raise_exceptions_for_missing_entries": False}
-        if cached_file(pretrained_model_name_or_path, "model_index.json", **hub_kwargs, **missing):
-            if "vae" not in kwargs:
-                check_saved_vae(os.path.join(pretrained_model_name_or_path, "vae"))
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        has_vae = cached_file(pretrained_model_name_or_path, VAE_FILE, **hub_kwargs, **missing)
-        if not has_vae and "vae" not in kwargs:
-            raise OSError(
-                f"'{pretrained_model_name_or_path}' holds neither model_index.json (diffusers' layout) nor {VAE_FILE} "
-                "(the published layout): it is no BAGEL pipeline. Pass the folder of a checkpoint."
-            )
-        return cls._from_published(pretrained_model_name_or_path, hub_kwargs, **kwargs)
+        path, quantization = pretrained_model_name_or_path, kwargs.get("quantization_config")
+        if quantization is not None:
+            quantization = kwargs["quantization_config"] = pipeline_quantization(quantization)
+        hub = hub_arguments(path, kwargs)
+        if not is_original(path, "vae" in kwargs, hub):
+            return super().from_pretrained(path, **(kwargs | hub))
+        pipe = cls(**load_original_components(path, hub, **kwargs))
+        if quantization is not None:
+            pipe.quantization_config = quantization
+        return pipe
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Like the parent's, for repositories whose model_index.json names our classes as those of transformers."""
+        return super().extract_init_dict(name_own_modules(config_dict), **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -156,44 +152,6 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
         return config
-
-    @classmethod
-    def _from_published(cls, path: str | os.PathLike, hub_kwargs: dict[str, Any], **kwargs: Any) -> BagelPipeline:
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
-        components = {
-            name: kwargs.pop(name) for name in ("transformer", "vae", "scheduler", "processor") if name in kwargs
-        }
-        device_map = kwargs.pop("device_map", None)
-        quantization = kwargs.pop("quantization_config", None)
-        kwargs = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
-        if kwargs:
-            raise TypeError(
-                f"{', '.join(sorted(kwargs))}: unknown for the published layout. Load the components with their own "
-                "`from_pretrained` and pass them by name."
-            )
-        if "transformer" not in components:
-            components["transformer"] = BagelForConditionalGeneration.from_pretrained(
-                path,
-                dtype=dtypes.get("transformer", dtypes.get("default")) or torch.float32,
-                device_map=device_map,
-                quantization_config=None if quantization is None else published_quantization(quantization),
-                **hub_kwargs,
-            )
-        if "vae" not in components:
-            vae_dtype = dtypes.get("vae", dtypes.get("default")) or torch.float32
-            components["vae"] = load_published_vae(path, vae_dtype, **hub_kwargs)
-            if device_map is not None:
-                components["vae"] = components["vae"].to(components["transformer"].device)
-        if "scheduler" not in components:
-            # Published shift (point 19).
-            components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        if "processor" not in components:
-            components["processor"] = BagelProcessor.from_pretrained(path, **hub_kwargs)
-        pipe = cls(**components)
-        if quantization is not None:
-            pipe.quantization_config = quantization
-        return pipe
 
     def enable_taylorseer(self, interval: int = 3, warmup_steps: int = 5, max_order: int = 6) -> None:
         """

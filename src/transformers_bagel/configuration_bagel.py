@@ -1,21 +1,25 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""BAGEL configuration. Its defaults are the published 7B model; it reads the published JSON files as they are."""
+"""BAGEL configuration. Its defaults are the original 7B model; it reads the JSON files of that as they are."""
 
 import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
+from transformers.utils import logging
 
-from .published_bagel import (
-    PUBLISHED_KEYS,
-    correct_published_config,
-    has_published_parts,
-    is_published_config,
-    rename_published_keys,
+from .loading import InstalledCodeMixin, find_file, hub_arguments, read_json
+from .original_config import (
+    ORIGINAL_KEYS,
+    correct_config,
+    is_original_config,
+    read_original_config,
+    rename_original_keys,
 )
-from .remote_code_bagel import InstalledCodeMixin
 from .training.losses import LOSS_REDUCTIONS
+
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -161,6 +165,8 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
     model_type = "bagel"
     sub_configs_defaults = {"text_config": BagelTextConfig, "vision_config": BagelVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
+    # An original `config.json` that `AutoConfig` handed over without saying where its files are.
+    original_config = None
 
     text_config: BagelTextConfig | dict | None = None
     vision_config: BagelVisionConfig | dict | None = None
@@ -186,13 +192,13 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        published = {key: kwargs.pop(key) for key in PUBLISHED_KEYS if key in kwargs}
+        original = {key: kwargs.pop(key) for key in ORIGINAL_KEYS if key in kwargs}
         if type(self) is BagelConfig:
             # Names files of the repository that it was read from, which are not written beside a saved configuration.
             kwargs.pop("auto_map", None)
-        # A converted repository has both spellings; the published ones are there for other engines.
+        # A converted repository has both spellings; the original ones are there for other engines.
         if self.text_config is None:
-            for key, value in rename_published_keys(published).items():
+            for key, value in rename_original_keys(original).items():
                 setattr(self, key, value)
         super().__post_init__(**kwargs)
         self.get_text_config().visual_gen = self.visual_gen
@@ -212,7 +218,17 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         """Like the parent's, without `freeze_und`: the next training of a saved model is to choose by itself."""
         output = super().to_dict()
         output.pop("freeze_und", None)
+        output.pop("original_config", None)
         return output
+
+    def correct(self, path: str | os.PathLike, **hub: Any) -> None:
+        """Make good for what `AutoConfig` could not look up, see [`from_dict`].
+
+        Args:
+            path (`str`): The directory, or the Hub id, that the configuration comes from.
+            hub: Where files of the Hub are: `revision`, `token`, `cache_dir` and so on.
+        """
+        correct_config(self, path, **hub)
 
     @property
     def latent_stride(self) -> int:
@@ -228,27 +244,55 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Like the parent's; a published `config.json` is corrected from the weights and the tokenizer beside it."""
-        hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "subfolder") if key in kwargs}
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        """Like the parent's; an original `config.json` is corrected from the weights and the tokenizer beside it."""
+        hub = hub_arguments(pretrained_model_name_or_path, kwargs)
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **(kwargs | hub))
         if not config_dict:
-            # The first published repositories have llm_config.json and vit_config.json, and no config.json.
-            if not has_published_parts(pretrained_model_name_or_path, **hub_kwargs):
+            # The first repositories have llm_config.json and vit_config.json, and no config.json.
+            if find_file(pretrained_model_name_or_path, "llm_config.json", **hub) is None:
                 raise OSError(
                     f"'{pretrained_model_name_or_path}' has no config.json: it holds no BAGEL checkpoint. Pass the "
                     "folder or the Hub id of one."
                 )
             config_dict = {"llm_config": None}
-        if is_published_config(config_dict):
-            config_dict = correct_published_config(config_dict, pretrained_model_name_or_path, **hub_kwargs)
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"`model_type` in the config.json of '{pretrained_model_name_or_path}' is {config_dict['model_type']!r}, "
+                f"expected {cls.model_type!r}."
+            )
+        if is_original_config(config_dict):
+            config_dict = read_original_config(config_dict, _place(pretrained_model_name_or_path), **hub)
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BagelConfig":
-        """Like the parent's. `AutoConfig` comes here with the raw JSON, and with the path as `name_or_path`."""
-        if is_published_config(config_dict) and kwargs.get("name_or_path"):
-            config_dict = correct_published_config(config_dict, kwargs["name_or_path"])
-        return super().from_dict(config_dict, **kwargs)
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Like the parent's. `AutoConfig` comes here with the raw JSON and the `name_or_path` of its repository, and has
+        dropped the other Hub arguments: a model corrects the original layout's values with its own when it is loaded.
+        """
+        name = kwargs.get("name_or_path")
+        if not name or not is_original_config(config_dict):
+            return super().from_dict(config_dict, **kwargs)
+        file = os.path.join(name, "config.json") if os.path.isdir(name) else name
+        # A `subfolder` is dropped, too.
+        if os.path.isfile(file) and read_json(file) == config_dict:
+            return super().from_dict(read_original_config(config_dict, _place(name)), **kwargs)
+        made = super().from_dict(dict(config_dict), **kwargs)
+        (made[0] if isinstance(made, tuple) else made).original_config = config_dict
+        if isinstance(made, tuple):
+            # Asked by a class that loads a model next.
+            return made
+        logger.warning_once(
+            f"'{name}' has the original layout, whose `config.json` is wrong in places, and `AutoConfig` does not say from "
+            "where to correct it. Models do so when they are loaded; for the configuration alone, use "
+            "`BagelConfig.from_pretrained`."
+        )
+        return made
+
+
+def _place(path: str | os.PathLike) -> str | os.PathLike:
+    """The directory of a file, or the directory or Hub id that it is."""
+    return os.path.dirname(path) if os.path.isfile(path) else path
 
 
 __all__ = ["BagelConfig", "BagelTextConfig", "BagelVisionConfig"]

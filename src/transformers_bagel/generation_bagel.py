@@ -9,7 +9,6 @@ import torch
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import cached_file
 
 from .cache import GrowingCache
 from .checks import check_image_inputs, check_placeholders, check_position_range
@@ -22,40 +21,6 @@ LATENT_INPUTS = ("latents", "latent_grid_hw", "timesteps")
 
 class BagelGenerationMixin(GenerationMixin):
     """[`GenerationMixin`] for sequences whose images take one rope position each."""
-
-    def adjust_generation_fn(
-        self,
-        generation_config: GenerationConfig | None,
-        from_auto_class: bool,
-        from_pipeline: str | None,
-        pretrained_model_name_or_path: str,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Load the generation config; the special tokens are the tokenizer's, whatever the JSON says (point 6)."""
-        names = ("cache_dir", "token", "revision", "subfolder", "local_files_only")
-        hub_kwargs = {name: kwargs[name] for name in names if name in kwargs} | {
-            "_raise_exceptions_for_missing_entries": False
-        }
-        files = ("generation_config.json", "config.json")
-        if any(cached_file(pretrained_model_name_or_path, file, **hub_kwargs) for file in files):
-            super().adjust_generation_fn(
-                generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
-            )
-        else:
-            # The first published repositories have neither.
-            self.generation_config = generation_config or GenerationConfig.from_model_config(self.config)
-        if generation_config is None:
-            self._set_special_tokens()
-
-    def _set_special_tokens(self) -> None:
-        text_config = self.config.get_text_config()
-        self.generation_config.bos_token_id = text_config.bos_token_id
-        self.generation_config.pad_token_id = text_config.pad_token_id
-        stops = self.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
-        if text_config.eos_token_id not in stops:
-            self.generation_config.eos_token_id = text_config.eos_token_id
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from typing import Any
 
 from torch import nn
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.quantizers.base import get_keys_to_not_convert
 
 
-# Patterns of layers that every image and every velocity passes. They hold one weight in four hundred and fifty: rounded, they
-# would cost much and save nothing. Norms and position tables are no linear layers, and quantisers leave them alone.
-SENSITIVE_MODULES = {rf".*{name}" for name in ("vae2llm", "llm2vae", "time_embedder", "connector", "patch_embedding")}
+# Patterns of the layers between latents, pixels or timesteps and tokens: 0.2 % of the weights. Quantising them costs quality
+# and saves nothing.
+SENSITIVE_MODULES = tuple(
+    rf".*{name}" for name in ("vae2llm", "llm2vae", "time_embedder", "connector", "patch_embedding")
+)
 
 # Quantisers leave the embeddings and the head alone by themselves, layerwise casting does not.
-UNCAST_MODULES = ("embed_tokens", "position_embedding", "lm_head")
+UNCAST_MODULES = (*SENSITIVE_MODULES, "embed_tokens", "position_embedding", "lm_head")
 
 # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner: each
 # of them has to be moved by itself.
@@ -22,24 +28,41 @@ OFFLOAD_BLOCKS = [
     *("embed_tokens", "rotary_emb", "norm_moe_gen", "connector", "vit_pos_embed"),
 ]
 
+# What the quantisation configs of the library call the modules that stay as they are.
+_EXCEPTIONS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
 
-def unpackable_modules(model: nn.Module) -> set[str]:
+
+def spare_sensitive_layers(quantization_config: Any, model: Any) -> Any:
+    """
+    A copy of a quantisation config with our exceptions on top of the user's, or of the library's if the user has none.
+
+    Args:
+        quantization_config (`QuantizationConfigMixin` or `dict`): Of a model that is about to be quantised.
+        model (`PreTrainedModel`): The model, on any device.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+    config = copy.deepcopy(quantization_config)
+    name = next((name for name in _EXCEPTIONS if hasattr(config, name)), None)
+    if name is not None:
+        given = getattr(config, name)
+        exceptions = get_keys_to_not_convert(model) if given is None else list(given)
+        exceptions.extend(SENSITIVE_MODULES)
+        if getattr(config, "load_in_4bit", False):
+            exceptions.extend(unpackable_modules(model))
+        setattr(config, name, exceptions)
+    return config
+
+
+def unpackable_modules(model: nn.Module) -> list[str]:
     """
     Patterns of the linear layers that bitsandbytes cannot hold in 4 bits on every device.
 
-    Its kernel for CPUs with AVX512-BF16 packs 32 rows, in blocks of 64 columns. The MLP of the published vision tower is
+    Its kernel for CPUs with AVX512-BF16 packs 32 rows, in blocks of 64 columns. The MLP of the original vision tower is
     4,304 wide.
-
-    Args:
-        model (`PreTrainedModel`): A model that is about to be loaded.
-
-    Returns:
-        `set[str]`: Empty unless its configuration asks for 4 bits.
     """
-    if not getattr(getattr(model.config, "quantization_config", None), "load_in_4bit", False):
-        return set()
-    return {
+    return [
         re.escape(name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (module.in_features % 64 or module.out_features % 32)
-    }
+    ]

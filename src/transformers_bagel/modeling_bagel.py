@@ -12,7 +12,6 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
@@ -31,13 +30,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .adapters import BagelAdapterMixin
 from .attention import AttentionLayout, attention, choose_attention
 from .cache import GrowingCache, PrefixCache, PrefixView, layer_caches
-from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_published_weights
 from .checks import check_image_inputs, check_placeholders, check_position_range, check_positions_end
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
-from .memory_bagel import OFFLOAD_BLOCKS, SENSITIVE_MODULES, UNCAST_MODULES, unpackable_modules
-from .safetensors_bagel import tensors_to_convert
+from .loading import BagelLoadingMixin, ignored_weights, rename_weights
+from .memory_bagel import OFFLOAD_BLOCKS, UNCAST_MODULES
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
     ExpertRouting,
@@ -411,7 +409,7 @@ class BagelVelocityHead(nn.Linear):
     """Projection of a latent token to its velocity, which starts at zero in a new model (point 37)."""
 
 
-class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
+class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel):
     """What all BAGEL classes share: capabilities, initialisation, strict loading."""
 
     config_class = BagelConfig
@@ -422,8 +420,6 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
-    # What quantisers and diffusers' layerwise casting leave alone. See `_get_dtype_plan`.
-    _keep_in_fp32_modules = SENSITIVE_MODULES
     _skip_layerwise_casting_patterns = UNCAST_MODULES
     _group_offload_block_modules = OFFLOAD_BLOCKS
     _supports_flash_attn = True
@@ -454,33 +450,6 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
         elif isinstance(module, BagelVelocityHead):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
-
-    def post_init(self) -> None:
-        super().post_init()
-        self._keep_in_fp32_modules |= unpackable_modules(self)
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        """None: all weights have the type that was asked for. The library would also upcast, in float16, what
-        `_keep_in_fp32_modules` keeps from being quantised."""
-        return {}
-
-    @staticmethod
-    def _load_pretrained_model(
-        model: PreTrainedModel,
-        state_dict: dict[str, torch.Tensor] | None,
-        checkpoint_files: list[str] | None,
-        load_config: Any,
-        expected_keys: list[str] | None = None,
-    ) -> Any:
-        # Names and shapes are compared from the files' headers, before the first tensor is read.
-        # The files of an adapter, which come with `expected_keys`, are no checkpoint.
-        quantizer = load_config.hf_quantizer
-        holds_weights = quantizer is None or not quantizer.pre_quantized
-        if checkpoint_files and state_dict is None and expected_keys is None and holds_weights:
-            check_checkpoint_files(model, checkpoint_files, load_config)
-            if not is_deepspeed_zero3_enabled():
-                state_dict = tensors_to_convert(checkpoint_files, None if quantizer else load_config.dtype)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
 class BagelVisionModel(BagelPreTrainedModel):
@@ -1043,8 +1012,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
-        # Files have the published names, and `Trainer` fills the model from them without the library's renaming.
-        self.register_load_state_dict_pre_hook(rename_published_weights)
+        # Files have names of their own, and `Trainer` fills the model from them without the library's renaming.
+        self.register_load_state_dict_pre_hook(rename_weights)
         self.post_init()
 
     def freeze(self, *parts: str) -> None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """From a conversation to the inputs of the model."""
 
+import copy
 import os
 import re
 from collections.abc import Sequence
@@ -10,11 +11,10 @@ from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
-from transformers.utils import cached_file
 
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
-from .remote_code_bagel import InstalledCodeMixin
+from .loading import InstalledCodeMixin, find_file, hub_arguments
 from .segments import (
     CHAT_TEMPLATE,
     GENERATION_THINK_PROMPT,
@@ -53,12 +53,7 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
     ):
-        # The embeddings of placeholders are never read, so a tokenizer without them may be given new ones.
-        absent = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
-        if absent:
-            tokenizer.add_tokens(absent, special_tokens=True)
-        tokenizer.padding_side = "left"
-        tokenizer.pad_token = SPECIAL_TOKENS["pad_token_id"]
+        tokenizer = _bagel_tokenizer(tokenizer)
         self.image_token = SPECIAL_TOKENS["image_token_id"]
         self.latent_token = SPECIAL_TOKENS["latent_token_id"]
         self.vision_start_token = SPECIAL_TOKENS["vision_start_token_id"]
@@ -68,30 +63,27 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     @classmethod
-    def _get_arguments_from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        processor_dict: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> list[Any]:
-        image_kwargs = {
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BagelProcessor":
+        """
+        As [`ProcessorMixin.from_pretrained`], also from the original layout.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or directory.
+            kwargs: `revision`, `token` and so on, and settings of [`BagelImageProcessor`].
+
+        Raises:
+            OSError: if the tokenizer is missing.
+        """
+        kwargs |= hub_arguments(pretrained_model_name_or_path, kwargs)
+        processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        image_settings = {
             key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
         }
-        if _has_file(pretrained_model_name_or_path, ("processor_config.json", "preprocessor_config.json"), **kwargs):
-            image_processor = BagelImageProcessor.from_pretrained(
-                pretrained_model_name_or_path, **kwargs, **image_kwargs
-            )
-        else:
-            # The published layout has no image settings: the published sizes, and the patches of its config.json.
-            config = BagelConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            published = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
-            image_processor = BagelImageProcessor(**(published | image_kwargs))
-        if not _has_file(pretrained_model_name_or_path, ("tokenizer.json", "vocab.json"), **kwargs):
-            raise OSError(
-                f"'{pretrained_model_name_or_path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing."
-            )
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return [image_processor, tokenizer]
+        parts = [
+            _load_image_processor(pretrained_model_name_or_path, image_settings, kwargs),
+            _load_tokenizer(pretrained_model_name_or_path, kwargs),
+        ]
+        return cls.from_args_and_dict(parts, processor_dict, **settings)
 
     def __call__(
         self,
@@ -214,13 +206,36 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         return [*super().model_input_names, "mm_token_type_ids"]
 
 
-def _has_file(path: str | os.PathLike, names: tuple[str, ...], **kwargs: Any) -> bool:
-    hub_kwargs = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "local_files_only") if key in kwargs}
-    subfolder = kwargs.get("subfolder", "")
-    return any(
-        cached_file(path, name, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        for name in names
-    )
+def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy with BAGEL's special tokens: what stops a text and what pads it is the same for everyone who asks."""
+    tokenizer = copy.deepcopy(tokenizer)
+    # The embeddings of placeholders are never read, so a tokenizer without them may be given new ones.
+    absent = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
+    if absent:
+        tokenizer.add_tokens(absent, special_tokens=True)
+    tokenizer.padding_side = "left"
+    tokenizer.eos_token = SPECIAL_TOKENS["eos_token_id"]
+    tokenizer.pad_token = SPECIAL_TOKENS["pad_token_id"]
+    return tokenizer
+
+
+def _load_image_processor(
+    path: str | os.PathLike, settings: dict[str, Any], kwargs: dict[str, Any]
+) -> BagelImageProcessor:
+    hub = hub_arguments(path, kwargs)
+    if any(find_file(path, name, **hub) for name in ("processor_config.json", "preprocessor_config.json")):
+        return BagelImageProcessor.from_pretrained(path, **kwargs, **settings)
+    # The original layout has no image settings: the original sizes, and the patches of its config.json.
+    config = BagelConfig.from_pretrained(path, **hub)
+    original = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
+    return BagelImageProcessor(**(original | settings))
+
+
+def _load_tokenizer(path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+    hub = hub_arguments(path, kwargs)
+    if not any(find_file(path, name, **hub) for name in ("tokenizer.json", "vocab.json")):
+        raise OSError(f"'{path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing.")
+    return AutoTokenizer.from_pretrained(path, **kwargs)
 
 
 __all__ = ["GENERATION_THINK_PROMPT", "UNDERSTANDING_THINK_PROMPT", "BagelProcessor", "BagelProcessorKwargs"]

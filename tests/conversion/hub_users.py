@@ -115,6 +115,7 @@ def transformers_pipeline(repo: str) -> dict:
 def diffusers_pipeline(repo: str, folder: str) -> dict:
     """Somebody who knows diffusers only."""
     import torch
+    import transformers
     from diffusers import DiffusionPipeline
 
     untrusted = error_of(lambda: DiffusionPipeline.from_pretrained(repo))
@@ -122,6 +123,7 @@ def diffusers_pipeline(repo: str, folder: str) -> dict:
         missing = error_of(lambda: DiffusionPipeline.from_pretrained(repo, trust_remote_code=True))
     imported = "diffusers_bagel" in sys.modules
     pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+    foreign = [name for name in dir(transformers) if name.startswith("Bagel")]
     half = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16)
     return {
         "untrusted": untrusted,
@@ -131,6 +133,7 @@ def diffusers_pipeline(repo: str, folder: str) -> dict:
         "digests": digests(pipe),
         "dtypes": [str(half.transformer.dtype), str(half.vae.dtype)],
         "picture": drawn(pipe),
+        "put into transformers": foreign,
         "saved": saved(pipe, folder),
         "model_index": json.loads(Path(folder, "model_index.json").read_text()),
     }
@@ -174,6 +177,36 @@ def package_user(repo: str, published: str, private: str, gated: str, broken: st
     found["gated without a token"] = error_of(lambda: load(gated))
     found["private with a token"] = load(private, token=os.environ["TOKEN_OF_THIS_TEST"])
     found["broken"] = load(broken)
+    return found
+
+
+def original_user(repo: str, folder: str) -> dict:
+    """Somebody with a token for a private repository of the original layout, one of its branches, and a cache elsewhere."""
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    from diffusers_bagel import BagelPipeline
+    from transformers_bagel import BagelConfig
+
+    place = {"revision": "v1", "token": os.environ["TOKEN_OF_THIS_TEST"], "cache_dir": folder}
+
+    def settings(config: Any) -> dict:
+        return {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+
+    def loaded() -> dict:
+        model = AutoModelForImageTextToText.from_pretrained(repo, **place)
+        return {
+            "config": settings(BagelConfig.from_pretrained(repo, **place)),
+            "auto": {"config": settings(model.config), "generation": model.generation_config.to_dict()},
+            "name": model.name_or_path,
+            "part": AutoModel.from_pretrained(repo, visual_gen=False, **place).config.visual_gen,
+            "digests": digests(BagelPipeline.from_pretrained(repo, **place)) | {"auto": digest(model)},
+            "stop": AutoProcessor.from_pretrained(repo, **place).tokenizer.eos_token_id,
+        }
+
+    found = loaded()
+    place["local_files_only"] = True
+    found["offline"] = loaded()
+    found["default cache"] = [path.name for path in Path(os.environ["HF_HOME"]).rglob("*.safetensors")]
     return found
 
 
@@ -258,6 +291,7 @@ USERS: list[Callable[..., dict]] = [
     transformers_pipeline,
     diffusers_pipeline,
     package_user,
+    original_user,
     publisher,
     converter,
 ]

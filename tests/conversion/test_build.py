@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.loading import load_published_vae
+from diffusers_bagel.loading import load_original_vae
 from tests.conftest import CHECKPOINT, golden_image, max_error, training_samples
 from tests.conversion.conftest import peak_bytes
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
@@ -92,7 +92,7 @@ def parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     save_language_model(folder / "language")
     randomised(SiglipVisionModel(vision_config())).save_pretrained(folder / "vision")
-    load_published_vae(CHECKPOINT).save_pretrained(folder / "flux" / "vae")
+    load_original_vae(CHECKPOINT).save_pretrained(folder / "flux" / "vae")
     return folder
 
 

@@ -22,12 +22,12 @@ from convert_bagel_to_hf import convert
 from convert_hf_to_bagel import convert_back
 from published_config import published_settings
 from repositories import STATE
+from stored_tensors import StoredTensor, stored_tensors
 from streaming import Shard
 
 from tests.conftest import CHECKPOINT, GOLDEN
 from tests.conversion.conftest import CONVERSION, peak_bytes
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
-from transformers_bagel.safetensors_bagel import StoredTensor, stored_tensors
 
 
 SHAPES = json.loads((GOLDEN.parent / "full_size_shapes.json").read_text(encoding="utf-8"))

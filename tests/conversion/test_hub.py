@@ -20,12 +20,14 @@ from tests.conftest import CHECKPOINT, load_model, load_processor
 from tests.conversion.conftest import wide_checkpoint
 from tests.conversion.hub_server import TOKEN, LocalHub, downloads
 from tests.conversion.hub_users import digests, question
+from transformers_bagel import BagelConfig
 
 
 ROOT = Path(__file__).parents[2]
 REPO, PUBLISHED = "org/bagel", "org/published"
 PRIVATE, GATED, BROKEN = "org/private", "org/gated", "org/broken"
 BASE, TRAINING = "org/base", "org/training"
+ORIGINAL = "org/original"
 WEIGHTS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
@@ -73,6 +75,15 @@ def hub(small_repository, other_repository, wide_repository, tmp_path_factory):
     local.add(PUBLISHED, CHECKPOINT, branch="v1")
     local.add(PUBLISHED, CHECKPOINT)
     local.add(BASE, CHECKPOINT)
+    # Of another branch than the one that is asked for, the tokenizer and the weights say something else.
+    local.add(ORIGINAL, CHECKPOINT, branch="v1", private=True)
+    other = tmp_path_factory.mktemp("hub") / "wide"
+    wide_checkpoint(other, repeats=2)
+    vocabulary = json.loads((other / "tokenizer.json").read_text())
+    for token in vocabulary["added_tokens"]:
+        token["id"] += 1
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    local.add(ORIGINAL, other)
     training = tmp_path_factory.mktemp("hub") / "training"
     (training / "0002000").mkdir(parents=True)
     for name in ("ema.safetensors", "model.safetensors", "0002000/ema.safetensors", "optimizer.pt"):
@@ -141,6 +152,11 @@ def package_user(act, hub) -> dict:
 
 
 @pytest.fixture(scope="module")
+def original_user(act, tmp_path_factory) -> dict:
+    return act("original_user", ORIGINAL, str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
 def publisher(act) -> dict:
     return act("publisher", "me/tuned", REPO, HF_TOKEN=TOKEN)
 
@@ -175,6 +191,7 @@ def test_diffusion_pipeline_is_the_packages_though_nobody_imported_it(diffusers_
     assert diffusers_user["class"] == "diffusers_bagel.pipeline_bagel.BagelPipeline"
     assert diffusers_user["digests"] == local
     assert diffusers_user["picture"] == [128, 128]
+    assert diffusers_user["put into transformers"] == []
     assert diffusers_user["dtypes"] == ["torch.bfloat16", "torch.bfloat16"]
 
 
@@ -211,6 +228,20 @@ def test_with_the_package_nobody_is_to_be_trusted(package_user, local):
 
 def test_the_published_layout_loads_by_id_too(package_user, local):
     assert package_user["published"] == local
+
+
+def test_the_original_layout_is_corrected_from_the_place_that_is_asked_for(original_user, local):
+    def plain(settings: dict) -> dict:
+        return json.loads(json.dumps({name: value for name, value in settings.items() if not name.startswith("_")}))
+
+    model = load_model()
+    for found in (original_user, original_user["offline"]):
+        assert found["config"] == plain(BagelConfig.from_pretrained(CHECKPOINT).to_dict())
+        assert found["auto"]["config"] == plain(model.config.to_dict())
+        assert found["auto"]["generation"] == json.loads(json.dumps(model.generation_config.to_dict()))
+        assert found["digests"] == local | {"auto": local["transformer"]}
+        assert found["name"] == ORIGINAL and found["part"] is False and found["stop"] == 422
+    assert original_user["default cache"] == []
 
 
 def test_a_pipeline_downloads_every_file_once_and_needed_ones_only(package_user):

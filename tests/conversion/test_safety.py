@@ -15,10 +15,10 @@ from merge_lora import main as merge_lora
 from published_files import find_published_files
 from safetensors.torch import load_file, save_file
 from sources import opened
+from stored_tensors import stored_tensors
 from streaming import pieces
 
 from tests.conftest import CHECKPOINT
-from transformers_bagel.safetensors_bagel import stored_tensors
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from bagel_training.models import empty_model  # noqa: E402
 from bagel_training.parallel import shard_model  # noqa: E402
 
 from diffusers_bagel import BagelPipeline  # noqa: E402
-from diffusers_bagel.loading import load_published_vae  # noqa: E402
+from diffusers_bagel.loading import load_original_vae  # noqa: E402
 from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor  # noqa: E402
 from transformers_bagel import BagelDataCollator, PrefixCache, SplitPrefixCache, loss_totals  # noqa: E402
 
@@ -57,7 +57,7 @@ def compare_training(mode: str) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     rank = accelerator.process_index
     assert accelerator.num_processes == 2
-    collator = BagelDataCollator(load_processor(), vae=load_published_vae(CHECKPOINT))
+    collator = BagelDataCollator(load_processor(), vae=load_original_vae(CHECKPOINT))
     reference, trained = load_model().train(), load_model().train()
     if mode == "fsdp":
         if rank > 0:
@@ -106,7 +106,7 @@ def compare_tensor_parallel() -> None:
     }
     for name, weight in weights.items():
         assert isinstance(weight, DTensor) and weight.to_local().numel() * 2 == weight.numel(), name
-    collator = BagelDataCollator(load_processor(), vae=load_published_vae(CHECKPOINT), vae_sample_mode="argmax")
+    collator = BagelDataCollator(load_processor(), vae=load_original_vae(CHECKPOINT), vae_sample_mode="argmax")
     batch = collator.pack([collator.encode(sample, seed=3) for sample in samples_of_ranks()[0][0]])
     with torch.no_grad():
         expected, outputs = whole(**batch), split(**batch)

@@ -14,6 +14,7 @@ from judge import draw_cases, edit_cases, is_drawn, seen
 from PIL import Image
 from reader import read
 from strip import composed, panels
+from transformers import AutoTokenizer
 from world import UNSEEN_PAIRS, Scene, is_held_out, render
 
 from diffusers_bagel import BagelPipeline
@@ -147,6 +148,8 @@ def test_both_libraries_load_the_one_copy(shapes_pipe):
         torch.equal(weight, shapes_pipe.transformer.state_dict()[name]) for name, weight in model.state_dict().items()
     )
     processor = BagelProcessor.from_pretrained(CHECKPOINT)
+    stops = {AutoTokenizer.from_pretrained(CHECKPOINT).eos_token_id, processor.tokenizer.eos_token_id}
+    assert stops == {model.generation_config.eos_token_id} == {model.config.text_config.eos_token_id}
     assert processor.image_processor.to_dict() == shapes_pipe.processor.image_processor.to_dict()
     files = [file for file in CHECKPOINT.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 40e6

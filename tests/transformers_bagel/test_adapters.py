@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
 
-from diffusers_bagel.loading import load_published_vae
+from diffusers_bagel.loading import load_original_vae
 from tests.conftest import CHECKPOINT, golden_image, load_model, max_error
 from transformers_bagel import (
     LORA_TARGETS,
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict] = {"lora": {}, "rslora": {"use_rslora": True}, "dora":
 @pytest.fixture(scope="module")
 def batches(processor) -> dict[str, dict]:
     collate = BagelDataCollator(
-        processor, vae=load_published_vae(CHECKPOINT), text_dropout=0, vit_dropout=0, vae_dropout=0
+        processor, vae=load_original_vae(CHECKPOINT), text_dropout=0, vit_dropout=0, vae_dropout=0
     )
     torch.manual_seed(0)
     question = {"role": "user", "content": "what is this?"}

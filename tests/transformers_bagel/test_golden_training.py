@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import CASES, load_model, max_error
-from transformers_bagel.checkpoint_bagel import module_name
 from transformers_bagel.image_processing_bagel import patchify
+from transformers_bagel.loading import module_name
 from transformers_bagel.sequence import LATENT_TOKEN, SequenceLayout
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -20,24 +22,20 @@ from transformers import (
 )
 
 from tests.conftest import CHECKPOINT, GOLDEN, load_model, load_processor, max_error
+from tests.quantization import torchao_int8
 from transformers_bagel import (
     BagelConfig,
     BagelForConditionalGeneration,
     BagelImageProcessor,
     BagelModel,
     BagelProcessor,
+    loading,
 )
-from transformers_bagel.checkpoint_bagel import WEIGHT_RENAMINGS
+from transformers_bagel.loading import find_file, module_name
 
 
 PUBLISHED = load_file(CHECKPOINT / "ema.safetensors")
 IDS = torch.tensor([[1, 2, 3, 4]])
-
-
-def module_name(published: str) -> str:
-    for pattern, replacement in WEIGHT_RENAMINGS:
-        published = re.sub(pattern, replacement, published)
-    return published
 
 
 def settings(config: BagelConfig) -> dict:
@@ -63,7 +61,9 @@ def test_published_json_is_corrected_from_the_weights_and_the_tokenizer():
     assert config.max_latent_size == 8
     text_config = config.text_config
     assert (text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id) == (421, 422, 420)
-    assert settings(config) == settings(AutoConfig.from_pretrained(CHECKPOINT))
+    for place in (CHECKPOINT, CHECKPOINT / "config.json"):
+        assert settings(config) == settings(AutoConfig.from_pretrained(place))
+        assert settings(config) == settings(BagelConfig.from_pretrained(place))
 
 
 def test_generation_stops_and_pads_with_the_tokenizers_tokens(model):
@@ -272,3 +272,113 @@ def test_offloaded_parts_see_and_draw(model, tmp_path, encode):
     }
     with torch.no_grad():
         assert max_error(mapped(**step).velocity, model(**step).velocity) <= 1e-6
+
+
+LOADS = {
+    "as_it_is": {},
+    "cast": {"dtype": torch.bfloat16},
+    "understanding": {"visual_gen": False},
+    "quantized": {"quantization_config": torchao_int8()},
+    "on_the_disk": {"device_map": {"model": "cpu", "lm_head": "disk"}},
+    "placed": {"device_map": "auto"},
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_checkpoint_that_the_system_refuses_to_map_loads(load, tmp_path, monkeypatch):
+    expected = logits(load_model(**LOADS[load], offload_folder=str(tmp_path / "mapped")))
+    plain_map = torch.UntypedStorage.from_file
+
+    def limited_map(file, *args, **kwargs):
+        if Path(file).is_relative_to(CHECKPOINT):
+            raise RuntimeError("unable to mmap 29214695632 bytes: Cannot allocate memory (12)")
+        return plain_map(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", limited_map)
+    model = load_model(**LOADS[load], offload_folder=str(tmp_path / "read"))
+    assert max_error(logits(model), expected) <= 1e-6
+    assert model.name_or_path == model.config.name_or_path == str(CHECKPOINT)
+
+
+class WithNewHead(BagelForConditionalGeneration):
+    _keys_to_ignore_on_load_missing = [r"^score\."]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Linear(config.text_config.hidden_size, 1)
+        self.post_init()
+
+
+def test_a_subclass_may_have_a_new_head(model):
+    loaded, info = WithNewHead.from_pretrained(CHECKPOINT, output_loading_info=True)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.score.weight.isfinite().all() and not info["missing_keys"]
+
+
+def test_a_type_of_another_model_is_refused(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    settings = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(settings | {"model_type": "bagel_mot"}))
+    with pytest.raises(ValueError, match="`model_type`.*'bagel_mot'"):
+        BagelForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+
+
+def test_weights_that_no_file_gave_are_never_handed_out(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "vae2llm" not in name}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="lacks tensors.*vae2llm"):
+        BagelForConditionalGeneration.from_pretrained(tmp_path)
+
+
+ABSENT = EntryNotFoundError("no such file")
+UNREACHABLE = LocalEntryNotFoundError("no connection")
+
+
+@pytest.fixture
+def hub_that_fails(monkeypatch, tmp_path):
+    """`fail(error)`: every download fails; in the library's words, if they are asked for."""
+
+    def fail(error: Exception) -> None:
+        def download(*args, **kwargs):
+            raise error
+
+        def said(*args, **kwargs):
+            raise OSError("said by the library")
+
+        monkeypatch.setattr(loading, "hf_hub_download", download)
+        monkeypatch.setattr(loading, "cached_file", said)
+
+    return fail
+
+
+def test_a_file_that_is_known_to_be_absent_is_absent(hub_that_fails, tmp_path):
+    hub_that_fails(ABSENT)
+    assert find_file("org/bagel", "vocab.json") is None
+    hub_that_fails(UNREACHABLE)
+    assert find_file("org/bagel", "vocab.json", local_files_only=True) is None
+    commit = "0" * 40
+    marker = tmp_path / "models--org--bagel" / ".no_exist" / commit / "vocab.json"
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    assert find_file("org/bagel", "vocab.json", cache_dir=tmp_path, revision=commit) is None
+
+
+@pytest.mark.parametrize("error", [UNREACHABLE, OSError("reset")], ids=["unreachable", "broken"])
+def test_a_fault_of_the_network_is_no_absent_file(error, hub_that_fails, tmp_path):
+    hub_that_fails(error)
+    with pytest.raises(OSError, match="said by the library"):
+        find_file("org/bagel", "tokenizer.json", cache_dir=tmp_path)
+
+
+def test_auto_config_of_a_subfolder_is_corrected_by_the_model(model, tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "part")
+    config = AutoConfig.from_pretrained(tmp_path, subfolder="part")
+    assert config.text_config.bos_token_id == 420
+    config.text_config.pad_token_id = 7
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, subfolder="part", config=config)
+    assert (loaded.config.text_config.bos_token_id, loaded.generation_config.bos_token_id) == (421, 421)
+    assert loaded.config.text_config.pad_token_id == 7
+    loaded.config.text_config.pad_token_id = 420
+    assert settings(loaded.config) == settings(model.config)
+    assert "original_config" not in config.to_dict()

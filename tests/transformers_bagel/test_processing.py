@@ -10,8 +10,18 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.trainer_utils import align_special_tokens
 
-from tests.conftest import CASES, CHECKPOINT, conversation, golden_image, load_processor, max_error, phone_photo
+from tests.conftest import (
+    CASES,
+    CHECKPOINT,
+    conversation,
+    golden_image,
+    load_model,
+    load_processor,
+    max_error,
+    phone_photo,
+)
 from transformers_bagel import BagelImageProcessor, BagelProcessor
 from transformers_bagel.image_processing_bagel import patchify, resized_size, to_rgb
 from transformers_bagel.segments import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
@@ -273,3 +283,22 @@ def test_a_batch_holds_the_images_of_its_rows_in_order(encode):
     rows = [encode(["@wide", "a"]), encode(["@tall", "@square", "c"])]
     for name in ("pixel_values", "image_grid_hw"):
         assert torch.equal(batch[name], torch.cat([row[name] for row in rows]))
+
+
+def test_a_tokenizer_that_is_passed_stays_as_it_is(processor):
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, eos_token="<|endoftext|>", padding_side="right")
+    own = BagelProcessor(processor.image_processor, tokenizer).tokenizer
+    assert (tokenizer.eos_token, tokenizer.padding_side) == ("<|endoftext|>", "right")
+    assert (own.eos_token, own.pad_token, own.padding_side) == ("<|im_end|>", "<|endoftext|>", "left")
+
+
+def test_whoever_asks_hears_of_the_same_stop(processor, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, eos_token="<|endoftext|>")
+    BagelProcessor(processor.image_processor, tokenizer).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 422
+    saved = BagelProcessor.from_pretrained(tmp_path)
+    trained = load_model()
+    # What `Trainer` does before it trains.
+    align_special_tokens(trained, saved)
+    stops = (trained.config.text_config.eos_token_id, trained.generation_config.eos_token_id)
+    assert stops == (422, 422) == (saved.tokenizer.eos_token_id, model.generation_config.eos_token_id)

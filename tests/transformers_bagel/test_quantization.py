@@ -152,6 +152,15 @@ def test_own_exceptions_come_on_top_of_ours_and_replace_the_librarys(quantize, a
     assert own == {name for name in plain if "mlp_moe_gen" not in name} | {"lm_head"}
 
 
+def test_the_callers_configuration_stays_as_it_is_and_may_be_a_dict(quantize):
+    config = quantize()
+    before = config.to_dict()
+    model = load_model(quantization_config=config)
+    assert config.to_dict() == before
+    again = load_model(quantization_config=before)
+    assert quantized_layers(again) == quantized_layers(model)
+
+
 def test_float16_is_the_type_of_all_weights():
     model = load_model(dtype=torch.float16)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float16}

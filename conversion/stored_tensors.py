@@ -10,10 +10,8 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 
 # Names of the format.
@@ -94,32 +92,6 @@ def stored_tensors(file: str | os.PathLike) -> list[StoredTensor]:
     if end != size:
         raise _broken(file, f"{size} bytes instead of {end}")
     return tensors
-
-
-def read_shapes(file: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file, see [`stored_tensors`]."""
-    return {tensor.name: tensor.shape for tensor in stored_tensors(file)}
-
-
-def tensors_to_convert(files: list[str], dtype: torch.dtype | None) -> dict[str, Any] | None:
-    """
-    The tensors of safetensors files, for a conversion: a library that maps the files would hold all of their pages beside
-    what it makes of them.
-
-    Args:
-        files (`list[str]`): Files of a checkpoint.
-        dtype (`torch.dtype`, *optional*): What the tensors are to become; `None` if they are to be quantised.
-
-    Returns:
-        `dict[str, PySafeSlice]`, each read at `[...]`; or `None` if the files hold what is wanted, or something else than
-        safetensors: they are best mapped then.
-    """
-    if not all(str(file).endswith(".safetensors") for file in files):
-        return None
-    if {tensor.dtype for file in files for tensor in stored_tensors(file)} == {dtype}:
-        return None
-    opened = [safe_open(file, framework="pt", backend="pread") for file in files]
-    return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def _entry(name: str, entry: dict, file: Path, data: int) -> StoredTensor:

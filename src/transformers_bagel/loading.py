@@ -1,0 +1,409 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""From a repository, a folder or a file to a model: which files, what they are called, and whether they fit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import re
+from typing import Any
+
+import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import (
+    cached_file,
+    find_adapter_config_file,
+    is_peft_available,
+    resolve_revision,
+)
+from transformers.utils.hub import cached_files
+
+from .memory_bagel import spare_sensitive_layers
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+# Arguments of a model's `from_pretrained` that a configuration would take for its own.
+_OF_THE_MODEL = (
+    *("dtype", "torch_dtype", "quantization_config"),
+    *("attn_implementation", "experts_implementation", "trust_remote_code"),
+)
+
+# In the order in which the library looks for them; the last is the original layout's without an index.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "ema.safetensors")
+
+# Name in a file -> name in the module tree. Saving applies the inverse, so that one file serves every reader.
+WEIGHT_RENAMINGS = [
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^vit_model\.vision_model\.", "model.vision_tower."),
+    (r"^time_embedder\.mlp\.0\.", "model.time_embedder.linear_1."),
+    (r"^time_embedder\.mlp\.2\.", "model.time_embedder.linear_2."),
+    (r"^(connector|vae2llm|llm2vae|latent_pos_embed|vit_pos_embed)\.", r"model.\1."),
+]
+
+# Weights that only drawing needs, and those that only seeing needs.
+GENERATION_WEIGHTS = r"_moe_gen\.|vae2llm\.|llm2vae\.|time_embedder\.|latent_pos_embed\."
+UNDERSTANDING_WEIGHTS = r"vit_model\.|vision_tower\.|connector\.|vit_pos_embed\."
+
+
+class InstalledCodeMixin:
+    """For classes that the library would take for code of a repository, and copy wherever they are saved."""
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Like the parent's for classes outside this package. Those inside stay what they are: installed code."""
+        if cls.__module__.split(".")[0] != __name__.split(".")[0]:
+            super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]  # of the class beside this mixin
+
+
+def hub_arguments(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Those of `kwargs` that say where files are, with the revision resolved, so that all files are of one commit.
+
+    Args:
+        path (`str`): Directory or Hub id.
+        kwargs (`dict[str, Any]`): Of any `from_pretrained`; it is left as it is.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    access = {name: hub[name] for name in ("token", "local_files_only", "cache_dir") if name in hub}
+    revision = resolve_revision(path, hub.get("revision"), **access)
+    return hub if revision is None else hub | {"revision": revision}
+
+
+def find_file(path: str | os.PathLike, name: str, **hub: Any) -> str | None:
+    """
+    A file of a directory, or of a repository of the Hub, from where it is downloaded.
+
+    Args:
+        path (`str`): Directory or Hub id.
+        name (`str`): Name of the file.
+        hub: See [`hub_arguments`].
+
+    Returns:
+        `str`: Its local path; or `None` if there is no such file, or none in the cache when offline.
+
+    Raises:
+        OSError: if the Hub cannot tell.
+    """
+    if os.path.isdir(path):
+        file = os.path.join(path, hub.get("subfolder", ""), name)
+        return file if os.path.isfile(file) else None
+    try:
+        return hf_hub_download(str(path), name, **hub)
+    except EntryNotFoundError as error:
+        unreachable = isinstance(error, LocalEntryNotFoundError) and not is_offline(hub)
+        if not unreachable or find_cached(path, name, hub) is _CACHED_NO_EXIST:
+            return None
+    except (OSError, ValueError):
+        pass
+    # Fails in the words that users of the library know.
+    return cached_file(path, name, **hub)
+
+
+def is_offline(hub: dict[str, Any]) -> bool:
+    return bool(hub.get("local_files_only")) or is_offline_mode()
+
+
+def find_cached(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> Any:
+    revision = hub.get("revision")
+    return try_to_load_from_cache(
+        str(path),
+        in_subfolder(name, hub),
+        cache_dir=hub.get("cache_dir"),
+        revision=getattr(revision, "resolved", revision),
+    )
+
+
+def in_subfolder(name: str, hub: dict[str, Any]) -> str:
+    return f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
+
+
+def read_json(file: str | os.PathLike) -> dict[str, Any]:
+    with open(file, encoding="utf-8") as text:
+        return json.load(text)
+
+
+def open_tensors(files: list[str]) -> dict[str, Any]:
+    """
+    The tensors of safetensors files, by name. Nothing is read but the headers, and nothing is mapped: a system may refuse
+    to map a file larger than its memory.
+
+    Returns:
+        `dict[str, PySafeSlice]`: Each has a `get_shape()`, and is read at `[...]`.
+
+    Raises:
+        OSError: if a file is no whole safetensors file.
+    """
+    tensors: dict[str, Any] = {}
+    for file in files:
+        try:
+            opened = safe_open(file, framework="pt", backend="pread")
+            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise OSError(
+                f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
+            ) from error
+    return tensors
+
+
+def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of safetensors files by name, see [`open_tensors`]."""
+    return {name: tuple(tensor.get_shape()) for name, tensor in open_tensors(files).items()}
+
+
+def weight_files(
+    path: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> list[str]:
+    """Local paths of the safetensors files of a checkpoint, downloaded; none if its weights are in another format.
+
+    Args:
+        path (`str`): Directory or Hub id.
+        config (`BagelConfig`): Of the checkpoint.
+        kwargs (`dict[str, Any]`): `variant` and `use_safetensors` of `from_pretrained` count.
+        hub (`dict[str, Any]`): See [`hub_arguments`].
+    """
+    if kwargs.get("use_safetensors") is False:
+        return []
+    explicit = getattr(config, "transformers_weights", None)
+    names = [explicit] if explicit else [_with_variant(name, kwargs.get("variant")) for name in WEIGHT_FILES]
+    file = next((file for name in names if (file := find_file(path, name, **hub)) is not None), None)
+    if file is None or not file.endswith(".json"):
+        return [] if file is None else [file]
+    return cached_files(path, shard_names(file), **hub) or []
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}.{variant}{dot}{suffix}" if variant else name
+
+
+def shard_names(index: str) -> list[str]:
+    return sorted(set(read_json(index)["weight_map"].values()))
+
+
+def module_name(name: str) -> str:
+    """A weight's name in the module tree, from its name in a file; others stay as they are."""
+    for pattern, replacement in WEIGHT_RENAMINGS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def rename_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Hook of `load_state_dict`: give the names of files in a state dict the module's own."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        own_name = prefix + module_name(name.removeprefix(prefix))
+        if own_name != name:
+            state_dict[own_name] = state_dict.pop(name)
+
+
+def ignored_weights(visual_gen: bool, visual_und: bool) -> list[str]:
+    """Patterns of the weights that a model without `visual_gen` or `visual_und` leaves in the files."""
+    patterns = [] if visual_gen else [GENERATION_WEIGHTS]
+    return patterns if visual_und else [*patterns, UNDERSTANDING_WEIGHTS]
+
+
+def check_shapes(
+    model: Any, shapes: dict[str, tuple[int, ...]], name: str | os.PathLike, ignore_mismatched_sizes: bool = False
+) -> None:
+    """
+    Compare names and shapes of a whole checkpoint with a model.
+
+    Args:
+        model (`BagelPreTrainedModel`): The model, on any device.
+        shapes (`dict[str, tuple[int, ...]]`): Of the checkpoint's tensors, by name.
+        name (`str`): Of the checkpoint, for the error.
+        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): Whether other shapes are accepted.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected or misshapen.
+    """
+    expected = {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    ignored, optional = (
+        _any_of(model._keys_to_ignore_on_load_unexpected),
+        _any_of(model._keys_to_ignore_on_load_missing),
+    )
+    found: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, str] = {}
+    for key, shape in shapes.items():
+        own_name = module_name(key).removeprefix("model.")
+        stored[own_name] = key
+        if own_name in expected or not re.search(ignored, key):
+            found[own_name] = shape
+    if getattr(model.config, "tie_word_embeddings", False):
+        found.setdefault("lm_head.weight", expected.get("lm_head.weight", ()))
+
+    problems = []
+    if missing := sorted(key for key in expected.keys() - found.keys() if not re.search(optional, key)):
+        problems.append(f"lacks {_listed(missing)}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"has the unknown {_listed([stored[key] for key in unexpected])}")
+    misshapen = [
+        f"{stored[key]} {shape} instead of {expected[key]}"
+        for key, shape in found.items()
+        if key in expected and shape != expected[key]
+    ]
+    if misshapen and not ignore_mismatched_sizes:
+        problems.append(f"has the wrong shape of {_listed(misshapen)}")
+    if problems:
+        raise ValueError(
+            f"The checkpoint '{name}' does not fit its configuration: it {'; it '.join(problems)}. Download it again, or "
+            "correct `config.json`."
+        )
+
+
+def _any_of(patterns: Any) -> str:
+    return "|".join(patterns or []) or r"(?!)"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+
+
+class BagelLoadingMixin:
+    """Loading that compares a checkpoint with the model before it reads a tensor, and maps no file into memory."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As [`PreTrainedModel.from_pretrained`], also from the original layout.
+
+        Files of safetensors are read, and not mapped: they may be larger than the memory. The library maps them where it
+        must read them itself: those of a quantised checkpoint, of a model with an adapter in its repository, under
+        DeepSpeed ZeRO-3, and those in which a `device_map` leaves weights on the disk, unless the system refuses to.
+
+        Raises:
+            OSError: if a file is missing or truncated.
+            ValueError: if a tensor is missing, unexpected or misshapen, before any is read.
+        """
+        path, load = pretrained_model_name_or_path, super().from_pretrained  # type: ignore[misc]  # of the class beside
+        if path is None or kwargs.get("gguf_file") or kwargs.get("state_dict") is not None:
+            return load(path, *model_args, config=config, **kwargs)
+        hub = hub_arguments(path, kwargs)
+        source, has_adapter = _base_model(path, kwargs.get("adapter_kwargs"), hub)
+        source_hub = hub_arguments(source, hub)
+        config, kwargs = _settle_config(cls.config_class, source, config, kwargs, source_hub)  # type: ignore[attr-defined]
+        is_quantized = getattr(config, "quantization_config", None) is not None
+        files = [] if is_quantized else weight_files(source, config, kwargs, source_hub)
+        tensors = open_tensors(files)
+        empty = _empty_model(cls, config, model_args, kwargs)
+        if tensors and not kwargs.get("key_mapping"):
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+            check_shapes(empty, shapes, source, kwargs.get("ignore_mismatched_sizes", False))
+        if kwargs.get("quantization_config") is not None and not is_quantized:
+            kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
+        if empty.can_generate() and kwargs.get("generation_config") is None:
+            kwargs["generation_config"] = _generation_config(source, config, source_hub)
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
+        if (
+            has_adapter
+            or not tensors
+            or is_deepspeed_zero3_enabled()
+            or _stays_in_files(kwargs.get("device_map"), files)
+        ):
+            model, info = load(path, *model_args, config=config, **hub, **kwargs)
+        else:
+            if kwargs.get("dtype", "auto") in (None, "auto") and config.dtype is None:
+                kwargs["dtype"] = _floating_dtype(tensors)
+            model, info = load(None, *model_args, config=config, state_dict=tensors, **kwargs)
+            for module in model.modules():
+                if getattr(module, "config", None) is model.config:
+                    module.config.name_or_path = module.name_or_path = str(path)
+        if info["missing_keys"] and not has_adapter:
+            raise ValueError(
+                f"The checkpoint '{source}' lacks {_listed(sorted(info['missing_keys']))}. Download it again."
+            )
+        return (model, info) if wants_info else model
+
+
+def _base_model(
+    path: str | os.PathLike, adapter_kwargs: dict[str, Any] | None, hub: dict[str, Any]
+) -> tuple[str | os.PathLike, bool]:
+    """Where the weights of a repository are, and whether an adapter is to be loaded on top of them."""
+    if adapter_kwargs and adapter_kwargs.keys() - set(HUB_ARGUMENTS):
+        # An Auto class has looked already.
+        return path, True
+    adapter = find_adapter_config_file(path, **(hub | (adapter_kwargs or {}))) if is_peft_available() else None
+    if adapter is None:
+        return path, False
+    holds_model = os.path.isfile(os.path.join(path, "config.json"))
+    return path if holds_model else read_json(adapter)["base_model_name_or_path"], True
+
+
+def _settle_config(
+    config_class: Any, path: str | os.PathLike, config: Any, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The configuration, and what of `kwargs` is left for the library."""
+    kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+    if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        kept = {name: kwargs.pop(name) for name in _OF_THE_MODEL if name in kwargs}
+        config, kwargs = config_class.from_pretrained(
+            path if config is None else config, return_unused_kwargs=True, **hub, **kwargs
+        )
+        kwargs |= kept
+    if getattr(config, "original_config", None) is not None:
+        config.correct(path, **hub)
+    if kwargs.get("dtype") is None and "torch_dtype" in kwargs:
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
+    return config, kwargs
+
+
+def _empty_model(cls: Any, config: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
+    accepted = inspect.signature(cls.__init__).parameters
+    with torch.device("meta"), init.no_init_weights():
+        return cls(copy.deepcopy(config), *model_args, **{key: kwargs[key] for key in accepted if key in kwargs})
+
+
+def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]) -> GenerationConfig:
+    """The generation config of a repository. The special tokens are the tokenizer's, whatever the JSON says (original
+    behaviour, point 6)."""
+    if find_file(path, "generation_config.json", **hub) is None:
+        generation_config = GenerationConfig.from_model_config(config)
+    else:
+        generation_config = GenerationConfig.from_pretrained(path, **hub)
+    text_config = config.get_text_config()
+    generation_config.bos_token_id = text_config.bos_token_id
+    generation_config.pad_token_id = text_config.pad_token_id
+    stops = generation_config.eos_token_id
+    if text_config.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
+        generation_config.eos_token_id = text_config.eos_token_id
+    return generation_config
+
+
+def _stays_in_files(device_map: Any, files: list[str]) -> bool:
+    """Whether weights may stay on the disk in the files of the checkpoint, from which they are mapped when needed."""
+    choices = ("auto", "balanced", "balanced_low_0", "sequential")
+    on_disk = "disk" in device_map.values() if isinstance(device_map, dict) else device_map in choices
+    if not on_disk:
+        return False
+    try:
+        for file in files:
+            safe_open(file, framework="pt")
+    except (OSError, RuntimeError, SafetensorError):
+        return False
+    return True
+
+
+def _floating_dtype(tensors: dict[str, Any]) -> torch.dtype | None:
+    """Type of the first tensor of floating numbers, of which nothing is read."""
+    empty = (tensor[:0] for tensor in tensors.values() if tensor.get_shape())
+    return next((tensor.dtype for tensor in empty if tensor.is_floating_point()), None)

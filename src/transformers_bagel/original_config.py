@@ -1,0 +1,215 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The configuration of the original layout: its JSON files state some facts wrongly, its tensors and its tokenizer do not.
+
+Source: original behaviour, points 6, 10, 11 and 13.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Any
+
+import huggingface_hub
+
+from .loading import (
+    WEIGHT_FILES,
+    find_cached,
+    find_file,
+    in_subfolder,
+    is_offline,
+    read_json,
+    read_shapes,
+    shard_names,
+)
+from .segments import SPECIAL_TOKENS
+
+
+# Keys of the original config.json that this package spells differently.
+ORIGINAL_KEYS = ("llm_config", "vit_config", "vae_config")
+
+# Entries of the original llm_config and vit_config that describe other classes than ours.
+_FOREIGN_KEYS = ("model_type", "architectures", "transformers_version", "layer_module", "_name_or_path", "auto_map")
+
+
+def is_original_config(config_dict: dict[str, Any]) -> bool:
+    """Whether a `config.json` has the keys of the original layout instead of this package's."""
+    return "text_config" not in config_dict and any(key in config_dict for key in ORIGINAL_KEYS)
+
+
+def rename_original_keys(original: dict[str, Any]) -> dict[str, Any]:
+    """Turn `llm_config`, `vit_config` and `vae_config` into this package's configuration arguments.
+
+    The original loader drops the last ViT layer that `vit_config` counts, and so does this function.
+    """
+    renamed: dict[str, Any] = {}
+    if (llm_config := original.get("llm_config")) is not None:
+        layer_module = llm_config.get("layer_module", "Qwen2MoTDecoderLayer")
+        if layer_module != "Qwen2MoTDecoderLayer":
+            raise ValueError(
+                f"`llm_config.layer_module` must be 'Qwen2MoTDecoderLayer', got {layer_module!r}: this package "
+                "implements the Mixture-of-Transformers layer only."
+            )
+        renamed["text_config"] = _own_keys(llm_config)
+    if (vit_config := original.get("vit_config")) is not None:
+        vision_config = _own_keys(vit_config)
+        if "num_hidden_layers" in vision_config:
+            vision_config["num_hidden_layers"] -= 1
+        renamed["vision_config"] = vision_config
+    vae_config = original.get("vae_config") or {}
+    for original_key, key in (("z_channels", "latent_channels"), ("downsample", "latent_downsample")):
+        if original_key in vae_config:
+            renamed[key] = vae_config[original_key]
+    return renamed
+
+
+def read_original_config(
+    config_dict: dict[str, Any],
+    path: str | os.PathLike,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    **hub: Any,
+) -> dict[str, Any]:
+    """
+    Rename the keys of an original `config.json` and correct its values from the files beside it.
+
+    Args:
+        config_dict (`dict`): The parsed `config.json`; it is left as it is.
+        path (`str`): The directory, or the Hub id, that it comes from.
+        shapes (`dict[str, tuple[int, ...]]`, *optional*): Of the weights, by name; by default of those beside it.
+        hub: See [`hub_arguments`].
+
+    Raises:
+        OSError: if the Hub cannot be asked, or if a file of weights is truncated.
+    """
+    config_dict = dict(config_dict)
+    original = {key: config_dict.pop(key, None) for key in ORIGINAL_KEYS}
+    for key in ("llm_config", "vit_config"):
+        if original[key] is None and (file := find_file(path, f"{key}.json", **hub)) is not None:
+            original[key] = read_json(file)
+    config_dict |= rename_original_keys(original)
+    text_config = config_dict.setdefault("text_config", {})
+    vision_config = config_dict.setdefault("vision_config", {})
+
+    token_ids = _read_special_token_ids(path, hub)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in token_ids:
+            text_config[key] = token_ids.pop(key)
+    config_dict |= token_ids
+
+    if shapes is None:
+        name, shapes = _find_shapes(path, hub)
+        if name == "ema.safetensors":
+            config_dict["transformers_weights"] = name
+    _correct_from_shapes(config_dict, text_config, vision_config, shapes)
+    return config_dict
+
+
+def correct_config(config: Any, path: str | os.PathLike, **hub: Any) -> None:
+    """
+    Correct a configuration that `AutoConfig` made of an original `config.json` without knowing where its files are.
+
+    Args:
+        config (`BagelConfig`): Changed in place; values that somebody else has changed stay.
+        path (`str`), hub: See [`read_original_config`].
+    """
+    config_dict, config.original_config = config.original_config, None
+    stated = {key: value for key, value in config_dict.items() if key not in ORIGINAL_KEYS}
+    stated |= rename_original_keys(config_dict)
+    right = read_original_config(config_dict, path, **hub)
+    for part in ("text_config", "vision_config"):
+        _set_changed(getattr(config, part), stated.pop(part, {}), right.pop(part))
+    _set_changed(config, stated, right)
+
+
+def _set_changed(config: Any, stated: dict[str, Any], right: dict[str, Any]) -> None:
+    defaults = type(config)()
+    for key, value in right.items():
+        if value != stated.get(key) and getattr(config, key, None) == stated.get(key, getattr(defaults, key, None)):
+            setattr(config, key, value)
+            if key == "num_hidden_layers" and hasattr(config, "layer_types"):
+                config.layer_types = ["full_attention"] * value
+
+
+def _read_special_token_ids(path: str | os.PathLike, hub: dict[str, Any]) -> dict[str, int]:
+    """Ids of BAGEL's special tokens, found by name in the tokenizer's files. Absent tokens are left out."""
+    ids: dict[str, int] = {}
+    if (file := find_file(path, "tokenizer_config.json", **hub)) is not None:
+        for token_id, token in read_json(file).get("added_tokens_decoder", {}).items():
+            ids[token["content"]] = int(token_id)
+    if (file := find_file(path, "tokenizer.json", **hub)) is not None:
+        for token in read_json(file).get("added_tokens", []):
+            ids[token["content"]] = token["id"]
+    elif (file := find_file(path, "vocab.json", **hub)) is not None:
+        ids = read_json(file) | ids
+    return {key: ids[token] for key, token in SPECIAL_TOKENS.items() if token in ids}
+
+
+def _find_shapes(path: str | os.PathLike, hub: dict[str, Any]) -> tuple[str | None, dict[str, tuple[int, ...]]]:
+    """The file of weights, or their index, and the shapes; the weights themselves are not downloaded."""
+    for name in WEIGHT_FILES:
+        if not name.endswith(".json"):
+            shapes = _shapes_in(path, name, hub)
+        elif (index := find_file(path, name, **hub)) is not None:
+            shapes = {
+                key: shape
+                for shard in shard_names(index)
+                for key, shape in (_shapes_in(path, shard, hub) or {}).items()
+            }
+        else:
+            shapes = None
+        if shapes is not None:
+            return name, shapes
+    return None, {}
+
+
+def _shapes_in(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    file = find_file(path, name, **hub) if os.path.isdir(path) else find_cached(path, name, hub)
+    if isinstance(file, str):
+        return read_shapes([file])
+    if os.path.isdir(path) or is_offline(hub):
+        return None
+    access = {"revision": hub.get("revision"), "token": hub.get("token")}
+    name = in_subfolder(name, hub)
+    if not huggingface_hub.file_exists(str(path), name, **access):
+        return None
+    metadata = huggingface_hub.parse_safetensors_file_metadata(str(path), name, **access)
+    return {key: tuple(tensor.shape) for key, tensor in metadata.tensors.items()}
+
+
+def _correct_from_shapes(
+    config_dict: dict[str, Any],
+    text_config: dict[str, Any],
+    vision_config: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
+    # Only what a tensor of the right rank tells; what is wrong with the others is said when they are loaded.
+    def side(name: str, axis: int = 0) -> int | None:
+        return shapes[name][axis] if len(shapes.get(name, ())) == 2 else None
+
+    if text_layers := count_matches(shapes, r"language_model\.model\.layers\.(\d+)\."):
+        text_config["num_hidden_layers"] = text_layers
+        norms = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
+        text_config["qk_norm"] = any(name.endswith(norms) for name in shapes)
+    if vocab_size := side("language_model.model.embed_tokens.weight"):
+        text_config["vocab_size"] = vocab_size
+    if vision_layers := count_matches(shapes, r"vit_model\.vision_model\.encoder\.layers\.(\d+)\."):
+        vision_config["num_hidden_layers"] = vision_layers
+    if positions := side("vit_model.vision_model.embeddings.position_embedding.weight"):
+        vision_config["image_size"] = math.isqrt(positions) * vision_config.get("patch_size", 14)
+    for name, key in (("latent_pos_embed", "max_latent_size"), ("vit_pos_embed", "vit_max_num_patch_per_side")):
+        if positions := side(f"{name}.pos_embed"):
+            config_dict[key] = math.isqrt(positions)
+    if latent_dim := side("vae2llm.weight", axis=1):
+        config_dict["latent_channels"] = latent_dim // config_dict.get("latent_patch_size", 2) ** 2
+    if frequencies := side("time_embedder.mlp.0.weight", axis=1):
+        config_dict["frequency_embedding_size"] = frequencies
+
+
+def count_matches(names: Any, pattern: str) -> int:
+    """How many different values the group of a pattern has at the beginning of names."""
+    return len({match.group(1) for name in names if (match := re.match(pattern, name))})
+
+
+def _own_keys(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
