@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.z_image.pipeline_z_image import retrieve_timesteps
@@ -63,8 +63,8 @@ from .inputs import (
     parts_of,
 )
 from .loading import VAE_FILE, check_saved_vae, load_published_vae
-from .lora import BagelLoraLoaderMixin, scales_lora
-from .memory import BagelMemoryMixin, pipeline_quantization, published_quantization
+from .lora import BagelLoraLoaderMixin, check_no_adapters, scales_lora
+from .memory import cast_layers, pipeline_quantization, transformer_quantization
 from .pipeline_output import BagelPipelineOutput
 
 
@@ -132,7 +132,7 @@ class _Lanes:
         return self.selected[key]
 
 
-class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
+class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 
@@ -203,6 +203,28 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
             )
         return cls._from_published(pretrained_model_name_or_path, hub_kwargs, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """See [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if the transformer has adapters, before anything is written.
+        """
+        check_no_adapters(self.transformer)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def enable_layerwise_casting(self, storage_dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+        """
+        Keep the transformer's attention and MLP layers in a small type, and cast each to the transformer's own type
+        while it computes. It cannot be undone.
+
+        Args:
+            storage_dtype (`torch.dtype`, *optional*, defaults to `torch.float8_e4m3fn`): Of the layers at rest.
+
+        Raises:
+            ValueError: if the transformer is quantised.
+        """
+        cast_layers(self.transformer, storage_dtype)
+
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
         """Like the parent's. Whoever calls this class has no use for the code by which a repository leads here."""
@@ -231,7 +253,7 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
                 path,
                 dtype=dtypes.get("transformer", dtypes.get("default")) or torch.float32,
                 device_map=device_map,
-                quantization_config=None if quantization is None else published_quantization(quantization),
+                quantization_config=None if quantization is None else transformer_quantization(quantization),
                 **hub_kwargs,
             )
         if "vae" not in components:

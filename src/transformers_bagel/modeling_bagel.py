@@ -43,7 +43,7 @@ from .checkpoint_bagel import check_checkpoint_files, ignored_weights, rename_pu
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
-from .memory_bagel import OFFLOAD_BLOCKS, SENSITIVE_MODULES, UNCAST_MODULES, unpackable_modules
+from .memory_bagel import OFFLOAD_BLOCKS, SENSITIVE_MODULES, unpackable_modules
 from .safetensors_bagel import tensors_to_convert
 from .sequence import (
     IMAGE_TOKEN,
@@ -551,9 +551,8 @@ class BagelPreTrainedModel(BagelAdapterMixin, PreTrainedModel):
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
-    # What quantisers and diffusers' layerwise casting leave alone. See `_get_dtype_plan`.
+    # What quantisers leave alone. See `_get_dtype_plan`.
     _keep_in_fp32_modules = SENSITIVE_MODULES
-    _skip_layerwise_casting_patterns = UNCAST_MODULES
     _group_offload_block_modules = OFFLOAD_BLOCKS
     _supports_flash_attn = True
     _supports_sdpa = True
