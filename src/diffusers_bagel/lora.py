@@ -41,6 +41,10 @@ SOURCES = (
     "tensors"
 )
 
+HUB_ARGUMENTS = dict.fromkeys(
+    ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+)
+
 
 class BagelLoraLoaderMixin(LoraBaseMixin):
     """Load, weigh, fuse, swap and save LoRA layers of the pipeline's `transformer`."""
@@ -56,14 +60,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         return_lora_metadata: bool = False,
         weight_name: str | None = None,
-        subfolder: str | None = None,
         use_safetensors: bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        proxies: dict[str, str] | None = None,
-        local_files_only: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
+        **hub: Any,
     ) -> Any:
         """
         Read LoRA weights in diffusers' file format or in peft's.
@@ -73,8 +71,10 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 Hub id, folder, file, or the tensors. Names start with `transformer.`, `base_model.model.`, or a module.
             return_lora_metadata (`bool`, *optional*, defaults to `False`): Whether to return the settings, too.
             weight_name (`str`, *optional*): File in the folder.
-            subfolder, use_safetensors, cache_dir, force_download, proxies, local_files_only, token, revision:
-                As in [`DiffusionPipeline.from_pretrained`].
+            use_safetensors (`bool`, *optional*): `True` reads no pickled file, `False` no other; by default either.
+            hub:
+                `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`, as in
+                [`DiffusionPipeline.from_pretrained`].
 
         Returns:
             `dict[str, torch.Tensor]`, names starting with `transformer.`; with `return_lora_metadata` also the
@@ -87,15 +87,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
             raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
-        hub = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "proxies": proxies,
-            "local_files_only": local_files_only,
-            "token": token,
-            "revision": revision,
-            "subfolder": subfolder,
-        }
+        hub = HUB_ARGUMENTS | hub
         try:
             state_dict, metadata = _fetch_state_dict(
                 pretrained_model_name_or_path_or_dict,
@@ -175,39 +167,33 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
         config = fitting_config(weights, metadata, transformer)
         adapters = getattr(transformer, "peft_config", {})
-        if hotswap and adapter_name not in adapters:
-            raise ValueError(
-                f"`adapter_name` must name a loaded adapter to hotswap, one of {sorted(adapters)}, got "
-                f"{adapter_name!r}."
-            )
-        if not hotswap and adapter_name in adapters:
-            raise ValueError(
-                f"`adapter_name`: there is an adapter {adapter_name!r} already. Pass another name, or `hotswap=True`."
-            )
-        if adapter_name is None:
+        if adapter_name is None and not hotswap:
             names = (f"default_{index}" for index in itertools.count(len(adapters)))
             adapter_name = next(name for name in names if name not in adapters)
-        load = functools.partial(
-            transformer.load_adapter,
-            adapter_name=adapter_name,
-            adapter_state_dict=weights,
-            peft_config=config,
-            hotswap=hotswap,
-        )
-        with _without_offloading(_pipeline, transformer):
+        if hotswap != (adapter_name in adapters):
+            raise ValueError(
+                f"`adapter_name` must be {'one' if hotswap else 'none'} of the loaded adapters {sorted(adapters)} with "
+                f"hotswap={hotswap}, got {adapter_name!r}."
+            )
+        with _without_offloading(_pipeline, transformer), _undone_on_error(transformer, adapter_name):
+            with _without_report():
+                info = transformer.load_adapter(
+                    adapter_name=adapter_name,
+                    adapter_state_dict=weights,
+                    peft_config=config,
+                    hotswap=hotswap,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    is_trainable=not config.inference_mode,
+                )
             if hotswap:
-                load()
                 return
-            with _undone_on_error(transformer, adapter_name), _without_report():
-                info = load(low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=not config.inference_mode)
-                # What other adapters hold is missing, too, and their names may begin alike.
-                missing = sorted(name for name in info.missing_keys if f".{adapter_name}." in name)
-                unexpected = sorted(info.unexpected_keys)
-                if missing or unexpected:
-                    raise ValueError(
-                        f"{SOURCE} does not fit the transformer or its own settings: {missing[:3]} are missing, "
-                        f"{unexpected[:3]} unknown. Nothing was loaded."
-                    )
+            # What other adapters hold is missing, too, and their names may begin alike.
+            missing = {name for name in info.missing_keys if f".{adapter_name}." in name}
+            if missing or info.unexpected_keys:
+                raise ValueError(
+                    f"{SOURCE} and its own settings name different layers: {sorted(missing)[:3]} are missing, "
+                    f"{sorted(info.unexpected_keys)[:3]} unknown. Nothing was loaded."
+                )
 
     @classmethod
     def save_lora_weights(
@@ -226,10 +212,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         Args:
             save_directory (`str` or `os.PathLike`): Folder; created if it is not there.
             transformer_lora_layers (`dict[str, torch.Tensor]`): As from `peft.get_peft_model_state_dict`.
-            is_main_process (`bool`, *optional*, defaults to `True`): As in diffusers.
             weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): Name of the file.
             save_function (`Callable`, *optional*): Called as `save_function(weights, path)` to write the file.
-            safe_serialization (`bool`, *optional*, defaults to `True`): Whether to write safetensors.
+            is_main_process, safe_serialization: As in diffusers.
             transformer_lora_adapter_metadata (`dict`, *optional*):
                 `LoraConfig.to_dict()`. Without it the file does not hold alpha, and readers take the rank for it.
 
@@ -257,31 +242,18 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             lora_adapter_metadata={f"{DIFFUSERS_PREFIX}{key}": value for key, value in metadata.items()} or None,
         )
 
-    def fuse_lora(
-        self,
-        components: list[str] = ["transformer"],  # noqa: B006  the library's signature
-        lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-        adapter_names: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def fuse_lora(self, components: list[str] = ["transformer"], *args: Any, **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.fuse_lora`]."""
         _check_is_model(self.transformer)
         scalings = {layer: dict(layer.scaling) for layer in _lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
-        super().fuse_lora(
-            components=components,
-            lora_scale=lora_scale,
-            safe_fusing=safe_fusing,
-            adapter_names=adapter_names,
-            **kwargs,
-        )
+        super().fuse_lora(components, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
         _check_is_model(self.transformer)
-        super().unfuse_lora(components=components, **kwargs)
+        super().unfuse_lora(components, **kwargs)
         for layer, scaling in self.__dict__.pop("_unfused_scalings", {}).items():
             layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
 
@@ -297,13 +269,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         self.transformer.delete_adapter(adapter_names)
 
     def enable_lora_hotswap(self, **kwargs: Any) -> None:
-        """
-        Prepare for adapters of different ranks, and for a compiled transformer. To be called before the first load.
-
-        Args:
-            target_rank (`int`, *optional*, defaults to 128): The highest rank that will be loaded.
-            check_compiled (`str`, *optional*, defaults to `"error"`): `"error"`, `"warn"` or `"ignore"`.
-        """
+        """Prepare for adapters up to a rank of `target_rank` (128), and for a compiled transformer, before the first load.
+        See [`transformers.integrations.PeftAdapterMixin.enable_peft_hotswap`]."""
         self.transformer.enable_peft_hotswap(**kwargs)
 
 
@@ -454,16 +421,8 @@ def fitting_config(
 
 def lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, base_model: str | None) -> Any:
     """
-    Settings of LoRA weights.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): By name of the module, without a prefix.
-        metadata (`dict[str, Any]`, *optional*): What [`BagelLoraLoaderMixin.lora_state_dict`] returns beside them. Without
-            it alpha is the rank.
-        base_model (`str`, *optional*): Name of what they adapt.
-
-    Returns:
-        `peft.LoraConfig`
+    `peft.LoraConfig` of LoRA weights, by the name of their module, and of the settings that
+    [`BagelLoraLoaderMixin.lora_state_dict`] returns beside them: without these, alpha is the rank.
 
     Raises:
         ValueError: if the settings are of another kind of adapter, or say that there are whole modules beside.
@@ -495,11 +454,12 @@ def lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | Non
 @contextmanager
 def _without_offloading(pipeline: Any, transformer: Any) -> Iterator[None]:
     """Bring offloaded layers back for a while: what is put beside them must lie where they do."""
-    is_offloaded = any(parameter.is_meta for parameter in transformer.parameters())
-    if is_offloaded and (pipeline is None or len(set(getattr(transformer, "hf_device_map", {}).values())) > 1):
+    places = set(getattr(transformer, "hf_device_map", {}).values())
+    is_offloaded = any(weight.is_meta for weight in transformer.parameters())
+    if (len(places) > 1 and places & {"cpu", "disk"}) or (is_offloaded and pipeline is None):
         raise ValueError(
-            "The transformer's `device_map` offloads layers, to which no LoRA can be added. Load it onto devices alone, "
-            "or without a `device_map` and with `pipe.enable_model_cpu_offload()`."
+            "The transformer's layers are offloaded by its `device_map`: nothing was loaded. Load the transformer "
+            "without a `device_map`, and call `pipe.enable_model_cpu_offload()`."
         )
     if is_offloaded:
         device = pipeline._execution_device
@@ -526,12 +486,15 @@ def _without_report() -> Iterator[None]:
 
 @contextmanager
 def _undone_on_error(transformer: Any, adapter_name: str) -> Iterator[None]:
-    """If something fails, take the new adapter out again."""
+    """If something fails, take a new adapter out again."""
+    is_new = adapter_name not in getattr(transformer, "peft_config", {})
     active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
     try:
         yield
     except BaseException:
+        if not is_new:
+            raise
         if adapter_name in getattr(transformer, "peft_config", {}):
             transformer.delete_adapter(adapter_name)
         else:
