@@ -104,9 +104,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             ) from error
         if metadata is None and any(name.startswith(PEFT_PREFIX) for name in state_dict):
             metadata = _read_peft_config(pretrained_model_name_or_path_or_dict, weight_name, hub)
-        weights, alphas = _split_alphas({_module_key(name): tensor for name, tensor in state_dict.items()})
-        if metadata is None:
-            weights = _with_alphas(weights, alphas)
+        named = {_module_key(name): tensor for name, tensor in state_dict.items()}
+        weights = _without_alphas(named, multiply=metadata is None)
         weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
         return (weights, metadata) if return_lora_metadata else weights
 
@@ -362,19 +361,14 @@ def _read_peft_config(source: Any, weight_name: str | None, hub: dict[str, Any])
         return {f"{DIFFUSERS_PREFIX}{key}": value for key, value in json.load(opened).items()}
 
 
-def _split_alphas(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    alphas = {name.removesuffix(".alpha"): float(value) for name, value in weights.items() if name.endswith(".alpha")}
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}, alphas
-
-
-def _with_alphas(weights: dict[str, torch.Tensor], alphas: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Weights whose alpha is the rank, equal to weights with other alphas."""
-    weights = dict(weights)
-    for module, alpha in alphas.items():
-        name = f"{module}.lora_B.weight"
-        if name in weights:
-            weights[name] = weights[name].float() * (alpha / weights[name].shape[1])
-    return weights
+def _without_alphas(weights: dict[str, torch.Tensor], multiply: bool) -> dict[str, torch.Tensor]:
+    """Weights without `.alpha` tensors. These are multiplied in where nothing else tells alpha: it is the rank then."""
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
+    for name in weights.keys() - plain.keys() if multiply else ():
+        output = name.removesuffix("alpha") + "lora_B.weight"
+        if output in plain:
+            plain[output] = plain[output].float() * (float(weights[name]) / plain[output].shape[1])
+    return plain
 
 
 def fitting_config(
@@ -400,11 +394,9 @@ def fitting_config(
         )
     config = lora_config(weights, metadata, transformer.name_or_path)
     adapted = {_module_of(name) for name in weights}
-    if isinstance(config.target_modules, str) and not any(
-        re.fullmatch(config.target_modules, name) for name in adapted
-    ):
-        # A pattern of the original names.
-        config.target_modules = sorted(adapted)
+    pattern = config.target_modules
+    if isinstance(pattern, str) and not any(re.fullmatch(pattern, name) for name in adapted):
+        config.target_modules = sorted(adapted)  # The pattern is of the original names.
     for module in sorted(adapted):
         rank, _ = configured_strength(config, module)
         layer = modules[module]
@@ -474,8 +466,7 @@ def _without_offloading(pipeline: Any, transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Silence transformers for a while: it would report that other adapters' weights were made anew, which they are
-    not."""
+    """Silence transformers for a while: it would report that other adapters' weights were made anew. They are not."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -485,7 +476,7 @@ def _without_report() -> Iterator[None]:
 
 
 @contextmanager
-def _undone_on_error(transformer: Any, adapter_name: str) -> Iterator[None]:
+def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[None]:
     """If something fails, take a new adapter out again."""
     is_new = adapter_name not in getattr(transformer, "peft_config", {})
     active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
