@@ -387,7 +387,7 @@ def fitting_config(
     )
     if unknown or not weights:
         raise ValueError(
-            f"{SOURCE} must hold LoRA weights of the transformer's linear layers, named like "
+            f"{SOURCE} must hold LoRA weights of the transformer's layers, the linear ones, named like "
             "`transformer.model.language_model.layers.0.self_attn.q_proj_moe_gen.lora_A.weight`, but it holds "
             f"{', '.join(unknown[:3]) or 'nothing'}{', ...' if len(unknown) > 3 else ''}. Nothing was loaded. "
             "Other kinds of adapters, and LoRA with whole modules beside it, load with `pipe.transformer.load_adapter`."

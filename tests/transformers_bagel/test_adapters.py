@@ -301,6 +301,17 @@ def test_hotswap_swaps_alpha_and_keeps_the_parameters(how, tmp_path):
     assert max_error(outputs(model), expected) <= 1e-5
 
 
+def test_loaded_weights_lie_where_the_device_map_has_their_layer():
+    # "meta" stands for a second device: nothing is computed.
+    other, model = adapted_model(), load_model()
+    model.model.language_model.layers[1].to("meta")
+    model.hf_device_map = {f"model.language_model.layers.{i}": "meta" if i == 1 else "cpu" for i in range(3)}
+    weights = get_peft_model_state_dict(other)
+    model.load_adapter(adapter_state_dict=weights, peft_config=other.peft_config["default"])
+    for name, weight in lora_weights(model).items():
+        assert weight.device.type == ("meta" if ".layers.1." in name else "cpu"), name
+
+
 def test_hotswap_of_an_unknown_adapter_is_refused(tmp_path):
     adapted_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="existing adapter"):
