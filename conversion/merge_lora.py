@@ -31,14 +31,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.lora import (
-    DIFFUSERS_PREFIX,
-    check_lora_names,
-    check_lora_shapes,
-    lora_config,
-    lora_parameters,
-)
+from diffusers_bagel.lora import DIFFUSERS_PREFIX, fitting_config
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.adapters import lora_parameters
 from transformers_bagel.loading import module_name
 
 
@@ -136,9 +131,7 @@ def adapted_layers(config: BagelConfig, loras: Sequence[str], scales: Sequence[f
     for index, lora in enumerate(loras):
         state_dict, metadata = BagelPipeline.lora_state_dict(lora, return_lora_metadata=True, use_safetensors=True)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor.float() for name, tensor in state_dict.items()}
-        check_lora_names(weights, model)
-        settings = lora_config(weights, metadata, None)
-        check_lora_shapes(weights, settings, model)
+        settings = fitting_config(weights, metadata, model)
         inject_adapter_in_model(settings, model, f"lora_{index}", state_dict=weights, low_cpu_mem_usage=True)
         model.load_state_dict(lora_parameters(weights, f"lora_{index}"), strict=False, assign=True)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

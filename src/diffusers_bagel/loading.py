@@ -13,7 +13,7 @@ from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.loading import HUB_ARGUMENTS, find_file, open_tensors, read_shapes
 from transformers_bagel.original_config import count_matches
 
-from .memory import published_quantization
+from .memory import transformer_quantization
 
 
 VAE_FILE = "ae.safetensors"
@@ -78,7 +78,7 @@ def load_original_components(path: str | os.PathLike, hub: dict[str, Any], **kwa
             "`from_pretrained` and pass them by name."
         )
     if quantization is not None:
-        quantization = published_quantization(quantization)
+        quantization = transformer_quantization(quantization)
     if "transformer" not in components:
         components["transformer"] = BagelForConditionalGeneration.from_pretrained(
             path, dtype=dtypes["transformer"], quantization_config=quantization, **placement, **hub

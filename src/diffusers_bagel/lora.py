@@ -6,26 +6,24 @@ import inspect
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders.lora_base import (
-    LoraBaseMixin,
-    _fetch_state_dict,
-    _func_optionally_disable_offloading,
-)
-from diffusers.utils import is_peft_available, logging, recurse_remove_peft_layers, require_peft_backend
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.utils import is_peft_available, logging, require_peft_backend
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from transformers_bagel.adapters import (
+    adapted_layers,
     configured_strength,
-    merged_adapters,
-    settle_adapter,
+    remove_empty_layers,
     strength_settings,
 )
 from transformers_bagel.loading import module_name
@@ -43,6 +41,10 @@ SOURCES = (
     "tensors"
 )
 
+HUB_ARGUMENTS = dict.fromkeys(
+    ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+)
+
 
 class BagelLoraLoaderMixin(LoraBaseMixin):
     """Load, weigh, fuse, swap and save LoRA layers of the pipeline's `transformer`."""
@@ -58,14 +60,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         return_lora_metadata: bool = False,
         weight_name: str | None = None,
-        subfolder: str | None = None,
         use_safetensors: bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        proxies: dict[str, str] | None = None,
-        local_files_only: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
+        **hub: Any,
     ) -> Any:
         """
         Read LoRA weights in diffusers' file format or in peft's.
@@ -75,8 +71,10 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 Hub id, folder, file, or the tensors. Names start with `transformer.`, `base_model.model.`, or a module.
             return_lora_metadata (`bool`, *optional*, defaults to `False`): Whether to return the settings, too.
             weight_name (`str`, *optional*): File in the folder.
-            subfolder, use_safetensors, cache_dir, force_download, proxies, local_files_only, token, revision:
-                As in [`DiffusionPipeline.from_pretrained`].
+            use_safetensors (`bool`, *optional*): `True` reads no pickled file, `False` no other; by default either.
+            hub:
+                `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`, as in
+                [`DiffusionPipeline.from_pretrained`].
 
         Returns:
             `dict[str, torch.Tensor]`, names starting with `transformer.`; with `return_lora_metadata` also the
@@ -89,15 +87,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
             raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
-        hub = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "proxies": proxies,
-            "local_files_only": local_files_only,
-            "token": token,
-            "revision": revision,
-            "subfolder": subfolder,
-        }
+        hub = HUB_ARGUMENTS | hub
         try:
             state_dict, metadata = _fetch_state_dict(
                 pretrained_model_name_or_path_or_dict,
@@ -114,9 +104,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             ) from error
         if metadata is None and any(name.startswith(PEFT_PREFIX) for name in state_dict):
             metadata = _read_peft_config(pretrained_model_name_or_path_or_dict, weight_name, hub)
-        weights, alphas = _split_alphas({_module_key(name): tensor for name, tensor in state_dict.items()})
-        if metadata is None:
-            weights = _with_alphas(weights, alphas)
+        named = {_module_key(name): tensor for name, tensor in state_dict.items()}
+        weights = _without_alphas(named, multiply=metadata is None)
         weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
         return (weights, metadata) if return_lora_metadata else weights
 
@@ -175,28 +164,35 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         transformer = getattr(transformer, "_orig_mod", transformer)  # of a compiled one
         _check_is_model(transformer)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
-        check_lora_names(weights, transformer)
-        config = lora_config(weights, metadata, transformer.name_or_path)
-        check_lora_shapes(weights, config, transformer)
+        config = fitting_config(weights, metadata, transformer)
         adapters = getattr(transformer, "peft_config", {})
-        if hotswap and adapter_name not in adapters:
-            raise ValueError(
-                f"`adapter_name` must name a loaded adapter to hotswap, one of {sorted(adapters)}, got "
-                f"{adapter_name!r}."
-            )
-        if not hotswap and adapter_name in adapters:
-            raise ValueError(
-                f"`adapter_name`: there is an adapter {adapter_name!r} already. Pass another name, or `hotswap=True`."
-            )
-        if adapter_name is None:
+        if adapter_name is None and not hotswap:
             names = (f"default_{index}" for index in itertools.count(len(adapters)))
             adapter_name = next(name for name in names if name not in adapters)
-        with _without_offloading(_pipeline):
+        if hotswap != (adapter_name in adapters):
+            raise ValueError(
+                f"`adapter_name` must be {'one' if hotswap else 'none'} of the loaded adapters {sorted(adapters)} with "
+                f"hotswap={hotswap}, got {adapter_name!r}."
+            )
+        with _without_offloading(_pipeline, transformer), _undone_on_error(transformer, adapter_name):
+            with _without_report():
+                info = transformer.load_adapter(
+                    adapter_name=adapter_name,
+                    adapter_state_dict=weights,
+                    peft_config=config,
+                    hotswap=hotswap,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    is_trainable=not config.inference_mode,
+                )
             if hotswap:
-                _swap(transformer, weights, config, adapter_name)
                 return
-            with _undone_on_error(transformer, adapter_name):
-                _inject(transformer, weights, config, adapter_name, low_cpu_mem_usage)
+            # What other adapters hold is missing, too, and their names may begin alike.
+            missing = {name for name in info.missing_keys if f".{adapter_name}." in name}
+            if missing or info.unexpected_keys:
+                raise ValueError(
+                    f"{SOURCE} and its own settings name different layers: {sorted(missing)[:3]} are missing, "
+                    f"{sorted(info.unexpected_keys)[:3]} unknown. Nothing was loaded."
+                )
 
     @classmethod
     def save_lora_weights(
@@ -215,10 +211,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         Args:
             save_directory (`str` or `os.PathLike`): Folder; created if it is not there.
             transformer_lora_layers (`dict[str, torch.Tensor]`): As from `peft.get_peft_model_state_dict`.
-            is_main_process (`bool`, *optional*, defaults to `True`): As in diffusers.
             weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`): Name of the file.
             save_function (`Callable`, *optional*): Called as `save_function(weights, path)` to write the file.
-            safe_serialization (`bool`, *optional*, defaults to `True`): Whether to write safetensors.
+            is_main_process, safe_serialization: As in diffusers.
             transformer_lora_adapter_metadata (`dict`, *optional*):
                 `LoraConfig.to_dict()`. Without it the file does not hold alpha, and readers take the rank for it.
 
@@ -235,41 +230,29 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 "Without `transformer_lora_adapter_metadata` the file does not say alpha: it will be read as the rank. "
                 "Pass `pipe.transformer.peft_config[adapter_name].to_dict()`."
             )
-        cls._save_lora_weights(
+        metadata = transformer_lora_adapter_metadata or {}
+        cls.write_lora_layers(
+            state_dict=cls.pack_weights(transformer_lora_layers, cls.transformer_name),
             save_directory=save_directory,
-            lora_layers={cls.transformer_name: transformer_lora_layers},
-            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
             is_main_process=is_main_process,
             weight_name=weight_name,
             save_function=save_function,
             safe_serialization=safe_serialization,
+            lora_adapter_metadata={f"{DIFFUSERS_PREFIX}{key}": value for key, value in metadata.items()} or None,
         )
 
-    def fuse_lora(
-        self,
-        components: list[str] = ["transformer"],  # noqa: B006  the library's signature
-        lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-        adapter_names: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def fuse_lora(self, components: list[str] = ["transformer"], *args: Any, **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.fuse_lora`]."""
         _check_is_model(self.transformer)
         scalings = {layer: dict(layer.scaling) for layer in _lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
-        super().fuse_lora(
-            components=components,
-            lora_scale=lora_scale,
-            safe_fusing=safe_fusing,
-            adapter_names=adapter_names,
-            **kwargs,
-        )
+        super().fuse_lora(components, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
         _check_is_model(self.transformer)
-        super().unfuse_lora(components=components, **kwargs)
+        super().unfuse_lora(components, **kwargs)
         for layer, scaling in self.__dict__.pop("_unfused_scalings", {}).items():
             layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
 
@@ -280,41 +263,28 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         super().unload_lora_weights()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """See [`~loaders.LoraBaseMixin.delete_adapters`]."""
-        super().delete_adapters(adapter_names)
-        if not getattr(self.transformer, "peft_config", None):
-            # Without their last adapter, the layers would still be saved under names that fit no model.
-            recurse_remove_peft_layers(self.transformer)
+        """See [`~loaders.LoraBaseMixin.delete_adapters`]. The last one leaves plain layers."""
+        _check_is_model(self.transformer)
+        self.transformer.delete_adapter(adapter_names)
 
     def enable_lora_hotswap(self, **kwargs: Any) -> None:
-        """
-        Prepare for adapters of different ranks, and for a compiled transformer. To be called before the first load.
-
-        Args:
-            target_rank (`int`, *optional*, defaults to 128): The highest rank that will be loaded.
-            check_compiled (`str`, *optional*, defaults to `"error"`): `"error"`, `"warn"` or `"ignore"`.
-        """
+        """Prepare for adapters up to a rank of `target_rank` (128), and for a compiled transformer, before the first load.
+        See [`transformers.integrations.PeftAdapterMixin.enable_peft_hotswap`]."""
         self.transformer.enable_peft_hotswap(**kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As [`DiffusionPipeline.save_pretrained`], with the active adapters merged into the weights that are written:
-        the folder draws by itself what the pipeline draws."""
-        transformer = self.transformer
-        names = list(getattr(transformer, "peft_config", {}))
-        if names:
-            logger.warning(
-                "The transformer is saved as it draws now, with the active adapters merged into its weights and "
-                f"rounded to {transformer.dtype}. Not saved apart: {', '.join(names)}. Use `save_lora_weights` for that."
-            )
-        model = getattr(transformer, "_orig_mod", transformer)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        try:
-            # Neither a `PeftModel` nor a compiled model is a component that could be saved.
-            self.transformer = model
-            with merged_adapters(model):
-                super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.transformer = transformer
+
+def check_no_adapters(transformer: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: if the transformer has layers of peft, which a pipeline's folder cannot hold.
+    """
+    if adapted_layers(transformer):
+        names = ", ".join(getattr(transformer, "peft_config", {}))
+        raise ValueError(
+            f"The transformer has adapters ({names}), which a pipeline's folder cannot hold: nothing was saved. Merge "
+            "them with `fuse_lora()` and `unload_lora_weights()`, or drop them with `unload_lora_weights()` alone; "
+            "`save_lora_weights` saves one apart. Of a PeftModel, take what `merge_and_unload()` returns."
+        )
 
 
 def scales_lora(call: Callable) -> Callable:
@@ -353,11 +323,7 @@ def lora_scale(model: torch.nn.Module, scale: float) -> Iterator[None]:
 
 
 def _lora_layers(model: torch.nn.Module) -> list[Any]:
-    if not is_peft_available():
-        return []
-    from peft.tuners.lora import LoraLayer
-
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [layer for layer in adapted_layers(model).values() if hasattr(layer, "scaling")]
 
 
 def _check_is_model(transformer: Any) -> None:
@@ -395,49 +361,60 @@ def _read_peft_config(source: Any, weight_name: str | None, hub: dict[str, Any])
         return {f"{DIFFUSERS_PREFIX}{key}": value for key, value in json.load(opened).items()}
 
 
-def _split_alphas(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    alphas = {name.removesuffix(".alpha"): float(value) for name, value in weights.items() if name.endswith(".alpha")}
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}, alphas
+def _without_alphas(weights: dict[str, torch.Tensor], multiply: bool) -> dict[str, torch.Tensor]:
+    """Weights without `.alpha` tensors. These are multiplied in where nothing else tells alpha: it is the rank then."""
+    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
+    for name in weights.keys() - plain.keys() if multiply else ():
+        output = name.removesuffix("alpha") + "lora_B.weight"
+        if output in plain:
+            plain[output] = plain[output].float() * (float(weights[name]) / plain[output].shape[1])
+    return plain
 
 
-def _with_alphas(weights: dict[str, torch.Tensor], alphas: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Weights whose alpha is the rank, equal to weights with other alphas."""
-    weights = dict(weights)
-    for module, alpha in alphas.items():
-        name = f"{module}.lora_B.weight"
-        if name in weights:
-            weights[name] = weights[name].float() * (alpha / weights[name].shape[1])
-    return weights
-
-
-def check_lora_names(weights: dict[str, torch.Tensor], transformer: PreTrainedModel) -> None:
+def fitting_config(
+    weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, transformer: PreTrainedModel
+) -> Any:
     """
+    [`lora_config`] of weights that fit a transformer.
+
     Raises:
-        ValueError: if a name is not of a LoRA of one of the transformer's layers, or if there are none.
+        ValueError: if a name is not of a LoRA of one of the transformer's linear layers, if a shape does not fit the
+            layer and the rank, or if there are no weights.
     """
     modules = dict(transformer.named_modules())
-    unknown = sorted(name for name in weights if ".lora_" not in name or _module_of(name) not in modules)
+    unknown = sorted(
+        name for name in weights if ".lora_" not in name or not hasattr(modules.get(_module_of(name)), "in_features")
+    )
     if unknown or not weights:
         raise ValueError(
-            f"{SOURCE} must hold LoRA weights of the transformer's layers, named like "
+            f"{SOURCE} must hold LoRA weights of the transformer's layers, the linear ones, named like "
             "`transformer.model.language_model.layers.0.self_attn.q_proj_moe_gen.lora_A.weight`, but it holds "
             f"{', '.join(unknown[:3]) or 'nothing'}{', ...' if len(unknown) > 3 else ''}. Nothing was loaded. "
             "Other kinds of adapters, and LoRA with whole modules beside it, load with `pipe.transformer.load_adapter`."
         )
+    config = lora_config(weights, metadata, transformer.name_or_path)
+    adapted = {_module_of(name) for name in weights}
+    pattern = config.target_modules
+    if isinstance(pattern, str) and not any(re.fullmatch(pattern, name) for name in adapted):
+        config.target_modules = sorted(adapted)  # The pattern is of the original names.
+    for module in sorted(adapted):
+        rank, _ = configured_strength(config, module)
+        layer = modules[module]
+        for part, expected in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
+            name = f"{module}.{part}.weight"
+            shape = tuple(weights[name].shape) if name in weights else "missing"
+            if shape != expected:
+                raise ValueError(
+                    f"{SOURCE} does not fit the transformer or its own settings: {name} is {shape}, expected "
+                    f"{expected}. Nothing was loaded."
+                )
+    return config
 
 
 def lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, base_model: str | None) -> Any:
     """
-    Settings of LoRA weights.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): By name of the module, without a prefix.
-        metadata (`dict[str, Any]`, *optional*): What [`BagelLoraLoaderMixin.lora_state_dict`] returns beside them. Without
-            it alpha is the rank.
-        base_model (`str`, *optional*): Name of what they adapt.
-
-    Returns:
-        `peft.LoraConfig`
+    `peft.LoraConfig` of LoRA weights, by the name of their module, and of the settings that
+    [`BagelLoraLoaderMixin.lora_state_dict`] returns beside them: without these, alpha is the rank.
 
     Raises:
         ValueError: if the settings are of another kind of adapter, or say that there are whole modules beside.
@@ -466,109 +443,58 @@ def lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | Non
     return config
 
 
-def check_lora_shapes(weights: dict[str, torch.Tensor], config: Any, transformer: PreTrainedModel) -> None:
-    """
-    Raises:
-        ValueError: if a weight is missing, or does not have the shape of its layer and the rank of its `LoraConfig`.
-    """
-    for module in sorted({_module_of(name) for name in weights}):
-        layer = transformer.get_submodule(module)
-        rank, _ = configured_strength(config, module)
-        for part, expected in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
-            name = f"{module}.{part}.weight"
-            shape = tuple(weights[name].shape) if name in weights else "missing"
-            if shape != expected:
-                raise ValueError(
-                    f"{SOURCE} does not fit the transformer or its own settings: {name} is {shape}, expected "
-                    f"{expected}. Nothing was loaded."
-                )
-
-
 @contextmanager
-def _without_offloading(pipeline: Any) -> Iterator[None]:
-    """Take the hooks of offloading off the components for a while."""
-    device = None if pipeline is None else pipeline._execution_device
-    by_model, by_layer, by_group = _func_optionally_disable_offloading(pipeline)
+def _without_offloading(pipeline: Any, transformer: Any) -> Iterator[None]:
+    """Bring offloaded layers back for a while: what is put beside them must lie where they do."""
+    places = set(getattr(transformer, "hf_device_map", {}).values())
+    is_offloaded = any(weight.is_meta for weight in transformer.parameters())
+    if (len(places) > 1 and places & {"cpu", "disk"}) or (is_offloaded and pipeline is None):
+        raise ValueError(
+            "The transformer's layers are offloaded by its `device_map`: nothing was loaded. Load the transformer "
+            "without a `device_map`, and call `pipe.enable_model_cpu_offload()`."
+        )
+    if is_offloaded:
+        device = pipeline._execution_device
+        pipeline.remove_all_hooks()
     try:
         yield
     finally:
-        if by_model:
-            pipeline.enable_model_cpu_offload(device=device)
-        elif by_layer:
+        if is_offloaded:
             pipeline.enable_sequential_cpu_offload(device=device)
-        elif by_group:
-            for component in pipeline.components.values():
-                if isinstance(component, torch.nn.Module):
-                    _maybe_remove_and_reapply_group_offloading(component)
+        _maybe_remove_and_reapply_group_offloading(transformer)
 
 
 @contextmanager
-def _undone_on_error(transformer: Any, adapter_name: str) -> Iterator[None]:
-    """If something fails, put the modules back that were there, without the new adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _without_report() -> Iterator[None]:
+    """Silence transformers for a while: it would report that other adapters' weights were made anew. They are not."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
-    modules = dict(transformer.named_modules())
-    active = {
-        name: list(module.active_adapters) for name, module in modules.items() if isinstance(module, BaseTunerLayer)
-    }
+
+@contextmanager
+def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[None]:
+    """If something fails, take a new adapter out again."""
+    is_new = adapter_name not in getattr(transformer, "peft_config", {})
+    active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
-    had_adapters = getattr(transformer, "peft_config", None) is not None
     try:
         yield
     except BaseException:
-        for name, module in modules.items():
-            if name in active:
-                module.delete_adapter(adapter_name)
-                module.set_adapter(active[name])
-            elif name and transformer.get_submodule(name) is not module:
-                transformer.set_submodule(name, module)
-        if had_adapters:
-            transformer.peft_config.pop(adapter_name, None)
-        elif hasattr(transformer, "peft_config"):
-            del transformer.peft_config
+        if not is_new:
+            raise
+        if adapter_name in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapter(adapter_name)
+        else:
+            # The injection ended in the middle.
+            for layer in adapted_layers(transformer).values():
+                layer.delete_adapter(adapter_name)
+            remove_empty_layers(transformer)
+        for layer, names in active:
+            layer.set_adapter(names)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         raise
-
-
-def _inject(
-    transformer: Any, weights: dict[str, torch.Tensor], config: Any, adapter_name: str, low_cpu_mem_usage: bool
-) -> None:
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
-    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-
-    inject_adapter_in_model(config, transformer, adapter_name, state_dict=weights, low_cpu_mem_usage=low_cpu_mem_usage)
-    if low_cpu_mem_usage:
-        # This gives the weights memory, but rounds them to the model's dtype.
-        set_peft_model_state_dict(transformer, weights, adapter_name, low_cpu_mem_usage=True)
-    settle_adapter(transformer, adapter_name)
-    result = set_peft_model_state_dict(transformer, weights, adapter_name)
-    # As in `lora_A.<adapter>.weight`: what other adapters hold is missing, too, and their names may begin alike.
-    missing = [name for name in result.missing_keys if name.partition(".lora_")[2].split(".")[1:2] == [adapter_name]]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{SOURCE} does not fit the transformer: {missing[:3]} are missing, {result.unexpected_keys[:3]} unknown. "
-            "Nothing was loaded."
-        )
-    if transformer._prepare_peft_hotswap_kwargs is not None:
-        prepare_model_for_compiled_hotswap(transformer, config=config, **transformer._prepare_peft_hotswap_kwargs)
-        transformer._prepare_peft_hotswap_kwargs = None
-    transformer._hf_peft_config_loaded = True
-
-
-def _swap(transformer: Any, weights: dict[str, torch.Tensor], config: Any, adapter_name: str) -> None:
-    from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
-
-    check_hotswap_configs_compatible(transformer.peft_config[adapter_name], config)
-    hotswap_adapter_from_state_dict(transformer, lora_parameters(weights, adapter_name), adapter_name, config)
-
-
-def lora_parameters(weights: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
-    """LoRA weights by their names in the module tree: between part and parameter stands the adapter's."""
-    named = {}
-    for name, tensor in weights.items():
-        module = _module_of(name)
-        # The magnitudes of DoRA are saved without the name of their parameter.
-        part, _, parameter = name[len(module) + 1 :].partition(".")
-        named[f"{module}.{part}.{adapter_name}.{parameter or 'weight'}"] = tensor
-    return named

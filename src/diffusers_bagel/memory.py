@@ -1,71 +1,40 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Less memory for the pipeline: offloading that is announced, layerwise casting, quantised components."""
+"""Less memory for the pipeline: layers cast while they rest, quantised components."""
 
+import re
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
-from diffusers.hooks import HookRegistry
-from diffusers.hooks.layerwise_casting import _PEFT_AUTOCAST_DISABLE_HOOK
-from diffusers.pipelines.pipeline_loading_utils import _maybe_warn_for_wrong_component_in_quant_config
+from diffusers import PipelineQuantizationConfig
+from diffusers.hooks import apply_layerwise_casting_hook
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersQuantizationConfig
 from diffusers.utils import logging
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 logger = logging.get_logger(__name__)
 
+# Attention and MLP of the experts and of the vision tower, below their adapters.
+_CAST_LAYER = re.compile(r".*\blayers\.\d+\.(self_attn|mlp)\w*\.\w+(\.base_layer)*")
 
-class BagelMemoryMixin(DiffusionPipeline):
-    """diffusers' ways of offloading, which tell what they do, and layerwise casting of a transformer that is not diffusers'."""
 
-    transformer: Any
-    _announced_offload: tuple[str, Any] | None = None
+def cast_layers(transformer: Any, storage_dtype: torch.dtype) -> None:
+    """
+    Keep linear layers in a small type, and cast each to the transformer's own type while it computes.
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """See [`DiffusionPipeline.enable_model_cpu_offload`]."""
-        super().enable_model_cpu_offload(gpu_id, device)
-        self._announce_offload("one model at a time", self._offload_device)
+    Args:
+        transformer (`PreTrainedModel`): Its attention and MLP layers are cast. Adapters and all other layers are not.
+        storage_dtype (`torch.dtype`): Of the layers at rest.
 
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """See [`DiffusionPipeline.enable_sequential_cpu_offload`]."""
-        super().enable_sequential_cpu_offload(gpu_id, device)
-        self._announce_offload("one layer at a time", self._offload_device)
-
-    def enable_group_offload(self, onload_device: torch.device | str, *args: Any, **kwargs: Any) -> None:
-        """See [`DiffusionPipeline.enable_group_offload`]."""
-        onload_device = torch.device(onload_device)
-        super().enable_group_offload(onload_device, *args, **kwargs)
-        self._announce_offload("a group of layers at a time", onload_device)
-
-    def _announce_offload(self, how: str, device: torch.device) -> None:
-        # The library enables offloading by model again after every call.
-        if self._announced_offload != (how, device):
-            self._announced_offload = (how, device)
-            logger.warning(
-                f"Offloading: weights go to {device} {how} when they are needed, and back, which saves memory and takes time."
-            )
-
-    def enable_layerwise_casting(self, storage_dtype: torch.dtype = torch.float8_e4m3fn) -> None:
-        """
-        Keep the transformer's layers in a small type, and cast each to the transformer's own type while it computes. The
-        layers around latents, the connector, norms, embeddings, the text head and adapters stay as they are. It cannot be
-        undone.
-
-        Args:
-            storage_dtype (`torch.dtype`, *optional*, defaults to `torch.float8_e4m3fn`): Of the layers at rest.
-
-        Raises:
-            ValueError: if the transformer is quantised.
-        """
-        if getattr(self.transformer, "is_quantized", False):
-            raise ValueError("The transformer is quantised: its layers are small already, and are not cast.")
-        # The library's method needs a module and the names to skip, which the transformer has.
-        ModelMixin.enable_layerwise_casting(self.transformer, storage_dtype)
-        # It takes adapters for layers of the model's type. Ours are float32, and peft has to cast what they get.
-        hooks = HookRegistry.check_if_exists_or_initialize(self.transformer)
-        hooks.remove_hook(_PEFT_AUTOCAST_DISABLE_HOOK, recurse=True)
+    Raises:
+        ValueError: if the transformer is quantised.
+    """
+    if getattr(transformer, "is_quantized", False):
+        raise ValueError("The transformer is quantised: its layers are small already, and are not cast.")
+    compute_dtype = transformer.dtype
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and _CAST_LAYER.fullmatch(name):
+            apply_layerwise_casting_hook(layer, storage_dtype, compute_dtype, non_blocking=False)
 
 
 def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:
@@ -87,9 +56,9 @@ def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:
     return config
 
 
-def published_quantization(config: PipelineQuantizationConfig) -> Any:
+def transformer_quantization(config: PipelineQuantizationConfig) -> Any:
     """
-    What a pipeline's `quantization_config` says of the transformer of a published repository.
+    What a pipeline's `quantization_config` says of the transformer of an original checkpoint.
 
     Returns:
         `transformers.utils.quantization_config.QuantizationConfigMixin`, or `None`.
@@ -97,9 +66,19 @@ def published_quantization(config: PipelineQuantizationConfig) -> Any:
     Raises:
         ValueError: if the VAE is to be quantised, which is no repository of diffusers there.
     """
-    if config._resolve_quant_config(module_name="vae") is not None:
+    chosen = config.quant_mapping or config.components_to_quantize or ("transformer", "vae")
+    if "vae" in chosen:
         raise ValueError(
-            'The VAE of the published layout cannot be quantised. Pass `components_to_quantize=["transformer"]`.'
+            'The VAE of the original layout cannot be quantised. Pass `components_to_quantize=["transformer"]`.'
         )
-    _maybe_warn_for_wrong_component_in_quant_config({"transformer": None, "vae": None}, config)
-    return config._resolve_quant_config(is_diffusers=False, module_name="transformer")
+    unknown = sorted(set(chosen) - {"transformer"})
+    if unknown:
+        logger.warning(f"`quantization_config` names {', '.join(unknown)}, which are no components to quantise.")
+    if "transformer" not in chosen:
+        return None
+    if config.quant_mapping:
+        quantization = config.quant_mapping["transformer"]
+    else:
+        quantization = AUTO_QUANTIZATION_CONFIG_MAPPING[config.quant_backend](**config.quant_kwargs)
+    config.config_mapping["transformer"] = quantization
+    return quantization

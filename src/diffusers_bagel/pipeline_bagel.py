@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging, replace_example_docstring
@@ -45,8 +45,8 @@ from .inputs import (
     takes_sigmas,
 )
 from .loading import is_original, load_original_components, name_own_modules
-from .lora import BagelLoraLoaderMixin, scales_lora
-from .memory import BagelMemoryMixin, pipeline_quantization
+from .lora import BagelLoraLoaderMixin, check_no_adapters, scales_lora
+from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
 
 
@@ -68,7 +68,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
+class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 
@@ -144,6 +144,28 @@ class BagelPipeline(BagelLoraLoaderMixin, BagelMemoryMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Like the parent's, for repositories whose model_index.json names our classes as those of transformers."""
         return super().extract_init_dict(name_own_modules(config_dict), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """See [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if the transformer has adapters, before anything is written.
+        """
+        check_no_adapters(self.transformer)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def enable_layerwise_casting(self, storage_dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+        """
+        Keep the transformer's attention and MLP layers in a small type, and cast each to the transformer's own type
+        while it computes. It cannot be undone.
+
+        Args:
+            storage_dtype (`torch.dtype`, *optional*, defaults to `torch.float8_e4m3fn`): Of the layers at rest.
+
+        Raises:
+            ValueError: if the transformer is quantised.
+        """
+        cast_layers(self.transformer, storage_dtype)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Adapters: the layers that LoRA changes by default, float32 masters, and saving that loses none in silence."""
+"""Adapters: the layers that LoRA changes by default, float32 masters, hot-swapping, and saving that says what it omits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,10 +33,6 @@ LORA_TARGETS: dict[str, str] = {
 }
 
 
-# Applied after the adapter's name was put behind the first part.
-DORA_RENAMING = (r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
-
-
 def register_lora_targets() -> None:
     """Let `LoraConfig()` without `target_modules` adapt both experts. Without peft there is nothing to do."""
     if not is_peft_available():
@@ -50,7 +44,10 @@ def register_lora_targets() -> None:
 
 
 class BagelAdapterMixin(PeftAdapterMixin):
-    """The library's adapter methods, with float32 masters (point 36) and with words for what a save leaves out."""
+    """The library's adapter methods, with float32 masters (original behaviour, point 36), DoRA, and alphas that swap."""
+
+    # None until hot-swapping is enabled, empty after the first adapter was made ready for it.
+    _hotswap_preparation: dict[str, Any] | None = None
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """
@@ -71,35 +68,111 @@ class BagelAdapterMixin(PeftAdapterMixin):
         self,
         peft_model_id: str | None = None,
         adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: dict[str, torch.Tensor] | None = None,
         *args: Any,
+        hotswap: bool | Literal["auto"] = "auto",
         load_config: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As [`transformers.integrations.PeftAdapterMixin.load_adapter`], with LoRA weights in float32, and DoRA."""
+        """
+        As [`transformers.integrations.PeftAdapterMixin.load_adapter`], with LoRA weights in float32, and DoRA.
+
+        A hot-swap, which returns `None`, keeps the parameters, as a compiled model needs it, and swaps alphas, too.
+        """
+        adapter_name = adapter_name or "default"
+        is_known = adapter_name in getattr(self, "peft_config", {})
+        if hotswap == "auto":
+            hotswap = is_known and self._hotswap_preparation is not None
+        if hotswap and is_known:
+            if adapter_state_dict is None:
+                peft_config, adapter_state_dict = _read_adapter(peft_model_id, kwargs.get("adapter_kwargs") or {})
+            return _swap_adapter(self, adapter_name, peft_config, adapter_state_dict)
         # The library would round the weights to the model's dtype while it reads them,
         kwargs.setdefault("dtype_plan", {"lora_": torch.float32})
         # and leave the magnitudes of DoRA in the file: their names there end early.
         mapping = getattr(load_config, "weight_mapping", None) or get_model_conversion_mapping(self)
-        kwargs.setdefault("weight_mapping", [*mapping, WeightRenaming(*DORA_RENAMING)])
-        return super().load_adapter(peft_model_id, adapter_name, *args, load_config=load_config, **kwargs)
+        magnitudes = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
+        kwargs.setdefault("weight_mapping", [*mapping, magnitudes])
+        info = super().load_adapter(
+            peft_model_id,
+            adapter_name,
+            peft_config,
+            adapter_state_dict,
+            *args,
+            hotswap=hotswap,
+            load_config=load_config,
+            **kwargs,
+        )
+        settle_adapter(self, adapter_name)
+        if self._hotswap_preparation:
+            from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+            prepare_model_for_compiled_hotswap(self, config=self.peft_config, **self._hotswap_preparation)
+            self._hotswap_preparation = {}
+        return info
+
+    def enable_peft_hotswap(
+        self, target_rank: int = 128, check_compiled: Literal["error", "warn", "ignore"] = "error"
+    ) -> None:
+        """See [`transformers.integrations.PeftAdapterMixin.enable_peft_hotswap`], whose rank is lost in 5.23."""
+        super().enable_peft_hotswap(target_rank, check_compiled)
+        self._hotswap_preparation = {"target_rank": target_rank, "check_compiled": check_compiled}
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """See [`transformers.integrations.PeftAdapterMixin.delete_adapter`]. The last one leaves plain layers."""
+        super().delete_adapter(adapter_names)
+        remove_empty_layers(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As [`PreTrainedModel.save_pretrained`]: with an adapter of `add_adapter` or `load_adapter` only that adapter
-        is written, and a warning tells what is not.
+        is written, at its present strength, and a warning tells what is not.
 
         Raises:
-            ValueError: if several adapters are active, before anything is written.
+            ValueError: if several adapters are active, or if they are a `PeftModel`'s, before anything is written.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            with _config_of_live_adapter(self):
-                super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        # Layers of a `PeftModel`, or left behind by a deleted adapter: their names would fit no model.
-        with merged_adapters(self):
+        if not adapted_layers(self):
             super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        try:
+            active = self.active_adapters()
+        except ValueError as error:
+            raise ValueError(
+                "The model has layers of a PeftModel, whose names no model would know: nothing was saved. Save the "
+                "PeftModel, or what its `merge_and_unload()` returns."
+            ) from error
+        if len(active) != 1:
+            raise ValueError(
+                f"The adapters {', '.join(active)} are active, but a folder holds one: nothing was saved. Save one "
+                "after the other, each after `set_adapter(name)`."
+            )
+        config = self.peft_config[active[0]]
+        logger.warning(_what_is_not_saved(self, active[0]))
+        self.peft_config[active[0]] = live_config(self, active[0])
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.peft_config[active[0]] = config
 
     # diffusers reads off it what a component's method takes.
     save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
+
+
+def _read_adapter(path: Any, hub: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(path, device="cpu", **hub)
+    return PeftConfig.from_pretrained(path, **hub), {
+        name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()
+    }
+
+
+def _swap_adapter(model: Any, adapter_name: str, config: Any, weights: dict[str, torch.Tensor]) -> None:
+    from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
+
+    check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
+    hotswap_adapter_from_state_dict(model, lora_parameters(weights, adapter_name), adapter_name, config)
 
 
 def settle_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -111,91 +184,50 @@ def settle_adapter(model: nn.Module, adapter_name: str) -> None:
         model.eval()
 
 
-@contextmanager
-def merged_adapters(model: nn.Module) -> Iterator[None]:
-    """
-    For the time of a save, put plain layers in the place of adapted ones: they compute what those compute now.
-
-    A merged layer is a copy on the CPU, so that the model is bit for bit what it was afterwards.
-    """
-    layers = _adapted_layers(model)
-    loaded = getattr(model, "_hf_peft_config_loaded", False)
-    try:
-        for name, layer in layers.items():
-            model.set_submodule(name, _plain_layer(layer))
-        model._hf_peft_config_loaded = False
-        yield
-    finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        model._hf_peft_config_loaded = loaded
-
-
-def _adapted_layers(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers of peft in a model, by name."""
     if not is_peft_available():
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper
 
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def remove_empty_layers(model: nn.Module) -> None:
+    """Put plain layers in the place of those that hold no adapter any more."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, layer in adapted_layers(model).items():
+        if isinstance(layer, ModulesToSaveWrapper):
+            if not layer.modules_to_save:
+                model.set_submodule(name, layer.original_module)
+        elif not any(getattr(layer, part, None) for part in layer.adapter_layer_names):
+            model.set_submodule(name, layer.get_base_layer())
+
+
+def lora_parameters(weights: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
+    """LoRA weights by their names in the module tree: between part and parameter stands the adapter's. The magnitudes
+    of DoRA are saved without the name of their parameter."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+        re.sub(
+            r"(\.lora_[^.]+)(.*)$", lambda found: f"{found[1]}.{adapter_name}{found[2] or '.weight'}", name, count=1
+        ): tensor
+        for name, tensor in weights.items()
     }
 
 
-def _plain_layer(layer: Any) -> nn.Module:
-    from peft.utils.other import ModulesToSaveWrapper
-
-    adapted = not layer.disable_adapters
-    if isinstance(layer, ModulesToSaveWrapper):
-        names = [name for name in layer.active_adapters if name in layer.modules_to_save]
-        return layer.modules_to_save[names[0]] if adapted and names else layer.original_module
-    if adapted == layer.merged:
-        return layer.get_base_layer()
-    layer = copy.deepcopy(layer)
-    if adapted:
-        layer.merge()
-    else:
-        layer.unmerge()
-    return layer.get_base_layer().cpu()
-
-
-@contextmanager
-def _config_of_live_adapter(model: Any) -> Iterator[None]:
-    """For the time of a save, make the configuration of the active adapter say what its layers do; warn of the rest.
-
-    Raises:
-        ValueError: if several adapters are active.
-    """
-    active = model.active_adapters()
-    if len(active) > 1:
-        raise ValueError(
-            f"The adapters {', '.join(active)} are active, but a folder holds one: nothing was saved. Save one after "
-            "the other, each after `set_adapter(name)`; or merge them into the weights, as the pipeline's "
-            "`save_pretrained` does."
-        )
-    name = active[0]
-    logger.warning(_what_is_not_saved(model, name))
-    config = model.peft_config[name]
-    model.peft_config[name] = live_config(model, name)
-    try:
-        yield
-    finally:
-        model.peft_config[name] = config
-
-
 def _what_is_not_saved(model: Any, name: str) -> str:
-    layers = _adapted_layers(model).values()
     base = model.peft_config[name].base_model_name_or_path
-    origin = f"is to be loaded from '{base}'" if base else "has no name to be loaded from: save it apart"
-    lost = [f"the base model, which {origin}"]
+    lost = [f"the base model, which {f'is to be loaded from {base!r}' if base else 'has no name: save it apart'}"]
     lost += [f"the adapter '{other}'" for other in model.peft_config if other != name]
+    layers = adapted_layers(model).values()
     if any(layer.disable_adapters for layer in layers):
         lost.append("that adapters are disabled: they will be enabled")
-    merged = {other for layer in layers for other in getattr(layer, "merged_adapters", [])}
-    if merged - {name}:
-        lost.append(f"the merged weights of {', '.join(sorted(merged - {name}))}")
+    merged = {other for layer in layers for other in getattr(layer, "merged_adapters", [])} - {name}
+    if merged:
+        lost.append(f"the merged weights of {', '.join(sorted(merged))}")
     return f"Only the adapter '{name}' is saved, as the library does. Not saved: {'; '.join(lost)}."
 
 
@@ -214,18 +246,22 @@ def live_config(model: Any, adapter_name: str) -> Any:
     from peft.tuners.lora import LoraLayer
 
     config = model.peft_config[adapter_name]
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    as_configured = True
-    for name, layer in _adapted_layers(model).items():
-        if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
-            continue
-        rank, scaling = layer.lora_A[adapter_name].weight.shape[0], float(layer.scaling[adapter_name])
-        ranks[name] = rank
-        alphas[name] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
-        configured_rank, configured_alpha = configured_strength(config, name)
-        as_configured &= rank == configured_rank and math.isclose(alphas[name], configured_alpha, rel_tol=1e-6)
-    if as_configured:
+    layers = {
+        name: layer
+        for name, layer in adapted_layers(model).items()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
+    }
+    ranks = {name: layer.lora_A[adapter_name].weight.shape[0] for name, layer in layers.items()}
+    alphas = {
+        name: float(layer.scaling[adapter_name]) * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
+        for name, layer in layers.items()
+    }
+
+    def is_configured(name: str) -> bool:
+        rank, alpha = configured_strength(config, name)
+        return ranks[name] == rank and math.isclose(alphas[name], alpha, rel_tol=1e-6)
+
+    if all(is_configured(name) for name in layers):
         return config
     config = copy.copy(config)
     for key, value in strength_settings(ranks, alphas).items():

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What stays whole when a model is quantised or cast, and what moves together when it is offloaded."""
+"""What stays whole when a model is quantised, and what moves together when it is offloaded."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 
 # Patterns of the layers between latents, pixels or timesteps and tokens: 0.2 % of the weights. Quantising them costs quality
-# and saves nothing.
+# and saves nothing. Quantisers leave norms, position tables, embeddings and the head alone by themselves.
 SENSITIVE_MODULES = tuple(
     rf".*{name}" for name in ("vae2llm", "llm2vae", "time_embedder", "connector", "patch_embedding")
 )
-
-# Quantisers leave the embeddings and the head alone by themselves, layerwise casting does not.
-UNCAST_MODULES = (*SENSITIVE_MODULES, "embed_tokens", "position_embedding", "lm_head")
 
 # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner: each
 # of them has to be moved by itself.

@@ -35,7 +35,7 @@ from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
 from .loading import BagelLoadingMixin, ignored_weights, rename_weights
-from .memory_bagel import OFFLOAD_BLOCKS, UNCAST_MODULES
+from .memory_bagel import OFFLOAD_BLOCKS
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
     ExpertRouting,
@@ -420,7 +420,6 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
-    _skip_layerwise_casting_patterns = UNCAST_MODULES
     _group_offload_block_modules = OFFLOAD_BLOCKS
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -6,12 +6,10 @@ import shutil
 import sys
 from collections.abc import Callable
 
-import accelerate
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
 from diffusers.hooks.group_offloading import ModuleGroup
-from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -60,14 +58,6 @@ def saved(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def warnings(caplog):
-    """Messages of the package's loggers, which do not reach the root logger by themselves."""
-    logging.enable_propagation()
-    yield lambda: [record.message for record in caplog.records if record.name.startswith("diffusers_bagel")]
-    logging.disable_propagation()
-
-
 class TestQuantization:
     @pytest.mark.parametrize("quantize", QUANTIZATIONS, ids=lambda quantize: quantize.__name__)
     @pytest.mark.parametrize("layout", ["published", "saved"])
@@ -112,6 +102,13 @@ class TestQuantization:
         with pytest.raises(ValueError, match="components_to_quantize"):
             load(quantization_config=everything)
 
+    def test_components_that_are_not_there_are_named(self, caplog):
+        config = PipelineQuantizationConfig(quant_mapping={"transformer": torchao_int8(), "unet": torchao_int8()})
+        assert quantized_layers(load(quantization_config=config).transformer)
+        assert "unet" in caplog.text
+        other = PipelineQuantizationConfig(quant_mapping={"unet": torchao_int8()})
+        assert not quantized_layers(load(quantization_config=other).transformer)
+
     @pytest.mark.parametrize("quantize", QUANTIZATIONS, ids=lambda quantize: quantize.__name__)
     def test_lora_weights_load_into_a_quantized_transformer(self, quantize, tmp_path):
         trained = load_model(dtype=torch.bfloat16)
@@ -135,26 +132,6 @@ class TestQuantization:
 
 
 class TestOffloading:
-    @pytest.mark.parametrize(
-        "enable",
-        [
-            lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-            lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
-            lambda pipe: pipe.enable_group_offload("cpu", offload_type="leaf_level"),
-            lambda pipe: pipe.enable_group_offload("cpu", num_blocks_per_group=2),
-        ],
-        ids=["model", "layer", "leaf", "block"],
-    )
-    def test_offloading_is_announced_once(self, enable, warnings, monkeypatch):
-        # accelerate 1.15 cannot offload any model to "cpu:0", the name that diffusers gives this stand-in for a GPU.
-        offload = accelerate.cpu_offload
-        monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **kw: offload(model, "cpu", **kw))
-        pipe = load()
-        enable(pipe)
-        drawn(pipe)
-        drawn(pipe)
-        assert len([message for message in warnings() if message.startswith("Offloading: ")]) == 1
-
     @pytest.mark.parametrize("blocks", [None, 1, 2])
     def test_group_offloading_draws_the_same(self, blocks):
         plain = edited(load())

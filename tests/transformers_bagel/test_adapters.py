@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
 
@@ -22,7 +22,6 @@ from transformers_bagel import (
     BagelPreTrainedModel,
     BagelTextModel,
 )
-from transformers_bagel.adapters import merged_adapters
 
 
 VARIANTS: dict[str, dict] = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -260,14 +259,63 @@ def test_saved_adapter_keeps_the_strength_it_was_given(tmp_path):
     assert max_error(outputs(BagelForConditionalGeneration.from_pretrained(tmp_path)), expected) <= 1e-5
 
 
-def test_base_of_a_peft_model_is_saved_with_what_it_computes(tmp_path):
+def test_base_of_a_peft_model_is_not_saved_and_nothing_is_written(tmp_path):
     model = get_peft_model(load_model(), LoraConfig(modules_to_save=["lm_head"]))
     randomise(model)
     model.base_model.model.lm_head.modules_to_save["default"].weight.data *= 1.5
     expected = outputs(model)
-    model.get_base_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"PeftModel.*`merge_and_unload\(\)`"):
+        model.get_base_model().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.merge_and_unload().save_pretrained(tmp_path / "out")
+    assert max_error(outputs(BagelForConditionalGeneration.from_pretrained(tmp_path / "out")), expected) <= 1e-5
+
+
+def test_deleting_one_of_two_adapters_keeps_the_other():
+    model = adapted_model()
+    expected = outputs(model)
+    model.add_adapter(LoraConfig(target_modules=LORA_TARGETS["gen"]), "second")
+    model.delete_adapter("second")
+    model.set_adapter("default")
     assert torch.equal(outputs(model), expected)
-    assert max_error(outputs(BagelForConditionalGeneration.from_pretrained(tmp_path)), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("how", ["tensors", "folder", "automatic"])
+def test_hotswap_swaps_alpha_and_keeps_the_parameters(how, tmp_path):
+    model, other = adapted_model(LoraConfig(r=4, lora_alpha=12)), adapted_model(LoraConfig(r=4, lora_alpha=6))
+    randomise(other, seed=1)
+    expected = outputs(other)
+    model.save_pretrained(tmp_path / "first")
+    other.save_pretrained(tmp_path / "second")
+    model = load_model()
+    if how == "automatic":
+        model.enable_peft_hotswap(target_rank=6)
+    model.load_adapter(tmp_path / "first")
+    before = lora_weights(model)
+    if how == "tensors":
+        weights = get_peft_model_state_dict(other)
+        model.load_adapter(adapter_state_dict=weights, peft_config=other.peft_config["default"], hotswap=True)
+    else:
+        model.load_adapter(tmp_path / "second", **({"hotswap": True} if how == "folder" else {}))
+    assert all(weight is before[name] for name, weight in lora_weights(model).items())
+    assert max_error(outputs(model), expected) <= 1e-5
+
+
+def test_loaded_weights_lie_where_the_device_map_has_their_layer():
+    # "meta" stands for a second device: nothing is computed.
+    other, model = adapted_model(), load_model()
+    model.model.language_model.layers[1].to("meta")
+    model.hf_device_map = {f"model.language_model.layers.{i}": "meta" if i == 1 else "cpu" for i in range(3)}
+    weights = get_peft_model_state_dict(other)
+    model.load_adapter(adapter_state_dict=weights, peft_config=other.peft_config["default"])
+    for name, weight in lora_weights(model).items():
+        assert weight.device.type == ("meta" if ".layers.1." in name else "cpu"), name
+
+
+def test_hotswap_of_an_unknown_adapter_is_refused(tmp_path):
+    adapted_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="existing adapter"):
+        load_model().load_adapter(tmp_path, hotswap=True)
 
 
 def test_model_without_its_deleted_adapter_is_saved_whole(tmp_path):
@@ -277,16 +325,6 @@ def test_model_without_its_deleted_adapter_is_saved_whole(tmp_path):
     names = set(load_file(tmp_path / "model.safetensors"))
     assert not any("base_layer" in name for name in names)
     assert torch.equal(outputs(BagelForConditionalGeneration.from_pretrained(tmp_path)), outputs(load_model()))
-
-
-def test_merging_for_a_save_leaves_the_model_as_it_was():
-    model = adapted_model(LoraConfig(**VARIANTS["dora"]))
-    expected, names = outputs(model), list(model.state_dict())
-    with merged_adapters(model):
-        assert not lora_weights(model)
-        assert max_error(outputs(model), expected) <= 1e-4
-    assert list(model.state_dict()) == names
-    assert torch.equal(outputs(model), expected)
 
 
 def test_every_class_has_the_adapter_methods():
