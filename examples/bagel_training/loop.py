@@ -28,7 +28,7 @@ from transformers.optimization import get_wsd_schedule
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelDataCollator, BagelDataLoader
-from transformers_bagel.training.losses import loss_totals, over_ranks
+from transformers_bagel.training.losses import loss_totals
 
 from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from .data import TrainingSamples
@@ -94,6 +94,7 @@ def make_loader(
         noised_copies=args.noised_copies,
         cache_dir=Path(args.output_dir) / "latents" if args.cache_latents else None,
         on_error=args.on_error,
+        return_layout=True,
     )
     batch_size = args.train_batch_size
     if batch_size is None and args.max_tokens is None:
@@ -227,13 +228,13 @@ class Training:
     def _step(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
         """One update, by the loss of the global batch: of all micro-batches of all ranks."""
         args, accelerator = self.args, self.accelerator
-        own = sum(loss_totals(batch, args.loss_reduction) for batch in micro_batches)
-        totals, num_ranks = over_ranks(own)
+        own: Any = sum(loss_totals(batch, args.loss_reduction) for batch in micro_batches)
+        totals, num_ranks = accelerator.reduce(own, "sum"), accelerator.num_processes
         sums = torch.zeros(3, device=accelerator.device)
         for index, batch in enumerate(micro_batches):
             with self._gradient_sync(index == len(micro_batches) - 1), accelerator.autocast(), self._sdpa_backend():
                 outputs = self.model(**batch, loss_totals=totals)
-                # Data parallel takes the mean over the ranks, where the sum is meant.
+                # Data parallel takes the mean of the ranks' gradients, where the sum is meant.
                 accelerator.backward(num_ranks * outputs.loss)
             sums += torch.stack([outputs.loss, outputs.ce_loss, outputs.mse_loss]).detach()
         norm = self._clip_gradients()
@@ -270,9 +271,10 @@ class Training:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _throughput(self, micro_batches: list[BatchFeature], seconds: float, peak: float) -> dict[str, float]:
-        tokens = sum(int((batch["document_ids"] >= 0).sum()) for batch in micro_batches)
-        flops = sum(self.flops(batch) for batch in micro_batches)
-        work = torch.tensor([tokens, flops], dtype=torch.float64, device=self.accelerator.device)
+        tokens = sum(int((batch["layout"].document_ids >= 0).sum()) for batch in micro_batches)
+        flops = sum(self.flops(batch["layout"]) for batch in micro_batches)
+        # float32, since not every device has float64; these are for the eye.
+        work = torch.tensor([tokens, flops], dtype=torch.float32, device=self.accelerator.device)
         tokens, flops = self.accelerator.reduce(work, "sum").tolist()
         return {
             "tokens_per_second": tokens / seconds,

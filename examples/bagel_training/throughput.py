@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from transformers_bagel import BagelForConditionalGeneration
-from transformers_bagel.sequence import IMAGE_TOKEN, LATENT_TOKEN
+from transformers_bagel.segments import IGNORED_LABEL, IMAGE_TOKEN, LATENT_TOKEN
+from transformers_bagel.sequence import SequenceLayout
 from transformers_bagel.training.freezing import FREEZABLE_PARTS
 
 
@@ -46,9 +46,9 @@ class StepFlops:
         head_dim = model.model.language_model.layers[0].self_attn.head_dim
         self.attention = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * head_dim
 
-    def __call__(self, batch: Mapping[str, torch.Tensor]) -> int:
-        """Operations of forward and backward of one batch."""
-        types, documents = batch["mm_token_type_ids"], batch["document_ids"]
+    def __call__(self, layout: SequenceLayout) -> int:
+        """Operations of forward and backward of one batch with labels."""
+        types, documents, labels = layout.token_types, layout.document_ids, layout.labels
         real = documents >= 0
         counts = {
             "und": int(((types != LATENT_TOKEN) & real).sum()),
@@ -57,7 +57,7 @@ class StepFlops:
             "connector": int((types == IMAGE_TOKEN).sum()),
         }
         linear = sum(count * self.per_token[tower] for tower, count in counts.items())
-        head = self.head * int((batch["labels"] != -100).sum())
+        head = self.head * int((labels != IGNORED_LABEL).sum())
         lengths = documents[real].bincount().float()
         return linear + head + int(self.attention * lengths.square().sum())
 

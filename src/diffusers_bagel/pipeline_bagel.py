@@ -19,10 +19,10 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.image_processing_bagel import patchify
+from transformers_bagel.image_processing_bagel import patchify, unpatchify
+from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_posterior, scale_latents
 from transformers_bagel.loading import hub_arguments
 from transformers_bagel.segments import EncodedSegment, chat_segments
-from transformers_bagel.training.latents import VAE_SAMPLE_MODES, scale_latents
 
 from .caching import TaylorSeerConfig
 from .contexts import BagelContext, ContextReader, guidance_contexts
@@ -305,6 +305,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
                 )
         return encoded
 
+    @torch.no_grad()
     def encode_image(
         self, pixels: torch.Tensor, generator: torch.Generator | None = None, vae_sample_mode: str = "sample"
     ) -> torch.Tensor:
@@ -319,16 +320,11 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         Returns:
             `torch.Tensor` of shape `(tokens, latent_dim)`, float32.
         """
-        self._upcast_vae()
-        with torch.no_grad():
-            batch = pixels.unsqueeze(0).to(self._execution_device, self.vae.dtype)
-            posterior = self.vae.encode(batch).latent_dist
-        latents = posterior.mean.float()
-        if VAE_SAMPLE_MODES[vae_sample_mode] == "sample":
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-            latents = latents + posterior.std.float() * noise
+        posterior = encode_posterior(self.vae, pixels, self._execution_device)
+        latents = posterior.sample(generator) if VAE_SAMPLE_MODES[vae_sample_mode] == "sample" else posterior.mode()
         return patchify(scale_latents(latents, self.vae.config)[0], self.latent_patch_size)
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int], output_type: str = "pil") -> Any:
         """
         Images of packed latents of one size.
@@ -341,22 +337,9 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         Raises:
             ValueError: if the VAE gives NaN or infinite pixels.
         """
-        self._upcast_vae()
-        patch = self.latent_patch_size
-        cells = latents.unflatten(1, grid).unflatten(-1, (patch, patch, -1)).permute(0, 5, 1, 3, 2, 4)
-        cells = cells.flatten(4, 5).flatten(2, 3)
-        cells = cells / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        with torch.no_grad():
-            images = self.vae.decode(cells.to(self._execution_device, self.vae.dtype), return_dict=False)[0].float()
-        if not torch.isfinite(images).all():
-            raise ValueError(f"The VAE gave NaN or infinite pixels in {self.vae.dtype}. Load it in float32.")
+        cells = unpatchify(latents, grid, self.latent_patch_size)
+        images = decode_latents(self.vae, cells, self._execution_device)
         return self.image_processor.postprocess(images, output_type=output_type)
-
-    def _upcast_vae(self) -> None:
-        """As diffusers' pipelines do, run a VAE in float32 that overflows in float16 (`force_upcast`)."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            logger.warning("The VAE overflows in float16: it runs in float32.")
-            self.vae.to(dtype=torch.float32)
 
     def prepare_latents(
         self,
@@ -380,6 +363,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             noise[index, :count] = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise.to(self._execution_device)
 
+    @torch.no_grad()
     def prepare_contexts(
         self,
         prompts: Sequence[Sequence[EncodedSegment]],
@@ -402,14 +386,13 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             attention_kwargs (`dict`, *optional*): Passed on to the attention layers.
         """
         reader = ContextReader(self.transformer, self.processor, self._execution_device, attention_kwargs)
-        with torch.no_grad():
-            full = reader.read([BagelContext()] * len(prompts), prompts)
-            plans = None
-            if think:
-                seeds = [_draw_seed(generator) for generator in generators or ()] if do_sample else None
-                plans = reader.write(full, max_think_tokens - 1, do_sample, temperature, seeds or None)
-                full = reader.read(full, [reader.encode_text(plan) for plan in plans])
-            return guidance_contexts(reader, prompts, full, guidance), plans
+        full = reader.read([BagelContext()] * len(prompts), prompts)
+        plans = None
+        if think:
+            seeds = [_draw_seed(generator) for generator in generators or ()] if do_sample else None
+            plans = reader.write(full, max_think_tokens - 1, do_sample, temperature, seeds or None)
+            full = reader.read(full, [reader.encode_text(plan) for plan in plans])
+        return guidance_contexts(reader, prompts, full, guidance), plans
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

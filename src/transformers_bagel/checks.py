@@ -76,6 +76,39 @@ def check_placeholders(layout: SequenceLayout, num_patches: int, num_latents: in
             )
 
 
+def check_layout(layout: SequenceLayout, tokens: Any, timesteps: Any = None, **given: Any) -> None:
+    """
+    Refuse a layout that describes another batch.
+
+    Args:
+        layout (`SequenceLayout`): What was passed.
+        tokens (`torch.Tensor` of shape `(batch, tokens, ...)`): Ids or embeddings.
+        timesteps (`torch.Tensor` of shape `(images,)`, *optional*): Of the latents.
+        given (`torch.Tensor`, *optional*): Arguments of the forward that the layout holds too. Only those on the CPU are
+            read.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if is_torchdynamo_compiling():
+        return
+    shape = tuple(layout.token_types.shape)
+    if tokens is None or tuple(tokens.shape[:2]) != shape:
+        raise ValueError(f"`layout` is that of another batch: it describes tokens of shape {shape}.")
+    own = vars(layout) | {"mm_token_type_ids": layout.token_types}
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+            continue
+        if own[name] is None or not torch.equal(own[name], value):
+            raise ValueError(f"`layout` is that of another batch: it does not describe `{name}`.")
+    if isinstance(timesteps, torch.Tensor) and timesteps.device.type == "cpu":
+        lengths = layout.latent_grid_hw.prod(-1)
+        noised = torch.zeros_like(layout.token_types) if layout.noised is None else layout.noised
+        noised = noised[layout.token_types == LATENT_TOKEN].bool()
+        if len(timesteps) != len(lengths) or not torch.equal((timesteps > 0).repeat_interleave(lengths), noised):
+            raise ValueError("`layout` is that of another batch: it does not describe `timesteps`.")
+
+
 def check_position_range(config: BagelConfig, position_ids: torch.Tensor) -> None:
     """
     Refuse rope positions outside the range that the model knows. Positions on another device than the CPU are not read.

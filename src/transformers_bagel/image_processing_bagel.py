@@ -218,6 +218,12 @@ def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
     return patches.permute(1, 3, 2, 4, 0).reshape(-1, patch_size**2 * channels)
 
 
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch_size: int) -> torch.Tensor:
+    """The inverse of `patchify`: `(..., patches, patch_size ** 2 * channels)` -> `(..., channels, height, width)`."""
+    cells = patches.unflatten(-2, grid).unflatten(-1, (patch_size, patch_size, -1))
+    return cells.movedim(-1, -5).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
 class BagelImageProcessor(PilBackend):
     r"""
     Resizes images as BAGEL was trained (PIL bicubic), and packs the ViT's patches of all of them.
@@ -388,4 +394,4 @@ def _edge(bounds: Any, name: str) -> Any:
     return bounds.get(name) if isinstance(bounds, dict) else getattr(bounds, name, None)
 
 
-__all__ = ["BagelImageProcessor", "BagelImageProcessorKwargs", "patchify", "resized_size", "to_rgb"]
+__all__ = ["BagelImageProcessor", "BagelImageProcessorKwargs", "patchify", "resized_size", "to_rgb", "unpatchify"]

@@ -30,7 +30,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .adapters import BagelAdapterMixin
 from .attention import AttentionLayout, attention, choose_attention
 from .cache import GrowingCache, PrefixCache, PrefixView, layer_caches
-from .checks import check_image_inputs, check_placeholders, check_position_range, check_positions_end
+from .checks import (
+    check_image_inputs,
+    check_layout,
+    check_placeholders,
+    check_position_range,
+    check_positions_end,
+)
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
 from .generation_bagel import BagelGenerationMixin
@@ -49,7 +55,7 @@ from .sequence import (
     token_types_from_ids,
 )
 from .training.freezing import freeze_parts
-from .training.losses import Losses, LossSettings, latent_loss, latent_weights, text_loss, text_targets
+from .training.losses import Losses, latent_loss, latent_weights, mean_losses, text_loss, text_targets
 
 
 @dataclass
@@ -1002,7 +1008,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # Two losses with a count each: they are averaged here, over all ranks.
+    # `Trainer` would count the targets of one loss only; its mean of means is right for both.
     accepts_loss_kwargs = False
 
     def __init__(self, config: BagelConfig):
@@ -1050,6 +1056,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         skip_logits: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         layout: SequenceLayout | None = None,
+        num_items_in_batch: float | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelOutput:
         r"""
@@ -1101,12 +1108,15 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             layout (`SequenceLayout`, *optional*):
                 What the collator or the pipeline knows of this very batch on the CPU. Without it, types and grids are
                 read back from the device.
+            num_items_in_batch (`float` or `torch.Tensor`, *optional*):
+                Training: `Trainer`'s name for `loss_totals`; a single number divides the sum of `ce_loss` alone.
 
         Returns:
             [`BagelOutput`]
 
         Raises:
-            ValueError: if placeholders and images do not match, or if an image or the context is too large.
+            ValueError: if placeholders and images do not match, if an image or the context is too large, or if the
+                layout is that of another batch.
 
         Example:
 
@@ -1120,6 +1130,20 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         has_loss = has_text_loss or noise is not None
         if noise is not None and (latents is None or timesteps is None or latent_grid_hw is None):
             raise ValueError("`noise` needs `latents`, `latent_grid_hw` and `timesteps` beside it.")
+        if layout is not None:
+            check_layout(
+                layout,
+                input_ids if inputs_embeds is None else inputs_embeds,
+                timesteps,
+                mm_token_type_ids=mm_token_type_ids,
+                document_ids=document_ids,
+                image_grid_hw=image_grid_hw,
+                latent_grid_hw=latent_grid_hw,
+                labels=labels,
+            )
+            if layout.labels is not None and not has_text_loss:
+                # `Trainer`'s label smoothing would make its own targets of them, and lose the velocity.
+                raise ValueError("`layout` holds labels, but `labels` were not passed. Pass both or neither.")
         if has_loss:
             if input_ids is None and inputs_embeds is None:
                 raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
@@ -1163,7 +1187,15 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         losses = Losses()
         if has_loss:
-            losses = self._losses(outputs, labels, shift_labels, clean, noise, loss_totals)
+            losses = self._losses(
+                outputs,
+                labels,
+                shift_labels,
+                clean,
+                noise,
+                totals=loss_totals,
+                num_items_in_batch=num_items_in_batch,
+            )
         return BagelOutput(
             loss=losses.loss,
             ce_loss=losses.ce_loss,
@@ -1187,23 +1219,18 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         shift_labels: torch.Tensor | None,
         clean: torch.Tensor | None,
         noise: torch.Tensor | None,
-        totals: torch.Tensor | None,
+        **divisors: Any,
     ) -> Losses:
-        config, layout = self.config, outputs.layout
+        layout, reduction = outputs.layout, self.config.loss_reduction
         hidden_states: torch.Tensor = outputs.last_hidden_state
         if layout is None:
             layout = SequenceLayout(torch.zeros(hidden_states.shape[:2], dtype=torch.long))
         text = latent = None
         if labels is not None or shift_labels is not None:
-            if labels is not None:
-                labels = labels.cpu() if layout.labels is None else layout.labels
-            if shift_labels is not None:
-                shift_labels = shift_labels.cpu()
-            targets = text_targets(labels, layout, config.loss_reduction, shift_labels)
-            text = text_loss(hidden_states, self.lm_head, targets)
+            text = text_loss(hidden_states, self.lm_head, text_targets(labels, layout, reduction, shift_labels))
         if noise is not None:
-            latent = latent_loss(outputs.velocity, clean, noise, latent_weights(layout, config.loss_reduction))
-        return LossSettings(config.ce_weight, config.mse_weight, config.loss_reduction, totals).mean(text, latent)
+            latent = latent_loss(outputs.velocity, clean, noise, latent_weights(layout, reduction))
+        return mean_losses(self.config, text, latent, **divisors)
 
 
 __all__ = [

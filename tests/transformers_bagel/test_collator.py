@@ -175,7 +175,7 @@ def test_a_dropped_image_leaves_its_position_and_a_dropped_text_none(rates, expe
     assert [block[:2] for block in blocks(encoded)] == expected
     # What is dropped brings no pixels either; the drawing needs the one image that is left.
     assert len(encoded.patches) == sum(kind == "vit" for kind, _ in expected)
-    assert len(encoded.vae_pixels) == len(encoded.blocks) == sum(kind == "vae" for kind, _ in expected)
+    assert len(encoded.latent_images) == len(encoded.blocks) == sum(kind == "vae" for kind, _ in expected)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_the_posterior_is_sampled_with_its_own_deviation(collate, vae):
     collator = collate(vae_sample_mode="sample")
     sample = drawing(golden_image("square"))
     drawn = torch.stack([collator.pack([collator.encode(sample, seed)])["latents"] for seed in range(64)])
-    pixels = collator.encode(sample, 0).vae_pixels[0]
+    pixels = collator.encode(sample, 0).latent_images[0].pixels
     with torch.no_grad():
         deviation = vae.encode(pixels[None]).latent_dist.std.mean() * vae.config.scaling_factor
     assert abs(drawn.std(0).mean() / deviation - 1) <= 0.05
@@ -426,8 +426,8 @@ def test_images_that_datasets_did_not_decode(given, collate):
     for make in (looking_at, drawing):
         ours, theirs = collate().encode(make(given), 0), collate().encode(make(golden_image("wide")), 0)
         assert torch.equal(ours.input_ids, theirs.input_ids)
-        for name in ("patches", "vae_pixels"):
-            assert all(map(torch.equal, getattr(ours, name), getattr(theirs, name)))
+        pixels = [[*sample.patches, *(image.pixels for image in sample.latent_images)] for sample in (ours, theirs)]
+        assert all(map(torch.equal, *pixels))
 
 
 def test_a_table_of_datasets_gives_what_the_dicts_give(collate, tmp_path):

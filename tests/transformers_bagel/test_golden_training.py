@@ -8,7 +8,7 @@ import torch
 from tests.conftest import CASES, load_model, max_error
 from transformers_bagel.image_processing_bagel import patchify
 from transformers_bagel.loading import module_name
-from transformers_bagel.sequence import LATENT_TOKEN, SequenceLayout
+from transformers_bagel.sequence import SequenceLayout, token_types_from_ids
 
 
 CASE = CASES["train"][0]
@@ -94,26 +94,15 @@ def test_positions_match(row):
     assert seen["position_ids"][0].tolist() == given["packed_position_ids"].tolist()
 
 
-def test_mask_matches(row, golden):
-    model, inputs, given = row
+def test_masks_match(row, golden):
+    """The masks that each sample is attended under."""
+    model, inputs, _ = row
     ids = inputs["input_ids"]
-    types = torch.where(ids == model.config.latent_token_id, LATENT_TOKEN, (ids == model.config.image_token_id).long())
+    types = token_types_from_ids(ids, model.config.image_token_id, model.config.latent_token_id)
     layout = SequenceLayout.from_inputs(
-        types,
-        latent_grid_hw=inputs["latent_grid_hw"],
-        timesteps=inputs["timesteps"],
-        document_ids=inputs["document_ids"],
+        types, inputs["image_grid_hw"], inputs["latent_grid_hw"], inputs["timesteps"], inputs["document_ids"]
     )
-    visible = layout.visibility()
-    blocks = layout.block_ids()[0]
-    index = torch.arange(ids.shape[1])
-    query, key = index[:, None], index[None, :]
-    mask = (query >= key) & visible(0, 0, query, key)
-    mask |= (blocks[:, None] == blocks[None, :]) & (blocks >= 0)[:, None]
-    start = 0
-    for sample, length in enumerate(CASE["sample_lens"]):
-        stop = start + length
-        assert torch.equal(mask[start:stop, start:stop], golden[f"{KEY}.mask.{sample}"] == 0)
-        assert not mask[start:stop, :start].any()
-        assert not mask[start:stop, stop:].any()
-        start = stop
+    masks = layout.sample_masks()
+    assert [stop - start for start, stop, _ in masks] == CASE["sample_lens"]
+    for sample, (_, _, mask) in enumerate(masks):
+        assert torch.equal(mask, golden[f"{KEY}.mask.{sample}"] == 0)

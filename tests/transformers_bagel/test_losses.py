@@ -10,9 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import load_model, max_error, training_samples, turn
+from tests.host_reads import HostReads
 from transformers_bagel import BagelForConditionalGeneration, loss_totals
-from transformers_bagel.sequence import LATENT_TOKEN, SequenceLayout
+from transformers_bagel.sequence import LATENT_TOKEN
 from transformers_bagel.training.collator import fill_rows
+from transformers_bagel.training.losses import next_labels
 
 
 ALL = ("edit", "look", "chat", "draw", "talk")
@@ -176,6 +178,171 @@ def test_totals_count_targets(batch_of):
     texts, latents = loss_totals(batch_of("look", "talk")).tolist()
     assert texts > 0
     assert latents == 0
+
+
+def test_a_number_of_items_divides_the_loss_of_texts_alone(fresh, batch_of):
+    batch = batch_of("look", "draw")
+    model = fresh()
+    expected, totals = model(**batch), loss_totals(batch)
+    for number in (int(2 * totals[0]), 2 * totals[0], (2 * totals[:1]).unsqueeze(0)):
+        outputs = model(**batch, num_items_in_batch=number)
+        assert outputs.ce_loss.item() == pytest.approx(expected.ce_loss.item() / 2, abs=1e-6)
+        assert outputs.mse_loss.item() == pytest.approx(expected.mse_loss.item(), abs=1e-6)
+        assert outputs.loss.item() == pytest.approx(outputs.ce_loss.item() + outputs.mse_loss.item(), abs=1e-6)
+    both = model(**batch, num_items_in_batch=2 * totals)
+    assert both.loss.item() == pytest.approx(expected.loss.item() / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("loss_totals", [1.0]), ("num_items_in_batch", [1.0, 2.0, 3.0])])
+def test_any_other_number_of_totals_is_named(name, numbers, fresh, batch_of):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        fresh()(**batch_of("talk"), **{name: torch.tensor(numbers)})
+
+
+def test_a_forward_asks_no_other_rank(fresh, batch_of, tmp_path):
+    # Of two ranks only this one computes a loss, as a main process does that logs; a collective would wait for ever.
+    batch, model = batch_of("look", "draw"), fresh()
+    expected = model(**batch).loss.item()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    called = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace in ("c10d", "_c10d_functional"):
+                called.append(func)
+                raise RuntimeError("a collective in forward")
+            return func(*args, **(kwargs or {}))
+
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    try:
+        with Mode():
+            assert model(**batch).loss.item() == expected
+    finally:
+        torch.distributed.destroy_process_group()
+    assert called == []
+
+
+# ---- What is to be predicted
+
+
+@pytest.mark.parametrize("max_tokens", [None, 200])
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+def test_shifted_labels_are_labels_of_the_token_before(reduction, max_tokens, fresh, batch_of):
+    batch = batch_of(*ALL, max_tokens=max_tokens)
+    model = fresh(loss_reduction=reduction)
+    expected = model(**batch)
+    shifted = {name: value for name, value in batch.items() if name != "labels"}
+    shifted["shift_labels"] = next_labels(batch["labels"], batch["document_ids"])
+    # They win over `labels`, as context parallel needs, which passes both.
+    for extra in ({}, {"labels": torch.full_like(batch["labels"], -100)}):
+        outputs = model(**shifted, **extra)
+        for name in ("loss", "ce_loss", "mse_loss"):
+            assert getattr(outputs, name).item() == getattr(expected, name).item()
+    assert torch.equal(loss_totals(shifted, reduction), loss_totals(batch, reduction))
+
+
+def test_placeholders_of_images_never_are_targets(fresh, batch_of):
+    batch = batch_of("look", "edit")
+    ids, is_text = batch["input_ids"], batch["mm_token_type_ids"] == 0
+    model = fresh()
+    expected = model(**(batch | {"labels": ids.masked_fill(~is_text, -100)}))
+    careless = batch | {"labels": ids}
+    assert model(**careless).ce_loss.item() == expected.ce_loss.item()
+    assert torch.equal(loss_totals(careless), loss_totals(batch | {"labels": ids.masked_fill(~is_text, -100)}))
+    assert loss_totals(careless)[0] < (ids[:, 1:] != -100).sum()
+    del careless["labels"]
+    careless["shift_labels"] = next_labels(ids, batch["document_ids"])
+    assert model(**careless).ce_loss.item() == expected.ce_loss.item()
+
+
+def test_a_conversation_of_the_processor_trains_on_its_texts_alone(fresh, encode):
+    inputs = encode(["@wide", "what is it?"], add_generation_prompt=False)
+    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
+    assert (types != 0).any()
+    model = fresh()
+    expected = model(**inputs, labels=ids.masked_fill(types != 0, -100)).loss
+    assert model(**inputs, labels=ids).loss.item() == expected.item()
+
+
+# ---- The layout
+
+
+@pytest.mark.parametrize("settings", [{}, {"freeze_und": True}, {"loss_reduction": "sample"}])
+@pytest.mark.parametrize("names", [ALL, ("talk",), ("draw", "look")])
+def test_a_training_step_reads_nothing_back(names, settings, fresh, batch_of):
+    batch = batch_of(*names, return_layout=True, max_tokens=200 if names == ALL else None)
+    model = fresh(**settings)
+    expected = copy.deepcopy(backward(model, batch))
+    model.zero_grad()
+    with HostReads() as reads:
+        placed = reads.put(batch)
+        totals = loss_totals(placed, model.config.loss_reduction)
+        reads.put(model)(**placed, loss_totals=totals).loss.backward()
+    assert reads.found == []
+    assert reads.mixed == []
+    assert_close(gradients(model), expected)
+
+
+def test_the_counter_sees_what_is_read_without_a_layout(fresh, batch_of):
+    batch = batch_of("look", "draw")
+    with HostReads() as reads:
+        reads.put(fresh())(**reads.put(batch))
+        assert reads.mixed == []
+        seen = len(reads.found)
+        assert seen > 4
+        flags = reads.put(batch["labels"]) != -100
+        for read in (
+            lambda: flags.any().item(),
+            lambda: bool(flags.any()),
+            lambda: flags.tolist(),
+            lambda: flags.cpu(),
+            lambda: flags.to("cpu"),
+            lambda: flags.numpy(),
+            lambda: flags.nonzero(),
+            lambda: flags[flags],
+            lambda: flags.unique(),
+            lambda: flags[0].repeat_interleave(flags[0].long()),
+        ):
+            before = len(reads.found)
+            read()
+            assert len(reads.found) == before + 1
+        flags + batch["labels"]
+        assert len(reads.mixed) == 1
+
+
+@pytest.mark.parametrize("names", [ALL, ("talk",), ("draw",)])
+def test_a_layout_changes_no_number(names, fresh, batch_of):
+    batch = batch_of(*names, return_layout=True)
+    plain = {name: value for name, value in batch.items() if name != "layout"}
+    model = fresh()
+    assert torch.equal(model(**batch).loss, model(**plain).loss)
+    assert torch.equal(loss_totals(batch), loss_totals(plain))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["input_ids", "mm_token_type_ids", "document_ids", "image_grid_hw", "latent_grid_hw", "labels", "timesteps"],
+)
+def test_a_layout_of_another_batch_is_refused(name, fresh, batch_of):
+    batch = batch_of("edit", "look", return_layout=True)
+    if name == "input_ids":
+        batch[name] = batch[name][:, :-1]
+    elif name == "timesteps":
+        batch[name] = batch[name].flip(0)
+    else:
+        batch[name] = batch[name] + 1
+    with pytest.raises(ValueError, match=r"`layout` is that of another batch"):
+        fresh()(**batch)
+
+
+def test_a_layouts_labels_are_not_lost(fresh, batch_of):
+    batch = batch_of("look", "draw", return_layout=True)
+    del batch["labels"]
+    with pytest.raises(ValueError, match="`labels` were not passed"):
+        fresh()(**batch)
+
+
+# ---- The velocity
 
 
 def test_velocity_learns_noise_minus_clean_from_their_mixture(fresh, batch_of):
@@ -458,15 +625,11 @@ def test_a_model_with_flex_attention_trains_on_a_cpu(fresh, batch_of):
 
 
 def test_masks_grow_with_samples_not_with_the_rows_square(encode_samples):
-    collator, samples = encode_samples("edit", "talk")
+    collator, samples = encode_samples("edit", "talk", return_layout=True)
     for count in (1, 4):
         batch = collator.pack(samples * count)
-        layout = SequenceLayout.from_latents(
-            batch["mm_token_type_ids"], batch["timesteps"], batch["latent_grid_hw"], batch["document_ids"]
-        )
-        masks = layout.sample_masks().masks
         # A text is causal by itself.
-        assert [None if mask is None else tuple(mask.shape) for mask in masks] == [
+        assert [None if mask is None else tuple(mask.shape) for _, _, mask in batch["layout"].sample_masks()] == [
             (len(samples[0]),) * 2,
             None,
         ] * count

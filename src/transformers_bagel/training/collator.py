@@ -1,29 +1,30 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""From training samples to packed rows, the inputs of [`BagelForConditionalGeneration`].
+"""From training samples to packed sequences, the inputs of [`BagelForConditionalGeneration`].
 
-Sources: published behaviour, points 22 and 31-33.
+Source: original behaviour, points 22 and 31-33.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from ..image_processing_bagel import open_image, to_rgb
+from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
-from ..segments import Segment, sample_segments
-from ..sequence import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN, rope_positions
-from .latents import VAE_SAMPLE_MODES, LatentEncoder
-from .losses import IGNORED_LABEL
+from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, SegmentEncoder, sample_segments
+from ..sequence import EncodedSequence, SequenceLayout, lay_out
+from .latents import LatentEncoder
 
 
 logger = logging.get_logger(__name__)
@@ -32,13 +33,29 @@ ON_ERROR = ("raise", "skip")
 TIMESTEP_LAWS = ("logit_normal", "uniform")
 
 
-@dataclass
+@dataclass(frozen=True)
+class LatentImage:
+    """An image to encode.
+
+    Attributes:
+        pixels (`torch.FloatTensor` of shape `(3, height, width)`): In [-1, 1].
+        grid (`tuple[int, int]`): Rows and columns of its tokens.
+        posterior_noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`, *optional*):
+            What makes a sample of the posterior; without it the mean is taken.
+    """
+
+    pixels: torch.Tensor
+    grid: tuple[int, int]
+    posterior_noise: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class LatentBlock:
     """A block of latents of a sample.
 
     Attributes:
-        image (`int`): Which of the sample's images it shows.
-        timestep (`float`): 0 for a condition.
+        image (`int`): Which of the sample's `latent_images` it shows.
+        timestep (`torch.FloatTensor` of shape `()`): Sigma of its noise; 0 for a condition.
         noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`): Zero for a condition.
     """
 
@@ -47,31 +64,22 @@ class LatentBlock:
     noise: torch.Tensor
 
 
-@dataclass
-class EncodedSample:
+@dataclass(frozen=True)
+class EncodedSample(EncodedSequence):
     """A sample as tokens, with all its random choices made; only its latents are still pixels.
 
     Attributes:
-        input_ids, labels, token_types, position_ids (`torch.LongTensor` of shape `(tokens,)`)
         whole_length (`int`): Its tokens and those of what was dropped.
         patches (`list[torch.Tensor]`): `(patches, patch_dim)` of each image that the ViT sees.
         patch_grids (`list[tuple[int, int]]`): Rows and columns of these.
-        vae_pixels (`list[torch.Tensor]`): `(3, height, width)` of each image to encode; blocks may share one.
-        posterior_noise (`list[torch.Tensor | None]`): `(latent_tokens, latent_dim)` of each; `None` takes the mean.
-        latent_grids (`list[tuple[int, int]]`): Rows and columns of tokens of each.
-        blocks (`list[LatentBlock]`): In the order of the sequence.
+        latent_images (`list[LatentImage]`): Images to encode, each once.
+        blocks (`list[LatentBlock]`): In the order of the sequence; several may show one image.
     """
 
-    input_ids: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
-    labels: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
-    token_types: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
-    position_ids: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.long))
     whole_length: int = 0
     patches: list[torch.Tensor] = field(default_factory=list)
     patch_grids: list[tuple[int, int]] = field(default_factory=list)
-    vae_pixels: list[torch.Tensor] = field(default_factory=list)
-    posterior_noise: list[torch.Tensor | None] = field(default_factory=list)
-    latent_grids: list[tuple[int, int]] = field(default_factory=list)
+    latent_images: list[LatentImage] = field(default_factory=list)
     blocks: list[LatentBlock] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -88,7 +96,7 @@ class SkippedSample:
 
 class BagelDataCollator:
     r"""
-    Turns samples into packed rows for training.
+    Turns samples into packed sequences for training.
 
     Args:
         processor ([`BagelProcessor`]): Reads texts and images.
@@ -103,25 +111,29 @@ class BagelDataCollator:
         vae_dropout (`float`, *optional*, defaults to 0.3):
             The same for the clean latents.
         max_tokens (`int`, *optional*):
-            Longest row. Samples are packed, in order, into as few rows as the first one with room gives. By default
-            all samples of a call make one row.
+            Longest sequence. Samples are packed, in order, each into the first sequence with space for it. By default
+            all samples of a call make one sequence.
         timestep_shift (`float`, *optional*, defaults to 1.0):
-            Shift `s` of the noise levels towards noise: `s t / (1 + (s - 1) t)`.
+            Shift `s` of the sigmas towards noise: `s t / (1 + (s - 1) t)`.
         generator (`torch.Generator`, *optional*): Makes the random choices; by default torch's global one does.
         timestep_law (`str`, *optional*, defaults to `"logit_normal"`):
-            Noise levels before the shift: `"logit_normal"`, the sigmoid of a normal number, or `"uniform"`.
+            Sigmas before the shift: `"logit_normal"`, the sigmoid of a normal number, or `"uniform"`.
         logit_mean (`float`, *optional*, defaults to 0.0): Mean of that normal number.
         logit_std (`float`, *optional*, defaults to 1.0): Its standard deviation.
         noised_copies (`int`, *optional*, defaults to 1):
-            How often each drawn image stands in its sample, each time with noise and a level of its own. The copies
-            share what they are drawn from, which is most of the work if images are small.
+            Number of independently noised copies of each target image. They share what they are drawn from, which is
+            most of the work if images are small.
         cache_dir (`str` or `os.PathLike`, *optional*): See [`LatentEncoder`].
         on_error (`str`, *optional*, defaults to `"raise"`):
             Whether a sample that cannot be used stops the training (`"raise"`), or is left out with a warning and
             noted in `skipped` (`"skip"`).
+        return_layout (`bool`, *optional*, defaults to `False`):
+            Whether batches have a `layout`, with which a training step reads nothing back from the device.
 
     Attributes:
-        skipped (`list[SkippedSample]`): What was left out.
+        skipped (`list[SkippedSample]`):
+            What was left out in this process. Workers of a plain `DataLoader` only warn; those of [`BagelDataLoader`]
+            report here.
 
     Raises:
         TypeError, ValueError: if an argument cannot be used.
@@ -153,6 +165,7 @@ class BagelDataCollator:
         noised_copies: int = 1,
         cache_dir: str | os.PathLike | None = None,
         on_error: str = "raise",
+        return_layout: bool = False,
     ):
         self.processor = processor
         self.vae = vae
@@ -166,9 +179,11 @@ class BagelDataCollator:
         self.logit_std = logit_std
         self.noised_copies = noised_copies
         self.on_error = on_error
+        self.return_layout = return_layout
         self.skipped: list[SkippedSample] = []
         self._check_settings()
-        self.encode_latents = None
+        self.encode_segments = SegmentEncoder(processor)
+        self.encode_latents = self.latent_dim = None
         if vae is not None:
             cells = processor.image_processor.vae_stride // 2 ** (len(vae.config.block_out_channels) - 1)
             self.latent_dim = cells**2 * vae.config.latent_channels
@@ -203,9 +218,9 @@ class BagelDataCollator:
 
         Returns:
             [`BatchFeature`]: `input_ids`, `labels`, `mm_token_type_ids`, `position_ids` and `document_ids` (-1 at
-            padding) of shape `(rows, tokens)`; with ViT images `pixel_values` and `image_grid_hw`; with latents
+            padding) of shape `(sequences, tokens)`; with ViT images `pixel_values` and `image_grid_hw`; with latents
             `latents` and `noise` `(latent_tokens, latent_dim)`, `latent_grid_hw` `(blocks, 2)`, `timesteps`
-            `(blocks,)`.
+            `(blocks,)`; with `return_layout` a [`SequenceLayout`], `layout`.
 
         Raises:
             TypeError, ValueError, OSError, RuntimeError: if a sample cannot be used and `on_error="raise"`, with its
@@ -225,10 +240,9 @@ class BagelDataCollator:
             else:
                 encoded.append(result)
         if not encoded:
-            # The training goes on, with a batch that has nothing to learn.
-            start = torch.tensor([self.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")])
-            nothing = torch.full_like(start, IGNORED_LABEL)
-            encoded = [EncodedSample(start, nothing, torch.full_like(start, TEXT_TOKEN), torch.zeros_like(start))]
+            # The training goes on, with a batch that has nothing to learn: a single token.
+            (text,) = self.encode_segments([Segment("text", "")])
+            encoded = [EncodedSample(**vars(lay_out([replace(text, token_ids=text.token_ids[:1])])))]
         return self.pack(encoded)
 
     def encode_or_skip(self, read: Callable[[], Any], seed: int, name: str) -> EncodedSample | SkippedSample:
@@ -258,193 +272,132 @@ class BagelDataCollator:
             logger.warning(f"Left out {skipped.name}: {skipped.reason}")
             self.skipped.append(skipped)
 
+    def for_workers(self) -> BagelDataCollator:
+        """A copy that encodes samples and cannot `pack` latents: it takes no VAE into other processes."""
+        other = copy.copy(self)
+        other.vae = other.encode_latents = other.generator = None
+        return other
+
     def encode(self, sample: Mapping[str, Any], seed: int) -> EncodedSample:
         """
         Tokens and random choices of one sample; the same for the same seed, whatever else is in the batch.
 
         Args:
             sample (`Mapping`): See [`sample_segments`].
-            seed (`int`): Decides what is dropped, the noise and its level.
+            seed (`int`): Decides what is dropped, the noise and its sigma.
 
         Raises:
             TypeError, ValueError, OSError: if the sample cannot be used.
         """
         generator = torch.Generator().manual_seed(seed)
-        encoded, tokens, images = EncodedSample(), _Tokens(), _Images(self.processor)
-        empty_positions = 0
-        for segment in sample_segments(sample):
-            token_ids = self._token_ids(segment, images)
+        segments: list[EncodedSegment] = []
+        skipped: list[int] = []
+        images: list[LatentImage] = []
+        blocks: list[LatentBlock] = []
+        whole_length = empty_positions = 0
+        for encoded in self.encode_segments(sample_segments(sample)):
+            segment = encoded.segment
             copies = self.noised_copies if segment.type == "vae_image" and segment.loss else 1
-            encoded.whole_length += copies * len(token_ids)
-            drop = torch.rand((), generator=generator) < self.dropout[segment.type]
-            if segment.dropout and drop:
-                # Published behaviour, point 33: a dropped image still takes its position, a dropped text does not.
+            whole_length += copies * len(encoded)
+            is_dropped = torch.rand((), generator=generator) < self.dropout[segment.type]
+            if segment.dropout and is_dropped:
+                # A dropped image still takes its position, a dropped text does not (original behaviour, point 33).
                 empty_positions += segment.type != "text"
                 continue
-            tokens.add(segment, token_ids, empty_positions)
-            for _ in range(copies - 1):
-                # Noised blocks do not advance the positions, so all copies stand where the image is drawn.
-                tokens.add(segment, token_ids, empty_positions=0)
+            # Noised blocks do not advance the positions, so all copies stand where the image is drawn.
+            segments += [encoded] * copies
+            skipped += [empty_positions, *[0] * (copies - 1)]
             empty_positions = 0
-            if segment.type == "vit_image":
-                encoded.patches.append(images[segment.content]["pixel_values"])
-                encoded.patch_grids.append(self._grid(segment, images))
-            elif segment.type == "vae_image":
-                for _ in range(copies):
-                    self._add_latents(encoded, segment, images, generator)
-        encoded.input_ids, encoded.labels, encoded.token_types, encoded.position_ids = tokens.laid_out()
-        return encoded
+            if segment.type == "vae_image":
+                blocks += [self._latent_block(encoded, images, generator) for _ in range(copies)]
+        seen = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
+        return EncodedSample(
+            **vars(lay_out(segments, skipped)),
+            whole_length=whole_length,
+            patches=[encoded.pixels for encoded in seen],
+            patch_grids=[encoded.grid for encoded in seen],
+            latent_images=images,
+            blocks=blocks,
+        )
 
-    def _token_ids(self, segment: Segment, images: _Images) -> torch.Tensor:
-        """Ids of a segment with its two markers, `(tokens,)`."""
-        processor = self.processor
-        if segment.type == "text":
-            text, reserved = segment.content, (processor.image_token, processor.latent_token)
-            if any(token in text for token in reserved):
-                raise ValueError(f"A text holds {' or '.join(reserved)}, which stand for images: {text[:100]!r}.")
-            return torch.tensor(processor.tokenizer(f"<|im_start|>{text}<|im_end|>")["input_ids"])
-        placeholder = processor.image_token_id if segment.type == "vit_image" else processor.latent_token_id
-        markers = processor.tokenizer.convert_tokens_to_ids([processor.vision_start_token, processor.vision_end_token])
-        rows, columns = self._grid(segment, images)
-        return torch.tensor([markers[0], *[placeholder] * (rows * columns), markers[1]])
-
-    def _grid(self, segment: Segment, images: _Images) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image block."""
-        features = images[segment.content]
-        if segment.type == "vit_image":
-            rows, columns = features["image_grid_hw"][0].tolist()
-            return rows, columns
-        stride = self.processor.image_processor.vae_stride
-        height, width = features["vae_pixel_values"][0].shape[1:]
-        return height // stride, width // stride
-
-    def _add_latents(
-        self, encoded: EncodedSample, segment: Segment, images: _Images, generator: torch.Generator
-    ) -> None:
-        """Add the pixels of a block of latents to a sample, its noise and the level of it."""
-        if self.encode_latents is None:
+    def _latent_block(
+        self, encoded: EncodedSegment, images: list[LatentImage], generator: torch.Generator
+    ) -> LatentBlock:
+        """Noise and sigma of a block of latents; its image joins the list, if it is new."""
+        if self.latent_dim is None:
             raise ValueError("The sample draws or edits an image. Pass a `vae` to BagelDataCollator.")
-        pixels, grid = images[segment.content]["vae_pixel_values"][0], self._grid(segment, images)
-        shape = (grid[0] * grid[1], self.latent_dim)
-        known = [index for index, other in enumerate(encoded.vae_pixels) if other is pixels]
-        if not known:
-            known = [len(encoded.vae_pixels)]
+        shape = (len(encoded) - 2, self.latent_dim)
+        index = next((i for i, image in enumerate(images) if image.pixels is encoded.pixels), len(images))
+        if index == len(images):
             samples = VAE_SAMPLE_MODES[self.vae_sample_mode] == "sample"
-            encoded.vae_pixels.append(pixels)
-            encoded.posterior_noise.append(torch.randn(shape, generator=generator) if samples else None)
-            encoded.latent_grids.append(grid)
-        timestep = self._timestep(generator) if segment.loss else torch.zeros(())
-        noise = torch.randn(shape, generator=generator) if segment.loss else torch.zeros(shape)
-        encoded.blocks.append(LatentBlock(known[0], timestep, noise))
+            noise = torch.randn(shape, generator=generator) if samples else None
+            images.append(LatentImage(encoded.pixels, encoded.grid, noise))
+        if not encoded.segment.loss:
+            return LatentBlock(index, torch.zeros(()), torch.zeros(shape))
+        timestep = self._timestep(generator)
+        return LatentBlock(index, timestep, torch.randn(shape, generator=generator))
 
     def _timestep(self, generator: torch.Generator) -> torch.Tensor:
-        """A noise level in (0, 1] (published behaviour, point 31)."""
+        """A sigma in (0, 1] (original behaviour, point 31)."""
         if self.timestep_law == "uniform":
-            level = 1 - torch.rand((), generator=generator)
+            sigma = 1 - torch.rand((), generator=generator)
         else:
-            level = (self.logit_mean + self.logit_std * torch.randn((), generator=generator)).sigmoid()
+            sigma = (self.logit_mean + self.logit_std * torch.randn((), generator=generator)).sigmoid()
         # At zero, where a sigmoid may underflow to, it would be a condition.
-        level = level.clamp(min=torch.finfo(level.dtype).tiny)
-        return self.timestep_shift * level / (1 + (self.timestep_shift - 1) * level)
+        sigma = sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
+        return self.timestep_shift * sigma / (1 + (self.timestep_shift - 1) * sigma)
 
     def pack(self, samples: Sequence[EncodedSample]) -> BatchFeature:
-        """Packed rows of encoded samples; their latents are computed here. See `__call__`."""
-        rows = fill_rows([len(sample) for sample in samples], self.max_tokens)
-        ordered = [samples[index] for row in rows for index in row]
-        pad_id = self.processor.tokenizer.pad_token_id
-
-        def laid_out(name: str, padding: int) -> torch.Tensor:
-            lines = [torch.cat([getattr(samples[index], name) for index in row]) for row in rows]
-            return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=padding)
-
-        lengths = [[len(samples[index]) for index in row] for row in rows]
-        documents = torch.arange(len(ordered)).split([len(row) for row in rows])
+        """Packed sequences of encoded samples; their latents are computed here. See `__call__`."""
+        packed = [
+            [samples[index] for index in indices]
+            for indices in fill_rows([len(sample) for sample in samples], self.max_tokens)
+        ]
+        ordered = [sample for sequence in packed for sample in sequence]
+        numbers = iter(range(len(ordered)))
         batch = BatchFeature(
             {
-                "input_ids": laid_out("input_ids", pad_id),
-                "labels": laid_out("labels", IGNORED_LABEL),
-                "mm_token_type_ids": laid_out("token_types", TEXT_TOKEN),
-                "position_ids": laid_out("position_ids", 0),
-                "document_ids": torch.nn.utils.rnn.pad_sequence(
-                    [
-                        numbers.repeat_interleave(torch.tensor(counts))
-                        for numbers, counts in zip(documents, lengths, strict=True)
-                    ],
-                    batch_first=True,
-                    padding_value=-1,
-                ),
+                "input_ids": _padded(packed, lambda sample: sample.input_ids, self.processor.tokenizer.pad_token_id),
+                "labels": _padded(packed, lambda sample: sample.labels, IGNORED_LABEL),
+                "mm_token_type_ids": _padded(packed, lambda sample: sample.token_types, TEXT_TOKEN),
+                "position_ids": _padded(packed, lambda sample: sample.position_ids, 0),
+                "document_ids": _padded(packed, lambda sample: torch.full((len(sample),), next(numbers)), -1),
             }
         )
         if any(sample.patches for sample in ordered):
             batch["pixel_values"] = torch.cat([patches for sample in ordered for patches in sample.patches])
             batch["image_grid_hw"] = torch.tensor([grid for sample in ordered for grid in sample.patch_grids])
-        blocks = [(sample, block) for sample in ordered for block in sample.blocks]
-        if blocks:
-            encoded = {id(sample): self._latents(sample) for sample in ordered}
-            batch["latents"] = torch.cat([encoded[id(sample)][block.image] for sample, block in blocks])
-            batch["noise"] = torch.cat([block.noise for _, block in blocks])
-            batch["latent_grid_hw"] = torch.tensor([sample.latent_grids[block.image] for sample, block in blocks])
-            batch["timesteps"] = torch.stack([block.timestep for _, block in blocks])
+        if any(sample.blocks for sample in ordered):
+            batch["latents"] = torch.cat([latents for sample in ordered for latents in self._latents(sample)])
+            batch["noise"] = torch.cat([block.noise for sample in ordered for block in sample.blocks])
+            batch["latent_grid_hw"] = torch.tensor(
+                [sample.latent_images[block.image].grid for sample in ordered for block in sample.blocks]
+            )
+            batch["timesteps"] = torch.stack([block.timestep for sample in ordered for block in sample.blocks])
+        if self.return_layout:
+            layout = SequenceLayout.from_inputs(
+                batch["mm_token_type_ids"],
+                batch.get("image_grid_hw"),
+                batch.get("latent_grid_hw"),
+                batch.get("timesteps"),
+                batch["document_ids"],
+            )
+            batch["layout"] = replace(layout, labels=batch["labels"])
         return batch
 
     def _latents(self, sample: EncodedSample) -> list[torch.Tensor]:
-        assert self.encode_latents is not None or not sample.vae_pixels
-        return [
-            self.encode_latents(pixels, noise)  # type: ignore[misc]  # asserted above
-            for pixels, noise in zip(sample.vae_pixels, sample.posterior_noise, strict=True)
-        ]
+        """Packed latents of each block."""
+        assert self.encode_latents is not None or not sample.blocks
+        images = [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
+        return [images[block.image] for block in sample.blocks]
 
 
-class _Tokens:
-    """The tokens of one sample, segment by segment, and where they stand."""
-
-    def __init__(self) -> None:
-        self.ids: list[torch.Tensor] = []
-        self.labels: list[torch.Tensor] = []
-        self.types: list[torch.Tensor] = []
-        self.noised: list[torch.Tensor] = []
-        self.skipped: list[torch.Tensor] = []
-
-    def add(self, segment: Segment, token_ids: torch.Tensor, empty_positions: int) -> None:
-        """Add a segment `(tokens,)` that leaves positions empty before it."""
-        kind = {"text": TEXT_TOKEN, "vit_image": IMAGE_TOKEN, "vae_image": LATENT_TOKEN}[segment.type]
-        types = torch.full_like(token_ids, TEXT_TOKEN)
-        types[1:-1] = kind
-        labels = torch.full_like(token_ids, IGNORED_LABEL)
-        if kind == TEXT_TOKEN and segment.loss:
-            labels[1:] = token_ids[1:]
-        self.ids.append(token_ids)
-        self.labels.append(labels)
-        self.types.append(types)
-        self.noised.append((types == LATENT_TOKEN) & segment.loss)
-        self.skipped.append(torch.zeros_like(token_ids))
-        self.skipped[-1][0] = empty_positions
-
-    def laid_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, labels, types and rope positions, each `(tokens,)`."""
-        types, noised, skipped = torch.cat(self.types), torch.cat(self.noised), torch.cat(self.skipped)
-        position_ids = rope_positions(types[None], noised=noised[None], skipped=skipped[None])[0]
-        return torch.cat(self.ids), torch.cat(self.labels), types, position_ids
-
-
-class _Images:
-    """The images of one sample, each preprocessed once, although it may fill several blocks."""
-
-    def __init__(self, processor: BagelProcessor):
-        self.image_processor = processor.image_processor
-        self._features: list[tuple[Any, BatchFeature]] = []
-
-    def __getitem__(self, image: Any) -> BatchFeature:
-        for known, features in self._features:
-            if known is image:
-                return features
-        source = image
-        if isinstance(image, Mapping):
-            # How `datasets` hands out an image that it did not decode.
-            source = image.get("path") if image.get("bytes") is None else open_image(image["bytes"])
-        features = self.image_processor(to_rgb(source), return_vae_pixel_values=True, return_tensors="pt")
-        self._features.append((image, features))
-        return features
+def _padded(
+    packed: Sequence[Sequence[EncodedSample]], read: Callable[[EncodedSample], torch.Tensor], padding: int
+) -> torch.Tensor:
+    """What `read` returns of every sample, `(tokens,)`, as packed sequences: `(sequences, tokens)`."""
+    sequences = [torch.cat([read(sample) for sample in sequence]) for sequence in packed]
+    return pad_sequence(sequences, batch_first=True, padding_value=padding)
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -453,22 +406,21 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def fill_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
-    """Which samples stand in which row: each in the first row with room, in order.
+    """Which samples stand in which sequence: each in the first one with space for it, in order.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each sample.
-        max_tokens (`int`, *optional*): Longest row; without it there is one row.
+        max_tokens (`int`, *optional*): Longest sequence; without it there is one.
     """
     if max_tokens is None:
         return [list(range(len(lengths)))]
     rows: list[list[int]] = []
     filled: list[int] = []
     for index, length in enumerate(lengths):
-        row = next((row for row, used in enumerate(filled) if used + length <= max_tokens), None)
-        if row is None:
+        row = next((row for row, used in enumerate(filled) if used + length <= max_tokens), len(rows))
+        if row == len(rows):
             rows.append([])
             filled.append(0)
-            row = len(rows) - 1
         rows[row].append(index)
         filled[row] += length
     return rows

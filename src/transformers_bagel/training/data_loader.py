@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Batches of a dataset without end, whose place can be saved and taken up again."""
+"""Infinite, resumable data loader."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class BagelDataLoader:
         seed (`int`, *optional*, defaults to 0): Decides the order and all other choices.
         rank, world_size (`int`, *optional*, defaults to 0 and 1): The share of the dataset: every `world_size`-th
             sample of an epoch's order.
-        num_workers (`int`, *optional*, defaults to 0): Processes that read and tokenise. The VAE runs in this one.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that read and tokenise. The VAE stays in this one, and what they leave out is reported here.
 
     Raises:
         ValueError: if the dataset is empty, or if neither `max_tokens` nor `batch_size` bounds a batch.
@@ -143,7 +144,7 @@ class BagelDataLoader:
         return budget is not None and sum(map(len, batch)) + len(new) > budget
 
     def _encoded(self) -> Iterator[tuple[Sequence[int], int, EncodedSample | SkippedSample]]:
-        tasks = _Tasks(self.dataset, self.collator, self.seed)
+        tasks = _Tasks(self.dataset, self.collator.for_workers(), self.seed)
         places = _Places(len(self.dataset), self._place, self.shuffle, self.seed, self.rank, self.world_size)
         # A generator of its own, or its start would take a number from the global one.
         generator = torch.Generator()

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Packed latents of images, from diffusers' `AutoencoderKL` or from a folder that keeps what it computed."""
+"""Packed latents of training images, from the VAE or from a folder that keeps what it computed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,14 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ..image_processing_bagel import patchify
+from ..latents import encode_posterior, scale_latents, upcast_vae
 
 
 logger = logging.get_logger(__name__)
-
-# diffusers' names for reading a posterior, and the plain words for the second one.
-VAE_SAMPLE_MODES = {"sample": "sample", "argmax": "argmax", "mode": "argmax", "mean": "argmax"}
-
-
-def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
-    """Latents as the model knows them: shifted and scaled as the VAE's configuration says (point 22)."""
-    return (latents - vae_config.shift_factor) * vae_config.scaling_factor
 
 
 class LatentEncoder:
@@ -45,14 +39,22 @@ class LatentEncoder:
         self.vae = vae
         self.patch_size = patch_size
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._fingerprint = "" if cache_dir is None else _fingerprint(vae)
+        self._fingerprints: dict[torch.dtype, str] = {}
 
     @torch.no_grad()
     def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation, packed. `(3, height, width)` in [-1, 1] -> `(tokens, latent_dim)` twice."""
+        """Mean and standard deviation, packed and not scaled. `(3, height, width)` -> `(tokens, latent_dim)` twice.
+
+        Raises:
+            RuntimeError: in a worker of a `DataLoader`, if the VAE lies on an accelerator.
+        """
         if self.cache_dir is None:
             return self._encode(pixels)
-        digest = hashlib.sha256(f"{self._fingerprint} {tuple(pixels.shape)}".encode())
+        upcast_vae(self.vae)
+        dtype = self.vae.dtype
+        if dtype not in self._fingerprints:
+            self._fingerprints[dtype] = _fingerprint(self.vae)
+        digest = hashlib.sha256(f"{self._fingerprints[dtype]} {tuple(pixels.shape)}".encode())
         digest.update(pixels.contiguous().numpy().tobytes())
         path = self.cache_dir / f"{digest.hexdigest()}.safetensors"
         if path.exists():
@@ -85,9 +87,13 @@ class LatentEncoder:
         return scale_latents(latents, self.vae.config)
 
     def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = pixels.unsqueeze(0).to(self.vae.device, self.vae.dtype)
-        posterior = self.vae.encode(batch).latent_dist
-        mean, std = (patchify(part[0].float().cpu(), self.patch_size) for part in (posterior.mean, posterior.std))
+        if get_worker_info() is not None and self.vae.device.type != "cpu":
+            raise RuntimeError(
+                f"The VAE lies on {self.vae.device}, and a worker of a DataLoader cannot use it there. Take "
+                "BagelDataLoader, which encodes in the main process, or `num_workers=0`, or a VAE on the CPU."
+            )
+        posterior = encode_posterior(self.vae, pixels)
+        mean, std = (patchify(part[0].cpu(), self.patch_size) for part in (posterior.mean, posterior.std))
         return mean, std
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,20 +71,23 @@ def text_targets(
     What is to be predicted, on the CPU. Placeholders of images never are targets.
 
     Args:
-        labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): See [`next_labels`].
+        labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+            See [`next_labels`]; read back from their device if the layout has none.
         layout (`SequenceLayout`): Of the batch.
         reduction (`str`): See [`target_weights`].
-        shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Instead of what follows from `labels`.
+        shift_labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+            What each token is to predict, instead of what follows from `labels`.
 
     Returns:
         Where the predictions stand in the flattened batch, what they are to be, and their weights, each `(targets,)`.
     """
     if shift_labels is None:
         assert labels is not None
-        labels = labels.masked_fill(layout.token_types != TEXT_TOKEN, IGNORED_LABEL)
-        shift_labels = next_labels(labels, layout.document_ids)
-    is_target = shift_labels != IGNORED_LABEL
-    samples = _samples(layout.token_types, layout.document_ids)[is_target]
+        shift_labels = next_labels(labels.cpu() if layout.labels is None else layout.labels, layout.document_ids)
+    shift_labels = shift_labels.cpu()
+    is_text = nn.functional.pad(layout.token_types[:, 1:] == TEXT_TOKEN, (0, 1), value=True)
+    is_target = is_text & (shift_labels != IGNORED_LABEL)
+    samples = _samples(layout)[is_target]
     return is_target.flatten().nonzero().squeeze(-1), shift_labels[is_target], target_weights(samples, reduction)
 
 
@@ -93,7 +97,7 @@ def latent_weights(layout: SequenceLayout, reduction: str) -> torch.Tensor:
     weights = torch.zeros(int(is_latent.sum()))
     if layout.noised is not None:
         noised = layout.noised[is_latent]
-        samples = _samples(layout.token_types, layout.document_ids)[is_latent]
+        samples = _samples(layout)[is_latent]
         weights[noised] = target_weights(samples[noised], reduction)
     return weights
 
@@ -114,42 +118,6 @@ def flow_matching_sum(
     target = (noise - clean).float().to(velocity.device)
     squared = (velocity.float() - target).square().mean(-1)
     return (squared * weights.to(squared.device)).sum()
-
-
-@dataclass
-class LossSettings:
-    """How the losses of a batch are added up.
-
-    Attributes:
-        ce_weight, mse_weight (`float`): Weights of the two losses.
-        reduction (`str`): See [`target_weights`].
-        totals (`torch.FloatTensor` of shape `(2,)`, *optional*):
-            What the sums are divided by, see [`loss_totals`]; by default the totals of the batch.
-    """
-
-    ce_weight: float
-    mse_weight: float
-    reduction: str
-    totals: torch.Tensor | None = None
-
-    def mean(
-        self,
-        text: tuple[torch.Tensor, torch.Tensor] | None,
-        latent: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> Losses:
-        """The losses, from a weighted sum and a sum of weights of each kind that has targets."""
-        means: list[torch.Tensor | None] = []
-        weighted = []
-        for index, (part, weight) in enumerate(((text, self.ce_weight), (latent, self.mse_weight))):
-            if part is None:
-                means.append(None)
-                continue
-            total = part[1] if self.totals is None else self.totals[index]
-            # Without a target the sum is zero, and has a graph.
-            total = torch.where(total > 0, total, 1)
-            means.append(part[0] / total.to(part[0].device))
-            weighted.append(weight * means[-1])
-        return Losses(torch.stack([loss.to(weighted[0].device) for loss in weighted]).sum(), means[0], means[1])
 
 
 def text_loss(
@@ -177,21 +145,67 @@ def latent_loss(
     return flow_matching_sum(velocity, clean, noise, weights), weights.sum()
 
 
-def loss_totals(batch: Mapping[str, torch.Tensor], loss_reduction: str = "token") -> torch.Tensor:
+def mean_losses(
+    config: Any,
+    text: tuple[torch.Tensor, torch.Tensor] | None,
+    latent: tuple[torch.Tensor, torch.Tensor] | None,
+    totals: Any = None,
+    num_items_in_batch: Any = None,
+) -> Losses:
+    """
+    The losses of a batch.
+
+    Args:
+        config (`BagelConfig`): Has their weights.
+        text, latent (`tuple[torch.Tensor, torch.Tensor]`, *optional*): See [`text_loss`] and [`latent_loss`].
+        totals (`torch.Tensor` of shape `(2,)`, *optional*): What the sums are divided by, see [`loss_totals`].
+        num_items_in_batch (`int`, `float` or `torch.Tensor`, *optional*):
+            The same by `Trainer`'s name; a single number is for the texts alone. By default each sum is divided by the
+            sum of its weights.
+
+    Raises:
+        ValueError: for any other number of numbers.
+    """
+    means: dict[str, torch.Tensor] = {}
+    divisors = _divisors(totals, num_items_in_batch)
+    for name, part, divisor in (("ce", text, divisors[0]), ("mse", latent, divisors[1])):
+        if part is not None:
+            divisor = part[1] if divisor is None else divisor
+            # Without a target the sum is zero, and has a graph.
+            means[name] = part[0] / torch.where(divisor > 0, divisor, 1).to(part[0].device)
+    weighted = [getattr(config, f"{name}_weight") * mean for name, mean in means.items()]
+    loss = torch.stack([mean.to(weighted[0].device) for mean in weighted]).sum()
+    return Losses(loss, means.get("ce"), means.get("mse"))
+
+
+def _divisors(totals: Any, num_items_in_batch: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    name, given = ("loss_totals", totals) if totals is not None else ("num_items_in_batch", num_items_in_batch)
+    if given is None:
+        return None, None
+    given = torch.as_tensor(given)
+    if given.shape == (2,):
+        return given[0], given[1]
+    if given.numel() != 1 or totals is not None:
+        raise ValueError(f"`{name}` must hold a total of texts and one of latents, got shape {tuple(given.shape)}.")
+    return given.flatten()[0], None
+
+
+def loss_totals(batch: Mapping[str, Any], loss_reduction: str = "token") -> torch.Tensor:
     """Sums of the weights of the targets of a batch: texts, latents.
 
     Added up over micro-batches and passed as `loss_totals`, they give a step of many micro-batches the loss of one large
-    batch. Add them up over the ranks too, and multiply the loss by the number of ranks, since data parallel takes the
-    mean of their gradients.
+    batch. With data parallel add them up over the ranks too, and scale each rank's loss by the number of ranks, so that
+    the mean of the gradients equals the gradient of the global loss.
 
     Args:
-        batch (`Mapping[str, torch.Tensor]`): Output of [`BagelDataCollator`].
+        batch (`Mapping[str, Any]`): Output of [`BagelDataCollator`].
         loss_reduction (`str`): That of the model's configuration.
 
     Returns:
-        `torch.FloatTensor` of shape `(2,)`.
+        `torch.FloatTensor` of shape `(2,)`, on the device of the batch.
     """
-    layout = batch.get("layout")
+    labels, shift_labels, layout = (batch.get(name) for name in ("labels", "shift_labels", "layout"))
+    device = (labels if shift_labels is None else shift_labels).device
     if layout is None:
         layout = SequenceLayout.from_inputs(
             batch["mm_token_type_ids"],
@@ -199,13 +213,12 @@ def loss_totals(batch: Mapping[str, torch.Tensor], loss_reduction: str = "token"
             timesteps=batch.get("timesteps"),
             document_ids=batch.get("document_ids"),
         )
-    _, _, texts = text_targets(batch["labels"].cpu(), layout, loss_reduction)
-    totals = torch.stack([texts.sum(), latent_weights(layout, loss_reduction).sum()])
-    return totals.to(batch["labels"].device)
+    _, _, texts = text_targets(labels, layout, loss_reduction, shift_labels)
+    return torch.stack([texts.sum(), latent_weights(layout, loss_reduction).sum()]).to(device)
 
 
-def _samples(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+def _samples(layout: SequenceLayout) -> torch.Tensor:
     """Sample of each token, `(batch, tokens)`: by default its place in the batch."""
-    if document_ids is not None:
-        return document_runs(document_ids)
-    return torch.arange(len(tokens)).unsqueeze(-1).expand_as(tokens)
+    if layout.document_ids is not None:
+        return document_runs(layout.document_ids)
+    return torch.arange(len(layout.token_types)).unsqueeze(-1).expand_as(layout.token_types)
