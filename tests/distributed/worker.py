@@ -79,11 +79,12 @@ def compare_training(mode: str) -> None:
         expected.loss.backward()
 
         optimizer.zero_grad()
-        outputs = model(**collator.pack(encoded[rank]))
-        accelerator.backward(outputs.loss)
+        own = collator.pack(encoded[rank])
+        outputs = model(**own, loss_totals=accelerator.reduce(loss_totals(own), "sum"))
+        accelerator.backward(accelerator.num_processes * outputs.loss)
         for name in ("loss", "ce_loss", "mse_loss"):
-            mean = accelerator.reduce(getattr(outputs, name).detach(), "mean")
-            assert abs(float(mean - getattr(expected, name))) <= 1e-5, (step, name, mean, getattr(expected, name))
+            total = accelerator.reduce(getattr(outputs, name).detach(), "sum")
+            assert abs(float(total - getattr(expected, name))) <= 1e-5, (step, name, total, getattr(expected, name))
         ours = dict(trained.named_parameters())
         for name, parameter in reference.named_parameters():
             grad = ours[name].grad
@@ -113,7 +114,6 @@ def compare_tensor_parallel() -> None:
     for name in ("logits", "velocity"):
         assert_near(name, full(getattr(outputs, name)), getattr(expected, name))
 
-    # The losses sum over all processes in training mode, but these two have one batch.
     for model in (whole, split):
         model(**batch).loss.backward()
     gradients = dict(split.named_parameters())
