@@ -892,7 +892,6 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         document_ids: torch.LongTensor | None = None,
         noise: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         loss_totals: torch.Tensor | None = None,
         latent_hidden_states: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -969,6 +968,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         >>> logits = model(**inputs).logits
         ```
         """
+        # No argument by name, since `Trainer` takes each of those with "label" for one that every batch has.
+        shift_labels: Any = kwargs.pop("shift_labels", None)
         has_text_loss = labels is not None or shift_labels is not None
         has_loss = has_text_loss or noise is not None
         if noise is not None and (latents is None or timesteps is None or latent_grid_hw is None):

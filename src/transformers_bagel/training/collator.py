@@ -122,7 +122,8 @@ class BagelDataCollator:
         self.skipped: list[SkippedSample] = []
         self._check_settings()
         self.encode_segments = SegmentEncoder(processor)
-        self.encode_latents = self.latent_dim = None
+        self.encode_latents: Any = None
+        self.latent_dim: int | None = None
         if vae is not None:
             cells = processor.image_processor.vae_stride // 2 ** (len(vae.config.block_out_channels) - 1)
             self.latent_dim = cells**2 * vae.config.latent_channels
@@ -249,7 +250,7 @@ class BagelDataCollator:
             empty_positions = 0
             if segment.type == "vae_image":
                 blocks += [self._latent_block(encoded, images, generator) for _ in range(copies)]
-        seen = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
+        seen: list[Any] = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
         return EncodedSample(
             **vars(lay_out(segments, skipped)),
             whole_length=whole_length,
@@ -265,6 +266,7 @@ class BagelDataCollator:
         """Noise and sigma of a block of latents; its image joins the list, if it is new."""
         if self.latent_dim is None:
             raise ValueError("The sample draws or edits an image. Pass a `vae` to BagelDataCollator.")
+        assert encoded.pixels is not None and encoded.grid is not None
         shape = (len(encoded) - 2, self.latent_dim)
         index = next((i for i, image in enumerate(images) if image.pixels is encoded.pixels), len(images))
         if index == len(images):
@@ -326,7 +328,6 @@ class BagelDataCollator:
 
     def _latents(self, sample: EncodedSample) -> list[torch.Tensor]:
         """Packed latents of each block."""
-        assert self.encode_latents is not None or not sample.blocks
         images = [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
         return [images[block.image] for block in sample.blocks]
 
