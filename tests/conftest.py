@@ -21,6 +21,8 @@ from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration,
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a worker: threads that wait for each other cost more than they give on tensors this small.
     torch.set_num_threads(1)
+    # Processes that tests start share the cores with the other worker, too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden" / "a"
 CHECKPOINT = GOLDEN / "checkpoint"
