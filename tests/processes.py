@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,7 +21,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["diffusers_bagel", "datasets", "tensorboard", "torch.distributed.fsdp"])
 
 
-def run_script(script: Path, *arguments: str, num_processes: int = 1, timeout: float = 240) -> str:
+def run_script(
+    script: Path, *arguments: str, num_processes: int = 1, timeout: float = 240, expected_code: int = 0
+) -> str:
     """What `python SCRIPT ARGUMENTS` prints, or what its processes print that find each other as those of `torchrun` do.
 
     Each has one thread. As soon as one of them fails, the others, which would wait for it, are ended; so is a hang.
@@ -42,7 +45,7 @@ def run_script(script: Path, *arguments: str, num_processes: int = 1, timeout: f
             process.start()
         code = first_failure(processes, timeout)
         printed = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
-    assert code == 0, f"{script.name} ended with code {code}:\n{printed[-6000:]}"
+    assert code == expected_code, f"{script.name} ended with code {code}:\n{printed[-6000:]}"
     return printed
 
 
@@ -68,6 +71,8 @@ def become(script: Path, arguments: tuple[str, ...], variables: dict[str, str], 
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     os.environ.update(variables)
+    # Or the garbage collector would search, and so copy, what this process shares with the others.
+    gc.freeze()
     torch.set_num_threads(1)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
