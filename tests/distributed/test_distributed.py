@@ -104,6 +104,7 @@ def train_by_accelerate(output_dir: Path, **settings) -> Path:
     return output_dir
 
 
+@pytest.mark.slow
 def test_sharded_training_with_an_average_resumes_bit_for_bit(settings, tmp_path):
     settings = settings | {
         "fsdp": True,
