@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts in two processes: `accelerate launch ... worker.py MODE`."""
+"""What `test_distributed.py` starts in two processes: `worker.py MODE`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,8 @@ from bagel_training.parallel import shard_model  # noqa: E402
 
 from diffusers_bagel import BagelPipeline  # noqa: E402
 from diffusers_bagel.loading import load_original_vae  # noqa: E402
-from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor  # noqa: E402
+from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, turn  # noqa: E402
 from transformers_bagel import BagelDataCollator, PrefixCache, SplitPrefixCache, loss_totals  # noqa: E402
-
-
-def turn(role: str, *parts) -> dict:
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
-    return {"role": role, "content": content}
 
 
 def samples_of_ranks() -> list[list[list[dict]]]:
