@@ -27,7 +27,7 @@ NEW_TOKENS = 32
 # Denoising steps of whole images.
 STEPS = 10
 PIXELS = (256, 512, 1024)
-# Prefix of the published code's decoding figure, and a long one.
+# Prefix of the original code's decoding figure, and a long one.
 PREFIXES = (128, 2400, 4096)
 # Prompts of a call.
 BATCHES = (1, 2, 4, 8)

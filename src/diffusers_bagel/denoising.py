@@ -128,7 +128,7 @@ class Denoiser:
 
         Args:
             latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): Packed latents, in float32.
-            sigma (`torch.Tensor` of shape `()`): Noise level on the CPU, where guidance reads it.
+            sigma (`torch.Tensor` of shape `()`): Sigma on the CPU, where guidance reads it.
             device_sigma (`torch.Tensor` of shape `()`): The same where the model computes.
             text_scale (`float`): Of the guidance at this step.
 

@@ -125,10 +125,10 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         text_config (`BagelTextConfig` or `dict`, *optional*): The language model.
         vision_config (`BagelVisionConfig` or `dict`, *optional*): The tower that sees.
         visual_gen (`bool`, *optional*, defaults to `True`):
-            Whether the half that draws exists (`*_moe_gen`, `vae2llm`, `llm2vae`, `time_embedder`,
-            `latent_pos_embed`). `from_pretrained(..., visual_gen=False)` loads the understanding half only.
+            Whether the modules that draw exist (`*_moe_gen`, `vae2llm`, `llm2vae`, `time_embedder`,
+            `latent_pos_embed`). `from_pretrained(..., visual_gen=False)` leaves them out.
         visual_und (`bool`, *optional*, defaults to `True`):
-            Whether the half that sees exists (`vision_tower`, `connector`, `vit_pos_embed`).
+            Whether the modules that see images exist (`vision_tower`, `connector`, `vit_pos_embed`).
         latent_channels (`int`, *optional*, defaults to 16): Channels of the VAE latents.
         latent_downsample (`int`, *optional*, defaults to 8): Pixels per latent cell and side.
         latent_patch_size (`int`, *optional*, defaults to 2): Latent cells per token and side.

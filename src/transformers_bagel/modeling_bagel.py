@@ -1083,7 +1083,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 Packed VAE latents, values in (row, column, channel) order. Clean ones if `noise` is passed.
             latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of latent tokens.
             timesteps (`torch.Tensor` of shape `(images,)`, *optional*):
-                Noise level of each latent image in [0, 1]; 0 is clean, a condition.
+                Sigma of each latent image in [0, 1]; 0 is clean, a condition.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 0 text, 1 ViT placeholder, 4 latent placeholder; read off `input_ids` by default.
             document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):

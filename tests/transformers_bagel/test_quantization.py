@@ -106,7 +106,7 @@ def test_experts_stay_apart(quantized):
     assert not torch.equal(velocity, plain[1])
 
 
-def test_the_librarys_layout_loads_as_the_published_one(quantize, quantized, model, tmp_path):
+def test_the_librarys_layout_loads_as_the_original_one(quantize, quantized, model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = BagelForConditionalGeneration.from_pretrained(
         tmp_path, quantization_config=quantize(), dtype=torch.bfloat16
