@@ -27,7 +27,7 @@ def denoise(model: BagelForConditionalGeneration, latents: int, splits: bool = F
     filled = model(input_ids=random_ids(1, PROMPT), use_cache=True, logits_to_keep=1).past_key_values
     cache = PrefixCache.from_cache(filled, scratch=latents + 2)
     if splits:
-        cache = SplitPrefixCache(cache.lanes, [latents], distributed.group.WORLD)
+        cache = SplitPrefixCache(cache.views, [latents], distributed.group.WORLD)
     inputs = {
         "latents": torch.randn(latents, model.config.latent_dim),
         "latent_grid_hw": torch.tensor([grid_of(latents)]),
