@@ -39,6 +39,8 @@ BATCHES = (1, 2, 4, 8)
 @dataclass(frozen=True)
 class Work:
     """
+    What to time, and beside what.
+
     Attributes:
         run (`Callable`): To be timed.
         floor (`Callable`): Its matrix products, convolutions and attentions alone.
@@ -55,6 +57,8 @@ class Work:
 @dataclass(frozen=True)
 class Case:
     """
+    A case of the table.
+
     Attributes:
         group (`str`): By which cases are chosen.
         name (`str`)

@@ -50,14 +50,14 @@ class Way:
 
     dtype: torch.dtype = torch.bfloat16
     quantization: Callable[[], Any] | None = None
-    halves: tuple[tuple[str, bool], ...] = ()
+    modules: tuple[tuple[str, bool], ...] = ()
     casts: bool = False
     layer_bytes: float | None = None
 
     def load(self, folder: Path) -> BagelForConditionalGeneration:
         quantization = {} if self.quantization is None else {"quantization_config": self.quantization()}
         return BagelForConditionalGeneration.from_pretrained(
-            folder, dtype=self.dtype, **quantization, **dict(self.halves)
+            folder, dtype=self.dtype, **quantization, **dict(self.modules)
         )
 
     def pipeline(self, folder: Path, transformer: BagelForConditionalGeneration, **sizes: Any) -> BagelPipeline:
@@ -85,8 +85,8 @@ WAYS = {
         quantization=lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), layer_bytes=0.5 + 4 / 64
     ),
     "float8 layers, cast": Way(casts=True, layer_bytes=1),
-    "understanding only": Way(halves=(("visual_gen", False),)),
-    "generation only": Way(halves=(("visual_und", False),)),
+    "understanding only": Way(modules=(("visual_gen", False),)),
+    "generation only": Way(modules=(("visual_und", False),)),
 }
 
 
@@ -98,7 +98,7 @@ def middle_config() -> BagelConfig:
 def weight_bytes(config: BagelConfig, way: Way) -> float:
     """What the weights of a model take, by their shapes."""
     config = copy.deepcopy(config)
-    for name, value in way.halves:
+    for name, value in way.modules:
         setattr(config, name, value)
     with torch.device("meta"):
         model = BagelForConditionalGeneration(config)
@@ -227,7 +227,7 @@ def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
         reset_peak()
         row["step_seconds"] = draw(pipe, steps)
         row["draw_bytes"] = peak() - before
-    if not way.halves:
+    if not way.modules:
         row["max_error"], row["relative_error"] = golden_errors(way)
     return row
 

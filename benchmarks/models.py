@@ -78,6 +78,8 @@ def make_config(width: str, image_size: int = 980, patches_per_side: int = 70) -
 
 def make_pipeline(width: str, dtype: torch.dtype, device: torch.device) -> BagelPipeline:
     """
+    A pipeline with random weights.
+
     Args:
         width (`str`): One of `WIDTHS`.
         dtype (`torch.dtype`): Of all weights.

@@ -219,6 +219,8 @@ def check_at_least_one(argument: str, value: int | None) -> None:
 
 def read_language_model(source: str) -> Part:
     """
+    Read a language model and its tokenizer.
+
     Raises:
         OSError, ValueError: if it is none that BAGEL's understanding expert can be, or not whole.
     """
@@ -262,6 +264,8 @@ def read_tokenizer(language: Part) -> PreTrainedTokenizerBase:
 
 def read_vision_model(source: str, num_layers: int | None) -> Part:
     """
+    Read a SigLIP tower.
+
     Args:
         source (`str`)
         num_layers (`int`, *optional*): By default all but the last (original behaviour, point 11).
@@ -339,6 +343,8 @@ def some(names: set[str]) -> str:
 
 def read_vae(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
     """
+    Read a VAE.
+
     Args:
         source (`str`): A folder or Hub id in diffusers' layout, or with `vae/` or `ae.safetensors` in it, or a file in
             the original layout.

@@ -23,7 +23,7 @@ from repositories import run
 from safe_files import read_json_object
 from sources import INDEX, in_parts_or_flat, model_files, opened, tensors_of
 from stored_tensors import StoredTensor
-from streaming import SPARE_BYTES, Shard, check_room, whole_folder, write_json, write_shard
+from streaming import SPARE_BYTES, Shard, check_disk_space, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -66,7 +66,7 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     if not any(descriptions[name] for name in NEEDED_TOKENIZER):
         raise FileNotFoundError(f"'{src}' has neither {' nor '.join(NEEDED_TOKENIZER)}: its tokenizer is missing.")
     tokenizer = AutoTokenizer.from_pretrained(source.folder / processor_folder, trust_remote_code=False)
-    check_room(dst, weights.num_bytes + vae.num_bytes + SPARE_BYTES)
+    check_disk_space(dst, weights.num_bytes + vae.num_bytes + SPARE_BYTES)
     with whole_folder(dst) as unfinished:
         with tqdm(total=weights.num_bytes + vae.num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
             for shard in (weights, vae):

@@ -16,6 +16,8 @@ from .inputs import check_whole_number
 @dataclass(frozen=True)
 class TaylorSeerConfig:
     """
+    Settings of TaylorSeer.
+
     Args:
         interval (`int`): After the warm-up, one step in `interval` is computed.
         warmup_steps (`int`): First steps, which are all computed.

@@ -46,6 +46,8 @@ class BagelGuidance:
 
     def __call__(self, velocities: dict[str, torch.Tensor]) -> torch.Tensor:
         """
+        The guided velocity of one sample (point 17).
+
         Args:
             velocities (`dict[str, torch.Tensor]`):
                 By context, each `(tokens, latent_dim)` of one sample.

@@ -164,6 +164,8 @@ class SegmentEncoder:
 
     def __call__(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """
+        Encode segments, on the CPU.
+
         Raises:
             ValueError: if a text holds a placeholder of images.
             TypeError, ValueError, OSError: if an image cannot be read.

@@ -124,14 +124,14 @@ def diffusers_pipeline(repo: str, folder: str) -> dict:
     imported = "diffusers_bagel" in sys.modules
     pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
     foreign = [name for name in dir(transformers) if name.startswith("Bagel")]
-    half = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16)
+    rounded = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16)
     return {
         "untrusted": untrusted,
         "without the package": missing,
         "imported before": imported,
         "class": f"{type(pipe).__module__}.{type(pipe).__name__}",
         "digests": digests(pipe),
-        "dtypes": [str(half.transformer.dtype), str(half.vae.dtype)],
+        "dtypes": [str(rounded.transformer.dtype), str(rounded.vae.dtype)],
         "picture": drawn(pipe),
         "put into transformers": foreign,
         "saved": saved(pipe, folder),

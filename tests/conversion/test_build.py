@@ -379,8 +379,8 @@ def test_the_same_seed_builds_the_same_and_another_seed_does_not(built, parts, t
 
 def test_the_type_of_the_weights_is_the_language_models_or_the_one_asked_for(parts, tmp_path, language_model):
     shutil.copytree(parts / "language", tmp_path / "language")
-    half = Qwen2ForCausalLM.from_pretrained(parts / "language", dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "language")
+    rounded = Qwen2ForCausalLM.from_pretrained(parts / "language", dtype=torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "language")
     build(parts, tmp_path / "own", language_model=tmp_path / "language")
     build(parts, tmp_path / "asked", dtype="bfloat16")
     own, asked = weights_of(tmp_path / "own"), weights_of(tmp_path / "asked")
@@ -563,6 +563,6 @@ def test_a_folder_that_is_taken_is_left_alone(parts, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_room_on_the_disk_is_looked_for_first(parts, tmp_path, monkeypatch, capsys):
+def test_space_on_the_disk_is_looked_for_first(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
     assert "GB free" in refused(parts, tmp_path, capsys)

@@ -41,7 +41,7 @@ def header(name: str, shapes: dict[str, list[int]], dtype: torch.dtype) -> Shard
 
 
 def write_hollow(shard: Shard, folder: Path, progress: object = None) -> None:
-    """A file of the right size whose tensors are a hole, which takes no room on the disk."""
+    """A file of the right size whose tensors are a hole, which takes no space on the disk."""
     with open(folder / shard.name, "wb") as stream:
         stream.write(shard.header())
         stream.truncate(stream.tell() + shard.num_bytes)

@@ -144,7 +144,7 @@ def compare_context_split() -> None:
     # The second has one token more in the first process, and the third has no token in the second one.
     for grid, own in (((3, 4), (6, 6)), ((3, 5), (8, 7)), ((1, 1), (1, 0))):
         expected = denoised(model, grid)
-        found = denoised(model, grid, lambda lanes, length: SplitPrefixCache(lanes, [length], group))
+        found = denoised(model, grid, lambda views, length: SplitPrefixCache(views, [length], group))
         assert_near(str(grid), found, expected)
         assert computed[-2:] == [grid[0] * grid[1], own[group.rank()]]
     for task in ({}, {"image": golden_image("wide")}, {"height": 48, "width": 80}, {"taylorseer": True}):
@@ -164,7 +164,7 @@ def denoised(model: torch.nn.Module, grid: tuple[int, int] = (3, 4), make_cache:
     length = grid[0] * grid[1]
     cache = model(input_ids=prompt, use_cache=True).past_key_values
     if make_cache is not None:
-        cache = make_cache(PrefixCache.from_cache(cache, scratch=length + 2).lanes, length)
+        cache = make_cache(PrefixCache.from_cache(cache, scratch=length + 2).views, length)
     return model(
         latents=torch.linspace(-1, 1, length * model.config.latent_dim).view(length, -1),
         latent_grid_hw=torch.tensor([grid]),

@@ -1,4 +1,4 @@
-"""Loading and saving: the original layout, the library's own, halves, types, devices, names."""
+"""Loading and saving: the original layout, the library's own, modules left out, types, devices, names."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def test_dtype_and_device_map(model, tmp_path):
     assert max_error(logits(mapped), logits(model)) <= 1e-6
 
 
-@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
-def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
-    loaded, info = load_model(**{half: False}, output_loading_info=True)
+@pytest.mark.parametrize("left_out", ["visual_gen", "visual_und"])
+def test_a_model_loads_without_some_of_its_modules(left_out, model, tmp_path, encode):
+    loaded, info = load_model(**{left_out: False}, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(logits(loaded), logits(model))
     gone = set(model.state_dict()) - set(loaded.state_dict())
@@ -120,8 +120,8 @@ def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
         "visual_gen": "_moe_gen|vae2llm|llm2vae|time_embedder|latent_pos",
         "visual_und": "vision|connector|vit_",
     }
-    assert gone == {name for name in model.state_dict() if re.search(pattern[half], name)}
-    if half == "visual_gen":
+    assert gone == {name for name in model.state_dict() if re.search(pattern[left_out], name)}
+    if left_out == "visual_gen":
         inputs = encode(["@wide", "what?"])
         assert torch.equal(model.generate(**inputs, max_new_tokens=4), loaded.generate(**inputs, max_new_tokens=4))
         layers = sum(tensor.numel() for name, tensor in model.state_dict().items() if ".layers." in name)
@@ -132,7 +132,7 @@ def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
     assert set(again.state_dict()) == set(loaded.state_dict())
 
 
-def test_halves_refuse_what_they_cannot_do(encode):
+def test_a_model_without_modules_refuses_what_it_cannot_do(encode):
     inputs = encode(["@wide", "what?"])
     with pytest.raises(ValueError, match="visual_und=True"):
         load_model(visual_und=False)(**inputs)
@@ -228,13 +228,13 @@ def test_embeddings_can_be_resized():
     assert max_error(logits(model)[..., :448], before) <= 1e-6
 
 
-@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
-def test_a_saved_half_keeps_original_names_and_does_not_grow_back(half, tmp_path):
-    load_model(**{half: False}).save_pretrained(tmp_path)
+@pytest.mark.parametrize("left_out", ["visual_gen", "visual_und"])
+def test_a_saved_model_without_modules_keeps_original_names_and_does_not_grow_back(left_out, tmp_path):
+    load_model(**{left_out: False}).save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() < ORIGINAL.keys()
-    assert getattr(BagelConfig.from_pretrained(tmp_path), half) is False
+    assert getattr(BagelConfig.from_pretrained(tmp_path), left_out) is False
     with pytest.raises(ValueError, match="lacks"):
-        BagelForConditionalGeneration.from_pretrained(tmp_path, **{half: True})
+        BagelForConditionalGeneration.from_pretrained(tmp_path, **{left_out: True})
 
 
 def test_a_configuration_without_drawing_says_so_to_its_language_model():
