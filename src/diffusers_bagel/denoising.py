@@ -22,8 +22,8 @@ from .contexts import BagelContext
 from .guidance import BagelGuidance
 
 
-# Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones leave its caches (see
-# docs/speed.md); elsewhere memory sets the bound.
+# Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
+# its caches (docs/images.md, "Batches"); elsewhere memory sets the bound.
 MAX_STEP_TOKENS_CPU = 1536
 MAX_STEP_TOKENS = 32768
 

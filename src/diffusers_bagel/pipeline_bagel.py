@@ -169,7 +169,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Like the parent's. Whoever calls this class has no use for the code by which a repository leads here."""
+        """Like the parent's, without the pipeline code of a repository: all that it does is import this class."""
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
@@ -351,7 +351,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         Initial noise, `(batch, tokens, latent_dim)` in float32, zero behind the tokens of the smaller images.
 
         It is drawn on the generator's device, the CPU by default, in packed order, one image after the other (point
-        21): a batch starts from the noise of its single runs.
+        21): each image of a batch starts from the noise that it has alone.
         """
         if latents is not None:
             return latents.to(self._execution_device).clone()
@@ -572,7 +572,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             num_warmup_steps = max(len(timesteps) - len(noise_levels) * call.scheduler.order, 0)
             finite: list[torch.Tensor] = []
 
-            # 4. Denoising loop, in which the host never waits for another device
+            # 4. Denoising loop: on an accelerator the host reads nothing back
             with self.progress_bar(total=num_inference_steps if sigmas is None else len(sigmas)) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if call.interrupt or self.interrupt:

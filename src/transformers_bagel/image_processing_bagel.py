@@ -101,7 +101,7 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
     except UnidentifiedImageError as error:
-        # Its own words may name a stream, which tells nobody anything.
+        # Pillow's message would name a file object in memory.
         raise ValueError(f"`images` holds {name[:100]!r}, in which Pillow can identify no image.") from error
     except (ValueError, IndexError) as error:
         raise ValueError(

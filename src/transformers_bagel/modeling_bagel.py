@@ -246,7 +246,7 @@ def _add(states: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> 
 
 
 class BagelVisionAttention(nn.Module):
-    """Attention among the patches of each image of a packed row."""
+    """Attention among the patches of each image; the images are packed."""
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__()
@@ -624,7 +624,7 @@ class BagelTextModel(BagelPreTrainedModel):
 
 @dataclass
 class DenoisingBlocks:
-    """What all steps of a denoising share, since neither noise nor latents decide it.
+    """What all denoising steps of an image share: nothing of it depends on noise or latents.
 
     Attributes:
         routing (`ExpertRouting`): Of the markers and latents of all blocks.
@@ -642,7 +642,7 @@ class DenoisingBlocks:
 
 
 class BagelModel(BagelPreTrainedModel):
-    """The language model, the tower that sees, and the layers between latents and tokens; no head."""
+    """The language model, the vision tower, and the layers between latents and tokens; no head."""
 
     # Each is None in a model without `visual_und`, or without `visual_gen`.
     vision_tower: Any
@@ -956,7 +956,7 @@ class BagelModel(BagelPreTrainedModel):
         device: torch.device,
     ) -> DenoisingBlocks:
         check_position_range(self.config, position_ids)
-        # In the type of the embeddings, which the rope takes from them, too.
+        # In the dtype of the embeddings, as the rope.
         latent_positions = self.latent_positions(latent_grid_hw).to(device, self.vae2llm.weight.dtype)
         all_counts = latent_grid_hw.prod(-1)
         counts = all_counts
@@ -1008,7 +1008,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # `Trainer` would count the targets of one loss only; its mean of means is right for both.
+    # `Trainer` would count the targets of one loss only, and divide both by that.
     accepts_loss_kwargs = False
 
     def __init__(self, config: BagelConfig):
@@ -1017,7 +1017,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
-        # Files have names of their own, and `Trainer` fills the model from them without the library's renaming.
+        # `Trainer` loads files into the model without the library's renaming.
         self.register_load_state_dict_pre_hook(rename_weights)
         self.post_init()
 
@@ -1142,14 +1142,14 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 labels=labels,
             )
             if layout.labels is not None and not has_text_loss:
-                # `Trainer`'s label smoothing would make its own targets of them, and lose the velocity.
+                # `Trainer`'s label smoothing takes the labels out, and would lose the loss of the velocity.
                 raise ValueError("`layout` holds labels, but `labels` were not passed. Pass both or neither.")
         if has_loss:
             if input_ids is None and inputs_embeds is None:
                 raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
             use_cache = bool(use_cache)
             if self.training:
-                # Every rank must use all weights in every step, or the others wait.
+                # Every rank must use all weights in every step, or the others wait for it (point 34).
                 if pixel_values is None and self.config.visual_und:
                     pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.embeddings.patch_dim)
                 if latents is None and self.config.visual_gen:
