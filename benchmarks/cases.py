@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,12 @@ from PIL import Image
 from transformers import CompileConfig, StaticCache
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
+from diffusers_bagel.contexts import BagelContext, ContextReader
+from diffusers_bagel.denoising import Denoiser
+from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from diffusers_bagel.inputs import as_conversations
 from transformers_bagel import BagelDataCollator, fork_cache
+from transformers_bagel.segments import EncodedSegment
 
 
 PROMPT = "a red circle left of a large blue square on a yellow ground, drawn with a soft pencil in the evening"
@@ -27,7 +30,7 @@ NEW_TOKENS = 32
 # Denoising steps of whole images.
 STEPS = 10
 PIXELS = (256, 512, 1024)
-# Prefix of the published code's decoding figure, and a long one.
+# Prefixes of decoding; with 2,400 tokens the original code's own figure was measured.
 PREFIXES = (128, 2400, 4096)
 # Prompts of a call.
 BATCHES = (1, 2, 4, 8)
@@ -36,6 +39,8 @@ BATCHES = (1, 2, 4, 8)
 @dataclass(frozen=True)
 class Work:
     """
+    What to time, and beside what.
+
     Attributes:
         run (`Callable`): To be timed.
         floor (`Callable`): Its matrix products, convolutions and attentions alone.
@@ -52,6 +57,8 @@ class Work:
 @dataclass(frozen=True)
 class Case:
     """
+    A case of the table.
+
     Attributes:
         group (`str`): By which cases are chosen.
         name (`str`)
@@ -91,7 +98,7 @@ def cases() -> Iterator[Case]:
         yield Case("vae", f"encode {pixels} px", partial(encode, pixels=pixels))
         yield Case("vae", f"decode {pixels} px", partial(decode_latents, pixels=pixels))
     for checkpointing in (False, True):
-        name = f"packed row, checkpointing {'on' if checkpointing else 'off'}"
+        name = f"packed samples, checkpointing {'on' if checkpointing else 'off'}"
         yield Case("training", name, partial(training, checkpointing=checkpointing))
 
 
@@ -181,42 +188,45 @@ def picture(pixels: int) -> Image.Image:
 @torch.no_grad()
 def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
     """A step with its guidance, the contexts being there."""
-    how = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
-    conversation, inputs, latents = prepared(pipe, pixels, edits=branches == 3)
-    ((found, _),) = pipe.prepare_batch([conversation], [inputs], [latents], [how], False, 2, False, 1.0, [None])
-    side = pixels // pipe.vae_scale_factor
-    pipe._guidance_scale = how.text_scale
-    lanes, rows = pipe._prepare_lanes([found], [(side, side)], [how])
-    noise = torch.randn(1, side * side, pipe.latent_dim, device=pipe.transformer.device)
+    guidance = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
+    denoiser = denoiser_of(pipe, segments_of(pipe, pixels, edits=branches == 3), guidance, pixels)
+    noise = torch.randn(1, denoiser.drawings[0].num_tokens, pipe.latent_dim, device=pipe.transformer.device)
     # Inside all intervals of guidance.
-    level = torch.tensor(0.9)
+    sigma = torch.tensor(0.9)
 
     @torch.no_grad()
     def run() -> None:
-        pipe._predict_velocity(noise, level, level.to(noise.device), rows, lanes)
+        denoiser.velocity(noise, sigma, sigma.to(noise.device), guidance.text_scale)
 
     return work(pipe, run, 1, "step")
 
 
-def prepared(pipe: BagelPipeline, pixels: int, edits: bool) -> tuple[list, Any, list[torch.Tensor]]:
-    """A conversation, its inputs, and the latents of its picture."""
-    # Parts of a call are measured outside of one.
-    pipe._attention_kwargs = None
+def segments_of(pipe: BagelPipeline, pixels: int, edits: bool) -> list[EncodedSegment]:
+    """What a prompt is drawn from, its picture being encoded."""
     image = picture(pixels) if edits else None
     (conversation,) = as_conversations(INSTRUCTION if edits else PROMPT, image, None)
-    inputs = pipe.preprocess(conversation, think=False)
-    latents = [pipe.encode_image(values) for values in inputs.get("vae_pixel_values", [])]
-    return conversation, inputs, latents
+    return [
+        replace(segment, latents=pipe.encode_image(segment.pixels)) if segment.segment.type == "vae_image" else segment
+        for segment in pipe.encode_conversation(conversation)
+    ]
+
+
+def denoiser_of(pipe: BagelPipeline, segments: list[EncodedSegment], guidance: BagelGuidance, pixels: int) -> Denoiser:
+    """The contexts of guidance, laid out for denoising."""
+    contexts, _ = pipe.prepare_contexts([segments], [guidance])
+    side = pixels // pipe.vae_scale_factor
+    return Denoiser(pipe.transformer, contexts, [(side, side)], [guidance])
 
 
 @torch.no_grad()
 def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
-    """The longest context of an edit, its picture being encoded: both towers' tokens and the text in one forward."""
-    _, inputs, latents = prepared(pipe, pixels, edits=True)
+    """The longest context of an edit, its picture being encoded: latents, ViT tokens and the text in one forward."""
+    segments = segments_of(pipe, pixels, edits=True)
+    reader = ContextReader(pipe.transformer, pipe.processor, pipe.transformer.device)
 
     @torch.no_grad()
     def run() -> None:
-        pipe.prefill([inputs], [latents])
+        reader.read([BagelContext()], [segments])
 
     return work(pipe, run, 1, "context")
 
@@ -224,15 +234,11 @@ def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
 @torch.no_grad()
 def contexts(pipe: BagelPipeline, pixels: int) -> Work:
     """All contexts of an edit. Their floor is that of the longest one, with which they share what they can."""
-    conversation, inputs, latents = prepared(pipe, pixels, edits=True)
-    side = pixels // pipe.vae_scale_factor
+    segments = segments_of(pipe, pixels, edits=True)
 
     @torch.no_grad()
     def run() -> None:
-        ((found, _),) = pipe.prepare_batch(
-            [conversation], [inputs], [latents], [EDITING], False, 2, False, 1.0, [None]
-        )
-        pipe._prepare_lanes([found], [(side, side)], [EDITING])
+        denoiser_of(pipe, segments, EDITING, pixels)
 
     return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
 
@@ -263,15 +269,12 @@ def prompts_of(batch: int) -> list[str]:
 @torch.no_grad()
 def plans(pipe: BagelPipeline, batch: int) -> Work:
     """Contexts with plans, up to the denoising."""
-    # Parts of a call are measured outside of one.
-    pipe._attention_kwargs = None
     conversations = as_conversations(prompts_of(batch), None, None)
-    inputs = [pipe.preprocess(conversation, think=True) for conversation in conversations]
-    none, how = [None] * batch, [TEXT_TO_IMAGE] * batch
+    prompts = [pipe.encode_conversation(conversation, think=True) for conversation in conversations]
 
     @torch.no_grad()
     def run() -> None:
-        pipe.prepare_batch(conversations, inputs, [[]] * batch, how, True, NEW_TOKENS, False, 1.0, none)
+        pipe.prepare_contexts(prompts, [TEXT_TO_IMAGE] * batch, think=True, max_think_tokens=NEW_TOKENS)
 
     return work(pipe, run, batch, "plan")
 

@@ -68,13 +68,13 @@ class Assumptions:
 
 
 ASSUMPTIONS = Assumptions()
-# A prompt of a sentence or two, and the two views of a picture of 1024 px with their markers, as the published
+# A prompt of a sentence or two, and the two views of a picture of 1024 px with their markers, as the original
 # image sizes make them.
 PROMPT = 32
 LATENTS = 64**2
 PATCHES = 70**2
 STEPS = 49
-# Of the presets (published behaviour, point 20): one forward a step, and those of guidance.
+# Of the presets (original behaviour, point 20): one forward a step, and those of guidance.
 DRAWING_FORWARDS = 90
 TRAINING_SAMPLES = 4
 
@@ -151,7 +151,7 @@ def tasks(config: BagelConfig) -> dict[str, Task]:
 
 @cache
 def vae_operations(pixels: int = 1024) -> tuple[int, int]:
-    """Operations of decoding and of encoding with the published VAE, counted at its shapes."""
+    """Operations of decoding and of encoding with BAGEL's VAE, counted at its shapes."""
     with torch.device("meta"):
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),

@@ -17,6 +17,8 @@ from transformers_bagel import BagelConfig
 @dataclass(frozen=True)
 class Cost:
     """
+    Operations and bytes of a pass.
+
     Attributes:
         products (`float`): Operations of linear layers.
         attention (`float`): Operations of scores and of sums weighted by them.

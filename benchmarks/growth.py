@@ -42,7 +42,7 @@ NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Run:
+class Pass:
     """A pass to be measured, with what it costs by the model."""
 
     call: Callable[[], object]
@@ -53,18 +53,20 @@ class Run:
 @dataclass(frozen=True)
 class Curve:
     """
+    A pass to be measured at several sizes.
+
     Attributes:
         name (`str`)
         along (`str`): What grows.
         points (`tuple[int, ...]`): Its values.
-        make (`Callable[[BagelForConditionalGeneration, int], Run]`)
+        make (`Callable[[BagelForConditionalGeneration, int], Pass]`)
         with_memory (`bool`): Whether to measure the peak of memory, too.
     """
 
     name: str
     along: str
     points: tuple[int, ...]
-    make: Callable[[BagelForConditionalGeneration, int], Run]
+    make: Callable[[BagelForConditionalGeneration, int], Pass]
     with_memory: bool = False
 
 
@@ -104,7 +106,7 @@ def grid_of(latents: int) -> tuple[int, int]:
     return side, side
 
 
-def denoise(model: BagelForConditionalGeneration, latents: int, images: int = 1, prefix: int = PROMPT) -> Run:
+def denoise(model: BagelForConditionalGeneration, latents: int, images: int = 1, prefix: int = PROMPT) -> Pass:
     """A step of blocks of one size, each behind the same prefix; to the model a branch is one more image."""
     one = PrefixCache.from_cache(filled_cache(model.config, prefix), scratch=latents + 2)
     inputs = {
@@ -115,16 +117,16 @@ def denoise(model: BagelForConditionalGeneration, latents: int, images: int = 1,
         "past_key_values": one.select([0] * images),
     }
     expected = cost.denoise(model.config, [latents] * images, [prefix] * images, ITEMSIZE)
-    return Run(torch.no_grad()(lambda: model(**inputs)), expected)
+    return Pass(torch.no_grad()(lambda: model(**inputs)), expected)
 
 
-def prefill(model: BagelForConditionalGeneration, tokens: int) -> Run:
+def prefill(model: BagelForConditionalGeneration, tokens: int) -> Pass:
     ids = random_ids(1, tokens)
     expected = cost.prefill(model.config, tokens, cost.causal_pairs(tokens), ITEMSIZE)
-    return Run(torch.no_grad()(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)), expected)
+    return Pass(torch.no_grad()(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1)), expected)
 
 
-def decode(model: BagelForConditionalGeneration, prefix: int, batch: int = 1) -> Run:
+def decode(model: BagelForConditionalGeneration, prefix: int, batch: int = 1) -> Pass:
     """`generate()` after what is in the cache already."""
     ids = random_ids(batch, prefix + 1)
     cache = filled_cache(model.config, prefix, batch)
@@ -132,10 +134,10 @@ def decode(model: BagelForConditionalGeneration, prefix: int, batch: int = 1) ->
     def call() -> None:
         write_tokens(model, ids, fork_cache(cache), NEW_TOKENS)
 
-    return Run(call, cost.decode(model.config, prefix + NEW_TOKENS // 2, batch, ITEMSIZE), NEW_TOKENS)
+    return Pass(call, cost.decode(model.config, prefix + NEW_TOKENS // 2, batch, ITEMSIZE), NEW_TOKENS)
 
 
-def training(model: BagelForConditionalGeneration, latents: int) -> Run:
+def training(model: BagelForConditionalGeneration, latents: int) -> Pass:
     """Forward and backward of one drawing after its prompt."""
     config = model.config
     ids = torch.full((1, PROMPT + latents + 2), config.latent_token_id)
@@ -159,7 +161,7 @@ def training(model: BagelForConditionalGeneration, latents: int) -> Run:
         model.zero_grad()
         model.eval()
 
-    return Run(call, cost.training(config, PROMPT + 2, latents, PROMPT - 1, ids.shape[1] ** 2))
+    return Pass(call, cost.training(config, PROMPT + 2, latents, PROMPT - 1, ids.shape[1] ** 2))
 
 
 def measured_rates(repeats: int, size: int = 2048) -> Rates:

@@ -6,7 +6,7 @@
 Each way is measured in a process of its own, on a bfloat16 checkpoint of random weights. Its memory is the peak resident
 size (VmHWM of Linux) above what the imports take, of loading the transformer and then of drawing; glibc is told to give
 back what was freed. The errors are those of the velocities of the golden checkpoint, each from the golden latents of its
-step, against the published code in float32. The size of the published weights is calculated from their shapes.
+step, against the original code in float32. The size of the original weights is calculated from their shapes.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Way:
 
     dtype: torch.dtype = torch.bfloat16
     quantization: Callable[[], Any] | None = None
-    halves: tuple[tuple[str, bool], ...] = ()
+    modules: tuple[tuple[str, bool], ...] = ()
     casts: bool = False
     layer_bytes: float | None = None
 
     def load(self, folder: Path) -> BagelForConditionalGeneration:
         quantization = {} if self.quantization is None else {"quantization_config": self.quantization()}
         return BagelForConditionalGeneration.from_pretrained(
-            folder, dtype=self.dtype, **quantization, **dict(self.halves)
+            folder, dtype=self.dtype, **quantization, **dict(self.modules)
         )
 
     def pipeline(self, folder: Path, transformer: BagelForConditionalGeneration, **sizes: Any) -> BagelPipeline:
@@ -85,8 +85,8 @@ WAYS = {
         quantization=lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), layer_bytes=0.5 + 4 / 64
     ),
     "float8 layers, cast": Way(casts=True, layer_bytes=1),
-    "understanding only": Way(halves=(("visual_gen", False),)),
-    "generation only": Way(halves=(("visual_und", False),)),
+    "understanding only": Way(modules=(("visual_gen", False),)),
+    "generation only": Way(modules=(("visual_und", False),)),
 }
 
 
@@ -98,7 +98,7 @@ def middle_config() -> BagelConfig:
 def weight_bytes(config: BagelConfig, way: Way) -> float:
     """What the weights of a model take, by their shapes."""
     config = copy.deepcopy(config)
-    for name, value in way.halves:
+    for name, value in way.modules:
         setattr(config, name, value)
     with torch.device("meta"):
         model = BagelForConditionalGeneration(config)
@@ -114,7 +114,7 @@ def weight_bytes(config: BagelConfig, way: Way) -> float:
 
 
 def save_checkpoint(folder: Path) -> None:
-    """A model of random weights in the published layout, with the golden VAE and tokenizer."""
+    """A model of random weights in the original layout, with the golden VAE and tokenizer."""
     torch.manual_seed(0)
     BagelForConditionalGeneration(middle_config()).to(torch.bfloat16).save_pretrained(folder)
     for name in ("ae.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -216,7 +216,7 @@ def velocities_along(pipe: BagelPipeline, case: dict, noise: torch.Tensor, expec
 def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """The row of one way, in this process."""
     way = WAYS[name]
-    row: dict[str, Any] = {"name": name, "published_bytes": weight_bytes(BagelConfig(), way)}
+    row: dict[str, Any] = {"name": name, "original_bytes": weight_bytes(BagelConfig(), way)}
     before = reset_peak()
     model = way.load(folder)
     row["load_bytes"] = peak() - before
@@ -227,7 +227,7 @@ def measure(name: str, folder: Path, steps: int) -> dict[str, Any]:
         reset_peak()
         row["step_seconds"] = draw(pipe, steps)
         row["draw_bytes"] = peak() - before
-    if not way.halves:
+    if not way.modules:
         row["max_error"], row["relative_error"] = golden_errors(way)
     return row
 
@@ -243,7 +243,7 @@ def measure_in_a_process(name: str, folder: Path, steps: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     columns: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("published weights", "published_bytes", lambda value: f"{value / 1e9:.1f} GB"),
+        ("original weights", "original_bytes", lambda value: f"{value / 1e9:.1f} GB"),
         ("on disk", "disk_bytes", lambda value: f"{value / 2**20:.0f} MiB"),
         ("peak, loading", "load_bytes", lambda value: f"{value / 2**20:.0f} MiB"),
         ("peak, drawing", "draw_bytes", lambda value: f"{value / 2**20:.0f} MiB"),

@@ -34,7 +34,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
             "intermediate_size": 1152,
         },
     },
-    # One layer as wide as the published ones.
+    # One layer as wide as those of the 7B model.
     "layer": {
         "text_config": {
             "hidden_size": 3584,
@@ -51,7 +51,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Sides in pixels, as the published model has them; the tests' checkpoint draws smaller ones.
+# Sides in pixels, as the 7B model has them; the tests' checkpoint draws smaller ones.
 IMAGE_SIZES = {
     "size": {"shortest_edge": 224, "longest_edge": 980},
     "vae_size": {"shortest_edge": 256, "longest_edge": 1024},
@@ -60,7 +60,7 @@ IMAGE_SIZES = {
 
 def make_config(width: str, image_size: int = 980, patches_per_side: int = 70) -> BagelConfig:
     """
-    The tests' configuration in one of the `WIDTHS`, with the published length of contexts and size of drawings.
+    The tests' configuration in one of the `WIDTHS`, with the context length and image size of the 7B model.
 
     Args:
         width (`str`): One of `WIDTHS`.
@@ -78,6 +78,8 @@ def make_config(width: str, image_size: int = 980, patches_per_side: int = 70) -
 
 def make_pipeline(width: str, dtype: torch.dtype, device: torch.device) -> BagelPipeline:
     """
+    A pipeline with random weights.
+
     Args:
         width (`str`): One of `WIDTHS`.
         dtype (`torch.dtype`): Of all weights.

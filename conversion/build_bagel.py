@@ -29,8 +29,8 @@ from cards import public_name
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import StrictDataclassError
-from published_config import repository_settings
-from published_files import SETTINGS, TOKENIZER, weight_files
+from original_config import repository_settings
+from original_files import SETTINGS, TOKENIZER, weight_files
 from repositories import (
     WEIGHTS_PATTERN,
     add_output_arguments,
@@ -71,7 +71,7 @@ from transformers_bagel.segments import SPECIAL_TOKENS
 # Tensors that the parts may have and BAGEL has not: buffers of old files, SigLIP's pooling head, and its text model.
 LANGUAGE_LEFT_OUT = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
 VISION_LEFT_OUT = r"embeddings\.position_ids$|head\.|text_model\.|logit_scale$|logit_bias$"
-# The published names of the parts' tensors begin with these.
+# The original names of the parts' tensors begin with these.
 LANGUAGE = "language_model."
 VISION = "vit_model.vision_model."
 PATCHES, POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
@@ -87,7 +87,7 @@ BROKEN = (
     RuntimeError,
     StrictDataclassError,
 )
-# Published bounds of images in pixels: shortest and longest side for the tower, and for the VAE.
+# Original bounds of images in pixels: shortest and longest side for the tower, and for the VAE.
 SHORTEST_SEEN = 224
 SHORTEST_DRAWN, LONGEST_DRAWN = 512, 1024
 
@@ -127,14 +127,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vit-max-num-patch-per-side",
         type=int,
-        help="patches a side of the largest image seen (published: 70); by default what the tower's table of positions "
+        help="patches a side of the largest image seen (original: 70); by default what the tower's table of positions "
         "has. Another number resizes the table",
     )
-    parser.add_argument("--num-vision-layers", type=int, help="by default all but the last, as published")
+    parser.add_argument("--num-vision-layers", type=int, help="by default all but the last, as in the original")
     parser.add_argument(
         "--qk-norm",
         action="store_true",
-        help="normalise queries and keys, as published; without it the text is the language model's",
+        help="normalise queries and keys, as in the original; without it the text is the language model's",
     )
     parser.add_argument("--seed", type=int, default=0, help="of what starts at random")
     add_output_arguments(parser, dtype="the language model's")
@@ -219,6 +219,8 @@ def check_at_least_one(argument: str, value: int | None) -> None:
 
 def read_language_model(source: str) -> Part:
     """
+    Read a language model and its tokenizer.
+
     Raises:
         OSError, ValueError: if it is none that BAGEL's understanding expert can be, or not whole.
     """
@@ -262,9 +264,11 @@ def read_tokenizer(language: Part) -> PreTrainedTokenizerBase:
 
 def read_vision_model(source: str, num_layers: int | None) -> Part:
     """
+    Read a SigLIP tower.
+
     Args:
         source (`str`)
-        num_layers (`int`, *optional*): By default all but the last (published behaviour, point 11).
+        num_layers (`int`, *optional*): By default all but the last (original behaviour, point 11).
 
     Raises:
         OSError, ValueError: if it is no tower that BAGEL can see with, or not whole.
@@ -339,9 +343,11 @@ def some(names: set[str]) -> str:
 
 def read_vae(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
     """
+    Read a VAE.
+
     Args:
         source (`str`): A folder or Hub id in diffusers' layout, or with `vae/` or `ae.safetensors` in it, or a file in
-            the published layout.
+            the original layout.
         dtype (`torch.dtype`, *optional*): Of the weights; by default the file's.
 
     Raises:
@@ -351,7 +357,7 @@ def read_vae(source: str, dtype: torch.dtype | None) -> AutoencoderKL:
     if place.file is None and (place.folder / "vae" / "config.json").exists():
         vae = saved_vae(place, "vae/", dtype)
     elif (file := place.file or place.find(VAE_FILE)) is not None:
-        vae = published_vae(file, dtype)
+        vae = original_vae(file, dtype)
     else:
         vae = saved_vae(place, "", dtype)
     if vae.config.shift_factor is None or (vae.config.in_channels, vae.config.out_channels) != (3, 3):
@@ -379,8 +385,8 @@ def saved_vae(source: Source, folder: str, dtype: torch.dtype | None) -> Autoenc
     )
 
 
-def published_vae(file: Path, dtype: torch.dtype | None) -> AutoencoderKL:
-    """In the published layout, whatever the file's name."""
+def original_vae(file: Path, dtype: torch.dtype | None) -> AutoencoderKL:
+    """In the original layout, whatever the file's name."""
     safetensors_of(file)
     return vae_from_file(file, dtype)
 
@@ -402,7 +408,7 @@ def bagel_config(
     vit_side: int,
     qk_norm: bool,
 ) -> BagelConfig:
-    """The parts' settings as the published JSON spells them, which the configuration reads."""
+    """The parts' settings as the original JSON spells them, which the configuration reads."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
     own = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return BagelConfig(
@@ -417,7 +423,7 @@ def bagel_config(
         vit_config=part_settings(vision)
         | {
             "image_size": vit_side * vision.patch_size,
-            # The published code builds one layer fewer than this number.
+            # The original code builds one layer fewer than this number.
             "num_hidden_layers": vision.num_hidden_layers + 1,
         },
         vae_config={
@@ -436,7 +442,7 @@ def part_settings(config: Qwen2Config | SiglipVisionConfig) -> dict[str, Any]:
 
 
 def image_processor(config: BagelConfig) -> BagelImageProcessor:
-    """The published sizes, as far as the position tables reach."""
+    """The original sizes, as far as the position tables reach."""
     vision: Any = config.vision_config
     seen = config.vit_max_num_patch_per_side * vision.patch_size
     drawn = min(LONGEST_DRAWN, config.max_latent_size * config.latent_stride)
@@ -451,7 +457,7 @@ def image_processor(config: BagelConfig) -> BagelImageProcessor:
 @torch.no_grad()
 def make_new(folder: Path, config: BagelConfig, language: Part, tower: Part, seed: int, dtype: torch.dtype) -> Path:
     """
-    The weights that no part has, under their published names, in a file of a folder.
+    The weights that no part has, under their original names, in a file of a folder.
 
     A model without layers, whose vocabulary is the tokens that are to be added, initialises and names them as the
     whole one would.
@@ -483,7 +489,7 @@ def planned(
     model: BagelForConditionalGeneration, language: Part, tower: Part, made: dict[str, StoredTensor]
 ) -> list[StoredTensor]:
     """
-    Every tensor of the model under its published name, and where its bytes are.
+    Every tensor of the model under its original name, and where its bytes are.
 
     Args:
         model (`BagelForConditionalGeneration`): Without weights.
@@ -499,12 +505,12 @@ def planned(
         for name in (TABLE, HEAD):
             plan[LANGUAGE + name] = replace(language.tensors[name], shape=shape, continuation=made[LANGUAGE + name])
     ones = made[LANGUAGE + NORM]
-    published = {
+    original = {
         name.replace("model.language_model.", LANGUAGE + "model."): weight
         for name, weight in model.state_dict().items()
         if name.startswith("model.language_model.")
     }
-    for name, weight in published.items():
+    for name, weight in original.items():
         twin = name.replace("_moe_gen", "")
         if twin.endswith(("q_norm.weight", "k_norm.weight")):
             # Norms start at ones, of which the small model's has enough for a head.
@@ -517,7 +523,7 @@ def planned(
 
 
 def linear_patches(kernel: torch.Tensor) -> torch.Tensor:
-    """`(hidden, channels, rows, columns)` -> `(hidden, rows * columns * channels)` (published behaviour, point 9)."""
+    """`(hidden, channels, rows, columns)` -> `(hidden, rows * columns * channels)` (original behaviour, point 9)."""
     return kernel.permute(0, 2, 3, 1).flatten(1)
 
 

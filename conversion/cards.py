@@ -22,6 +22,8 @@ METADATA = ("license", "license_name", "license_link", "language", "datasets")
 @dataclass(frozen=True)
 class KnownFacts:
     """
+    What the source's own card says.
+
     Attributes:
         metadata (`dict[str, Any]`): Licence, languages, data.
         results (`list[EvalResult]`): Of evaluations, as the Hub shows them.

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Turn a published BAGEL checkpoint, or a fine-tune of one, into a repository that transformers and diffusers load.
+"""Turn an original BAGEL checkpoint, or a fine-tune of one, into a repository that transformers and diffusers load.
 
     python conversion/convert_bagel_to_hf.py ByteDance-Seed/BAGEL-7B-MoT bagel --dtype bfloat16
 
@@ -24,8 +24,8 @@ from accelerate import init_empty_weights
 from cards import known_facts, public_name
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCardData
-from published_config import corrections, read_published, repository_settings
-from published_files import PublishedFiles, find_published_files
+from original_config import corrections, read_original, repository_settings
+from original_files import OriginalFiles, find_original_files
 from repositories import (
     WEIGHTS_PATTERN,
     add_output_arguments,
@@ -51,7 +51,7 @@ PUBLISHER = "ByteDance-Seed/BAGEL-7B-MoT"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", help="folder, Hub id or file in the published layout")
+    parser.add_argument("src", help="folder, Hub id or file in the original layout")
     parser.add_argument("dst", type=Path, help="folder to write")
     parser.add_argument("--base", help="complete checkpoint, for what SRC lacks: settings, tokenizer, VAE")
     parser.add_argument("--which", choices=("ema", "model"), help="weights, if there are both; the average by default")
@@ -90,12 +90,12 @@ def convert(
         OSError, ValueError: before anything is written, if the checkpoint is broken or incomplete, does not fit its
             own settings, or if DST is taken or the disk is full.
     """
-    files = find_published_files(opened(src, revision), None if base is None else opened(base), which, pickles)
+    files = find_original_files(opened(src, revision), None if base is None else opened(base), which, pickles)
     tensors = files.tensors()
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     shards, index = plan_shards(tensors, dtype, max_shard_size, WEIGHTS_PATTERN)
-    published = read_published(files.descriptions)
-    config, processor = described(files, published, shapes)
+    original = read_original(files.descriptions)
+    config, processor = described(files, original, shapes)
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
     check_shapes(model, shapes, src)
@@ -106,12 +106,12 @@ def convert(
         processor=processor,
     )
     known = known_facts(files.card)
-    corrected = corrections(published, config)
+    corrected = corrections(original, config)
 
     prepare(dst, [identity(file) for file in files.weights], pipe.vae, shards)
     for name, said, right in corrected:
         print(f"{name}: the JSON says {said}, the weights and the tokenizer {right}.")
-    settings = repository_settings(published, corrected, config, most_frequent_dtype(shards))
+    settings = repository_settings(original, corrected, config, most_frequent_dtype(shards))
     write_small_files(dst, pipe, settings, files.descriptions)
     card = ModelCardData(base_model=base_model, **({"license": "apache-2.0"} | known.metadata))
     if known.results:
@@ -123,7 +123,7 @@ def convert(
 
 
 def described(
-    files: PublishedFiles, published: dict, shapes: dict[str, tuple[int, ...]]
+    files: OriginalFiles, original: dict, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[BagelConfig, BagelProcessor]:
     """The settings, corrected from the weights and the tokenizer, and the processor.
 
@@ -132,7 +132,7 @@ def described(
     """
     with assembled(files) as folder:
         try:
-            config = BagelConfig.from_dict(read_original_config(published, folder, shapes))
+            config = BagelConfig.from_dict(read_original_config(original, folder, shapes))
             processor = BagelProcessor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # The library that reads tokenizer.json raises no other.
             sources = ", ".join(sorted({str(file.parent) for file in files.descriptions.values()}))
@@ -141,7 +141,7 @@ def described(
 
 
 @contextmanager
-def assembled(files: PublishedFiles) -> Iterator[Path]:
+def assembled(files: OriginalFiles) -> Iterator[Path]:
     """Settings and tokenizer in one folder, whatever places they come from."""
     with tempfile.TemporaryDirectory() as name:
         for description, path in files.descriptions.items():

@@ -1,10 +1,10 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Turn a repository of this package back into the published layout, for the published code.
+"""Turn a repository of this package back into the original layout, for the original code.
 
-    python conversion/convert_hf_to_bagel.py bagel published
+    python conversion/convert_hf_to_bagel.py bagel original
 
 SRC is a folder or a Hub id, flat or in diffusers' layout. DST gets `ema.safetensors` with its index, `ae.safetensors`, the
-published JSON files and the tokenizer. Every tensor is what it was, bit for bit.
+original JSON files and the tokenizer. Every tensor is what it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import init_empty_weights
-from published_config import published_settings
-from published_files import NEEDED_TOKENIZER, SETTINGS, TOKENIZER, WHICH
+from original_config import original_settings
+from original_files import NEEDED_TOKENIZER, SETTINGS, TOKENIZER, WHICH
 from repositories import run
 from safe_files import read_json_object
 from sources import INDEX, in_parts_or_flat, model_files, opened, tensors_of
 from stored_tensors import StoredTensor
-from streaming import SPARE_BYTES, Shard, check_room, whole_folder, write_json, write_shard
+from streaming import SPARE_BYTES, Shard, check_disk_space, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -66,27 +66,27 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     if not any(descriptions[name] for name in NEEDED_TOKENIZER):
         raise FileNotFoundError(f"'{src}' has neither {' nor '.join(NEEDED_TOKENIZER)}: its tokenizer is missing.")
     tokenizer = AutoTokenizer.from_pretrained(source.folder / processor_folder, trust_remote_code=False)
-    check_room(dst, weights.num_bytes + vae.num_bytes + SPARE_BYTES)
+    check_disk_space(dst, weights.num_bytes + vae.num_bytes + SPARE_BYTES)
     with whole_folder(dst) as unfinished:
         with tqdm(total=weights.num_bytes + vae.num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
             for shard in (weights, vae):
                 write_shard(shard, unfinished, progress)
         weight_map = dict.fromkeys(tensors, weights.name)
         write_json(unfinished / INDEX, {"metadata": {"total_size": weights.num_bytes}, "weight_map": weight_map})
-        settings = published_settings(read_json_object(config_file), config)
+        settings = original_settings(read_json_object(config_file), config)
         write_json(unfinished / "config.json", settings)
         for key in ("llm_config", "vit_config"):
             write_json(unfinished / f"{key}.json", settings[key])
         for name, file in descriptions.items():
-            # What the published layout spells in its own way is written above.
+            # What the original layout spells in its own way is written above.
             if file is not None and not (unfinished / name).exists():
                 shutil.copyfile(file, unfinished / name)
         if not (unfinished / "vocab.json").exists():
-            # The published code takes the tokenizer from these two.
+            # The original code takes the tokenizer from these two.
             tokenizer.backend_tokenizer.model.save(str(unfinished))
 
 
-# diffusers' names of the VAE's layers, and the published ones.
+# diffusers' names of the VAE's layers, and the original ones.
 VAE_RENAMINGS = (
     (r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".\1.\2.block.\3."),
     (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
@@ -102,7 +102,7 @@ VAE_RENAMINGS = (
 
 
 def vae_tensors(file: Path) -> list[StoredTensor]:
-    """The VAE's tensors under their published names, in the order of the published file: by name.
+    """The VAE's tensors under their original names, in the order of the original file: by name.
 
     Raises:
         ValueError: if it is none of BAGEL's kind.
@@ -112,17 +112,17 @@ def vae_tensors(file: Path) -> list[StoredTensor]:
     levels = 1 + max((int(block[1]) for block in blocks if block), default=-1)
     if not levels:
         raise ValueError(f"'{file}' is no `AutoencoderKL`: it has no decoder.up_blocks.")
-    return sorted((published_vae_tensor(tensor, levels) for tensor in tensors), key=lambda tensor: tensor.name)
+    return sorted((original_vae_tensor(tensor, levels) for tensor in tensors), key=lambda tensor: tensor.name)
 
 
-def published_vae_tensor(tensor: StoredTensor, levels: int) -> StoredTensor:
+def original_vae_tensor(tensor: StoredTensor, levels: int) -> StoredTensor:
     name, shape = tensor.name, tensor.shape
     for pattern, replacement in VAE_RENAMINGS:
         name = re.sub(pattern, replacement, name)
-    # The published decoder counts its levels from the picture's side.
+    # The original decoder counts its levels from the picture's side.
     name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
     if ".attn_1." in name and len(shape) == 2:
-        # The published projections are convolutions of one pixel.
+        # The original projections are convolutions of one pixel.
         shape = (*shape, 1, 1)
     return replace(tensor, name=name, shape=shape)
 

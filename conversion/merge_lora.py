@@ -26,7 +26,7 @@ from repositories import run, write_card
 from safe_files import PICKLES, check_links
 from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
 from stored_tensors import StoredTensor
-from streaming import FORMAT, SPARE_BYTES, Shard, check_room, read_tensor, whole_folder, write_shard
+from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -88,7 +88,7 @@ def merge(
     ]
     layers = adapted_layers(config, loras, scales)
     num_bytes = sum(shard.num_bytes for shard in shards)
-    check_room(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)
+    check_disk_space(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)
 
     def compute(tensor: StoredTensor) -> torch.Tensor | None:
         module, _, parameter = module_name(tensor.name).rpartition(".")

@@ -20,7 +20,7 @@ from remote_code import write_remote_code
 from safe_files import read_json_object
 from safetensors.torch import load_file
 from sources import INDEX
-from streaming import SPARE_BYTES, UNFINISHED, Shard, check_room, verify_shard, write_json, write_shard
+from streaming import SPARE_BYTES, UNFINISHED, Shard, check_disk_space, verify_shard, write_json, write_shard
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
@@ -77,7 +77,7 @@ def prepare(dst: Path, sources: list[Any], vae: torch.nn.Module, shards: list[Sh
 
     Raises:
         FileExistsError: if it holds anything else.
-        OSError: if the disk has too little room for what is missing.
+        OSError: if the disk has too little space for what is missing.
     """
     plan = {"sources": sources, "files": [[shard.name, shard.num_bytes, str(shard.dtype)] for shard in shards]}
     state = dst / STATE
@@ -94,7 +94,7 @@ def prepare(dst: Path, sources: list[Any], vae: torch.nn.Module, shards: list[Sh
         raise FileExistsError(f"'{dst}' is not empty. Name a new folder.")
     needed = sum(shard.num_bytes for shard in missing(dst, shards))
     needed += sum(weight.nbytes for weight in vae.parameters()) + SPARE_BYTES
-    check_room(dst, needed)
+    check_disk_space(dst, needed)
     dst.mkdir(parents=True, exist_ok=True)
     write_json(state, plan)
 
@@ -182,6 +182,8 @@ def write_weights(
 
 def verify_vae(folder: Path, vae: torch.nn.Module) -> None:
     """
+    Compare the VAE that was written with its source.
+
     Raises:
         ValueError: naming the first tensor of the file that is not the VAE's.
     """

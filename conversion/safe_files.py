@@ -47,6 +47,8 @@ def file_inside(root: Path, name: str, folder: Path | None = None) -> Path:
 
 def check_links(folder: Path) -> None:
     """
+    Refuse links that lead out of a folder.
+
     Raises:
         ValueError: if a file of a folder, or of a folder in it, lies elsewhere.
     """
@@ -57,6 +59,8 @@ def check_links(folder: Path) -> None:
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """
+    Read a JSON file that holds an object.
+
     Raises:
         ValueError: naming the file, if it holds anything else.
     """

@@ -23,6 +23,8 @@ SMALL_FILES = (".json", ".jinja", ".txt", ".md")
 @dataclass(frozen=True)
 class Source:
     """
+    Where a checkpoint comes from.
+
     Attributes:
         name (`str`): Hub id, folder or file, as the user gave it.
         folder (`Path`): Of a repository, where what was downloaded lies.

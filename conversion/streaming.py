@@ -24,7 +24,7 @@ PIECE = 2**25
 FORMAT = {"format": "pt"}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNFINISHED = ".unfinished"
-# Room on the disk for the small files.
+# Space on the disk for the small files.
 SPARE_BYTES = 2**26
 
 
@@ -219,8 +219,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_disk_space(folder: Path, needed: int) -> None:
     """
+    Refuse a disk without enough space.
+
     Args:
         folder (`Path`): To be written, perhaps not there yet.
         needed (`int`): Bytes.

@@ -50,7 +50,7 @@ print("peaks:", json.dumps(peaks))
 """
 
 
-def empty_model(**halves: bool) -> BagelForConditionalGeneration:
+def empty_model(**modules: bool) -> BagelForConditionalGeneration:
     config = BagelConfig.from_pretrained(CHECKPOINT).to_dict()
     config["text_config"] |= {
         "hidden_size": 1024,
@@ -61,11 +61,11 @@ def empty_model(**halves: bool) -> BagelForConditionalGeneration:
     }
     config["text_config"].pop("layer_types", None)
     with torch.device("meta"):
-        return BagelForConditionalGeneration(BagelConfig.from_dict(config | halves))
+        return BagelForConditionalGeneration(BagelConfig.from_dict(config | modules))
 
 
 def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
-    """Weights that are holes in a file, and take no room on the disk."""
+    """Weights that are holes in a file, and take no space on the disk."""
     model = empty_model()
     model.config.save_pretrained(folder)
     entries: dict[str, dict] = {}

@@ -22,8 +22,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """The published layout, with the image settings that the tiny model needs beside it."""
-    folder = tmp_path_factory.mktemp("published")
+    """The original layout, with the image settings that the tiny model needs beside it."""
+    folder = tmp_path_factory.mktemp("original")
     for file in CHECKPOINT.iterdir():
         (folder / file.name).symlink_to(file)
     load_processor().image_processor.save_pretrained(folder)

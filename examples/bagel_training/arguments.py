@@ -163,6 +163,8 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_shared_arguments(args: argparse.Namespace) -> None:
     """
+    Refuse arguments of either script that cannot work.
+
     Raises:
         ValueError, OSError: for arguments that cannot work, before anything is loaded.
     """

@@ -18,7 +18,7 @@ from transformers_bagel.segments import SPECIAL_TOKENS
 
 # What is shipped.
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-# Small pictures have little to hide: less noise than the published 3 and 4 is enough.
+# Small pictures have little to hide: a smaller shift than 3 or 4 is enough.
 TIMESTEP_SHIFT = 2.0
 
 

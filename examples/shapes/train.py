@@ -1,8 +1,8 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """Train bagel-shapes from nothing: `python examples/shapes/train.py --output_dir shapes`.
 
-Four stages, each kept when it is finished: the VAE on one core, beside it the tower that sees and the understanding half
-on another, then both halves together on two. Killed and started again, the command goes on where it last saved. See
+Four stages, each kept when it is finished: the VAE on one core, the vision tower and then the understanding expert on the
+other, and the whole model on both. Killed and started again, the command goes on where it last saved. See
 docs/shapes.md.
 """
 

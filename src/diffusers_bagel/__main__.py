@@ -149,7 +149,7 @@ def _answer(
 
 
 def _load_speaker(options: argparse.Namespace) -> tuple[BagelForConditionalGeneration, BagelProcessor]:
-    """The understanding half, which needs half the memory, and the processor."""
+    """The model without `visual_gen`, which needs half the memory, and the processor."""
     device = _device(options)
     processor = _load(options, BagelProcessor, component="processor")
     model = _load(

@@ -2,7 +2,7 @@
 """TaylorSeer: on most steps, predict the last layer's output from its own past instead of computing it.
 
 Every layer but the last is computed in vain on a skipped step, so only the last one's expansion is kept; and it is
-kept here, per guidance branch and call, never in the model. Source: published behaviour, point 30.
+kept here, per guidance branch and call, never in the model. Source: original behaviour, point 30.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from .inputs import check_whole_number
 @dataclass(frozen=True)
 class TaylorSeerConfig:
     """
+    Settings of TaylorSeer.
+
     Args:
         interval (`int`): After the warm-up, one step in `interval` is computed.
         warmup_steps (`int`): First steps, which are all computed.

@@ -22,8 +22,8 @@ from .contexts import BagelContext
 from .guidance import BagelGuidance
 
 
-# Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones leave its caches (see
-# docs/speed.md); elsewhere memory sets the bound.
+# Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
+# its caches (docs/images.md, "Batches"); elsewhere memory sets the bound.
 MAX_STEP_TOKENS_CPU = 1536
 MAX_STEP_TOKENS = 32768
 
@@ -128,7 +128,7 @@ class Denoiser:
 
         Args:
             latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): Packed latents, in float32.
-            sigma (`torch.Tensor` of shape `()`): Noise level on the CPU, where guidance reads it.
+            sigma (`torch.Tensor` of shape `()`): Sigma on the CPU, where guidance reads it.
             device_sigma (`torch.Tensor` of shape `()`): The same where the model computes.
             text_scale (`float`): Of the guidance at this step.
 

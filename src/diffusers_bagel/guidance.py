@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """BAGEL's guidance: against a context without the last text, and against one without images.
 
-Source: published behaviour, points 16-19.
+Source: original behaviour, points 16-19.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class BagelGuidance:
     Args:
         text_scale (`float`): Weight of the last text; at most 1 turns guidance off, the image scale too.
         image_scale (`float`): Weight of the images; at most 1 turns this part off.
-        interval (`tuple[float, float]`): Guidance is on for noise levels `low < t <= high`.
+        interval (`tuple[float, float]`): Guidance is on for sigmas `low < sigma <= high`.
         renorm_type (`str`): What is scaled back to the length of the unguided velocity: the whole latent
             (`"global"`), each token (`"channel"`), or each token before the images are weighed (`"text_channel"`).
         renorm_min (`float`): Smallest factor of that scaling.
@@ -34,18 +34,20 @@ class BagelGuidance:
     renorm_min: float
 
     def is_on(self, timestep: torch.Tensor) -> bool:
-        """Whether guidance applies at a noise level. It is compared in the level's own float32, as published."""
+        """Whether guidance applies at a sigma, which is compared in its own float32 as in the original code."""
         low, high = self.interval
         return self.text_scale > 1 and bool((timestep > low) & (timestep <= high))
 
     def branches(self, timestep: torch.Tensor) -> tuple[str, ...]:
-        """Contexts whose velocity is needed at a noise level."""
+        """Contexts whose velocity is needed at a sigma."""
         if not self.is_on(timestep):
             return ("full",)
         return ("full", "no_text", "no_image") if self.image_scale > 1 else ("full", "no_text")
 
     def __call__(self, velocities: dict[str, torch.Tensor]) -> torch.Tensor:
         """
+        The guided velocity of one sample (point 17).
+
         Args:
             velocities (`dict[str, torch.Tensor]`):
                 By context, each `(tokens, latent_dim)` of one sample.

@@ -17,6 +17,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def check_whole_number(name: str, value: Any, least: int) -> None:
     """
+    Refuse what is no whole number, or too small.
+
     Raises:
         TypeError: if `value` is no whole number.
         ValueError: if it is below `least`.
@@ -29,6 +31,8 @@ def check_whole_number(name: str, value: Any, least: int) -> None:
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), what: str = "") -> None:
     """
+    Refuse what is no finite number within bounds.
+
     Raises:
         TypeError: if `value` is no number.
         ValueError: if it lies outside [low, high], or is infinite.
@@ -41,6 +45,8 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf"), 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """
+    Refuse what is none of the choices.
+
     Raises:
         ValueError: if `value` is none of the choices.
     """
@@ -50,6 +56,8 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def check_size(name: str, value: Any, stride: int, limit: int | None) -> None:
     """
+    Refuse a height or width that the model cannot draw.
+
     Raises:
         TypeError: if a side of the drawing is no whole number.
         ValueError: if it is no multiple of the stride, or beyond the position table (`limit` pixels, if any).
@@ -67,6 +75,8 @@ def check_guidance(
     guidance_scale: Any, image_guidance_scale: Any, cfg_interval: Any, cfg_renorm_type: Any, cfg_renorm_min: Any
 ) -> None:
     """
+    Refuse settings of guidance that cannot work.
+
     Raises:
         TypeError: if a setting of the guidance has the wrong type.
         ValueError: if it has an impossible value.
@@ -91,9 +101,11 @@ def check_guidance(
 
 def check_sigmas(sigmas: Any) -> None:
     """
+    Refuse sigmas that are no decreasing series within (0, 1].
+
     Raises:
         TypeError: if `sigmas` is no list of numbers.
-        ValueError: if they are not decreasing noise levels in (0, 1].
+        ValueError: if they are not decreasing within (0, 1].
     """
     if sigmas is None:
         return
@@ -107,7 +119,7 @@ def check_sigmas(sigmas: Any) -> None:
 
 
 def takes_sigmas(scheduler: Any) -> bool:
-    """Whether a scheduler can be given the noise levels of its steps."""
+    """Whether a scheduler can be given the sigmas of its steps."""
     return "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
 
 
@@ -150,6 +162,8 @@ def check_latents(latents: Any, grids: Sequence[tuple[int, int]], latent_dim: in
 
 def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
     """
+    Refuse prompts that leave open what to draw.
+
     Raises:
         TypeError: if `prompt` is neither a string nor a list of strings.
         ValueError: if there is nothing to draw, or too much.
@@ -172,6 +186,8 @@ def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
 
 def check_callback(callback: Callable | None, names: Any, known: list[str]) -> None:
     """
+    Refuse a callback that the pipeline cannot serve.
+
     Raises:
         TypeError: if the callback cannot be called.
         ValueError: if it asks for a tensor that the pipeline does not pass on.

@@ -39,6 +39,8 @@ def cast_layers(transformer: Any, storage_dtype: torch.dtype) -> None:
 
 def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:
     """
+    The quantization config of a pipeline, from its own or that of its transformer.
+
     Args:
         config (`PipelineQuantizationConfig` or `transformers.utils.quantization_config.QuantizationConfigMixin`):
             Of a pipeline, or of its transformer.

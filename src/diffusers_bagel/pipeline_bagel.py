@@ -169,7 +169,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Like the parent's. Whoever calls this class has no use for the code by which a repository leads here."""
+        """Like the parent's, without the pipeline code of a repository: all that it does is import this class."""
         config = super()._dict_from_json_file(json_file)
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
@@ -351,7 +351,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         Initial noise, `(batch, tokens, latent_dim)` in float32, zero behind the tokens of the smaller images.
 
         It is drawn on the generator's device, the CPU by default, in packed order, one image after the other (point
-        21): a batch starts from the noise of its single runs.
+        21): each image of a batch starts from the noise that it has alone.
         """
         if latents is not None:
             return latents.to(self._execution_device).clone()
@@ -444,16 +444,16 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             width (`int`, *optional*):
                 Width of the drawing in pixels, a multiple of 16. By default 1024, or that of the last image given.
             num_inference_steps (`int`, *optional*, defaults to 49):
-                Number of denoising steps. The published `num_timesteps=N` takes N - 1 of them.
+                Number of denoising steps. The `num_timesteps=N` of the original code takes N - 1 (point 20).
             sigmas (`list[float]`, *optional*):
-                Noise levels of the steps before the scheduler's shift, decreasing, without the final 0.
+                Sigmas of the steps before the scheduler's shift, decreasing, without the final 0.
             guidance_scale (`float`, *optional*, defaults to 4.0):
                 Weight of the last text against the context before it. At most 1 turns all guidance off.
             image_guidance_scale (`float`, *optional*):
                 Weight of the images against the context without them. At most 1 turns it off. By default 1.0, or 2.0
                 with images.
             cfg_interval (`tuple[float, float]`, *optional*):
-                Guidance is on for noise levels `low < t <= high`. By default (0.4, 1.0), or (0.0, 1.0) with images.
+                Guidance is on for sigmas `low < sigma <= high`. By default (0.4, 1.0), or (0.0, 1.0) with images.
             cfg_renorm_type (`str`, *optional*):
                 `"global"`, `"channel"` or `"text_channel"`: what is scaled back to the unguided length. By default
                 `"global"`, or `"text_channel"` with images.
@@ -572,7 +572,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             num_warmup_steps = max(len(timesteps) - len(noise_levels) * call.scheduler.order, 0)
             finite: list[torch.Tensor] = []
 
-            # 4. Denoising loop, in which the host never waits for another device
+            # 4. Denoising loop: on an accelerator the host reads nothing back
             with self.progress_bar(total=num_inference_steps if sigmas is None else len(sigmas)) as progress_bar:
                 for i, t in enumerate(timesteps):
                     if call.interrupt or self.interrupt:
@@ -620,7 +620,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
     def _prepare_timesteps(
         self, num_inference_steps: int, sigmas: Sequence[float] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps of the scheduler, and the noise level in [0, 1] of each, on the CPU; exact where it knows them."""
+        """Timesteps of the scheduler, and the sigma in [0, 1] of each, on the CPU; exact where it knows them."""
         levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.tensor(sigmas)
         if takes_sigmas(self.scheduler):
             self.scheduler.set_timesteps(sigmas=levels.float().numpy(), device=self._execution_device)

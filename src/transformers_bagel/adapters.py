@@ -88,9 +88,9 @@ class BagelAdapterMixin(PeftAdapterMixin):
             if adapter_state_dict is None:
                 peft_config, adapter_state_dict = _read_adapter(peft_model_id, kwargs.get("adapter_kwargs") or {})
             return _swap_adapter(self, adapter_name, peft_config, adapter_state_dict)
-        # The library would round the weights to the model's dtype while it reads them,
+        # The library would round the weights to the model's dtype while it reads them.
         kwargs.setdefault("dtype_plan", {"lora_": torch.float32})
-        # and leave the magnitudes of DoRA in the file: their names there end early.
+        # Files name DoRA's magnitudes without the last part, and the library would not find them.
         mapping = getattr(load_config, "weight_mapping", None) or get_model_conversion_mapping(self)
         magnitudes = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
         kwargs.setdefault("weight_mapping", [*mapping, magnitudes])
@@ -154,7 +154,7 @@ class BagelAdapterMixin(PeftAdapterMixin):
         finally:
             self.peft_config[active[0]] = config
 
-    # diffusers reads off it what a component's method takes.
+    # diffusers passes on the arguments that the signature names.
     save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
 

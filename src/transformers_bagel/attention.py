@@ -80,6 +80,8 @@ class AttentionLayout:
         self, module: nn.Module, heads: ExpertHeads, routing: ExpertRouting | None, cache: Any, **kwargs: Any
     ) -> Attended:
         """
+        Attention of one layer's tokens.
+
         Args:
             module (`BagelAttention`): The layer's attention.
             heads (`Sequence`): Of the tokens of each expert queries, keys and values `(..., heads, head_dim)`.

@@ -123,12 +123,12 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
 
     Args:
         text_config (`BagelTextConfig` or `dict`, *optional*): The language model.
-        vision_config (`BagelVisionConfig` or `dict`, *optional*): The tower that sees.
+        vision_config (`BagelVisionConfig` or `dict`, *optional*): The vision tower.
         visual_gen (`bool`, *optional*, defaults to `True`):
-            Whether the half that draws exists (`*_moe_gen`, `vae2llm`, `llm2vae`, `time_embedder`,
-            `latent_pos_embed`). `from_pretrained(..., visual_gen=False)` loads the understanding half only.
+            Whether the modules that draw exist (`*_moe_gen`, `vae2llm`, `llm2vae`, `time_embedder`,
+            `latent_pos_embed`). `from_pretrained(..., visual_gen=False)` leaves them out.
         visual_und (`bool`, *optional*, defaults to `True`):
-            Whether the half that sees exists (`vision_tower`, `connector`, `vit_pos_embed`).
+            Whether the modules that see images exist (`vision_tower`, `connector`, `vit_pos_embed`).
         latent_channels (`int`, *optional*, defaults to 16): Channels of the VAE latents.
         latent_downsample (`int`, *optional*, defaults to 8): Pixels per latent cell and side.
         latent_patch_size (`int`, *optional*, defaults to 2): Latent cells per token and side.
@@ -140,11 +140,11 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         ce_weight (`float`, *optional*, defaults to 1.0): Weight of the cross-entropy in the loss.
         mse_weight (`float`, *optional*, defaults to 1.0): Weight of the velocity's squared error in the loss.
         loss_reduction (`str`, *optional*, defaults to `"token"`):
-            What counts alike in the mean of a loss: every `"token"`, every `"sample"`, or, between the two, the
-            `"square_root"` of a sample's number of tokens.
+            How each loss is averaged: per `"token"`, per `"sample"`, or with weights of the `"square_root"` of the
+            samples' lengths.
         freeze_und (`bool`, *optional*, defaults to `False`):
             Whether no gradient reaches the understanding expert or passes through its activations.
-            [`BagelForConditionalGeneration.freeze`] sets it. A choice of one training, it is not saved.
+            [`BagelForConditionalGeneration.freeze`] sets it. Training only; not saved.
         frequency_embedding_size (`int`, *optional*, defaults to 256): Width of the sinusoids of a timestep.
         connector_act (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`): Activation of the ViT connector.
         image_token_id (`int`, *optional*, defaults to 151655): Placeholder of a ViT token (`<|image_pad|>`).

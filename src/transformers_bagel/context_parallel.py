@@ -15,9 +15,9 @@ from .cache import PrefixCache, PrefixLayer, PrefixView
 class SplitPrefixCache(PrefixCache):
     """A [`PrefixCache`] of blocks whose latents are split over the processes of a group.
 
-    The queries of a process are its own latents and the markers. Their keys and values meet those of the other
-    processes once a layer, in the scratch space behind the prefix, which every process has as a whole. The order of
-    keys is free, since each carries its rope position. Every process gets the velocity of all latents.
+    A process computes the queries of the markers and of its share of the latents. In each layer the keys and values of
+    all processes are gathered into the scratch space behind the prefix, which every process holds in full. Keys may
+    stand in any order, since each carries its rope position. Every process gets the velocity of all latents.
 
     Args:
         views (`Sequence[PrefixView]`): One view for each block of the batch.
@@ -46,7 +46,7 @@ class SplitPrefixCache(PrefixCache):
         return [counts[self.group.rank()] for counts in self.counts()]
 
     def own_part(self, packed: torch.Tensor) -> torch.Tensor:
-        """The rows of this process, of all latents `(latent_tokens, ...)`."""
+        """The share of this process of what all latents have, `(latent_tokens, ...)`."""
         pieces = packed.split([count for counts in self.counts() for count in counts])
         return torch.cat(pieces[self.group.rank() :: self.group.size()])
 

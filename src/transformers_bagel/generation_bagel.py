@@ -39,7 +39,7 @@ class BagelGenerationMixin(GenerationMixin):
         self._check_images(kwargs, settings["prefill_chunk_size"])
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
-            # A cache that is given excludes a choice of one.
+            # The library refuses a cache beside `cache_implementation`.
             kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
         return super().generate(inputs, generation_config, **kwargs)
 

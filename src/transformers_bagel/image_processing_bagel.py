@@ -101,7 +101,7 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
     except UnidentifiedImageError as error:
-        # Its own words may name a stream, which tells nobody anything.
+        # Pillow's message would name a file object in memory.
         raise ValueError(f"`images` holds {name[:100]!r}, in which Pillow can identify no image.") from error
     except (ValueError, IndexError) as error:
         raise ValueError(
@@ -259,6 +259,8 @@ class BagelImageProcessor(PilBackend):
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Unpack[BagelImageProcessorKwargs]) -> BatchFeature:
         """
+        Resize images, normalise them and cut them into patches.
+
         Args:
             images: An image, a list of images, or a list of lists, see [`to_rgb`].
             kwargs: Settings other than the processor's own, and `return_tensors`.
@@ -373,6 +375,8 @@ def _items(value: Any) -> list[Any]:
 
 def _check_settings(settings: dict[str, Any]) -> None:
     """
+    Refuse settings that cannot work.
+
     Raises:
         ValueError: if an image setting cannot be used.
     """

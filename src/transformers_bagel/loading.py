@@ -105,7 +105,7 @@ def find_file(path: str | os.PathLike, name: str, **hub: Any) -> str | None:
             return None
     except (OSError, ValueError):
         pass
-    # Fails in the words that users of the library know.
+    # Raises what users of the library know.
     return cached_file(path, name, **hub)
 
 
@@ -338,7 +338,7 @@ def _base_model(
 ) -> tuple[str | os.PathLike, bool]:
     """Where the weights of a repository are, and whether an adapter is to be loaded on top of them."""
     if adapter_kwargs and adapter_kwargs.keys() - set(HUB_ARGUMENTS):
-        # An Auto class has looked already.
+        # An Auto class has found the adapter already.
         return path, True
     adapter = find_adapter_config_file(path, **(hub | (adapter_kwargs or {}))) if is_peft_available() else None
     if adapter is None:

@@ -459,7 +459,7 @@ class BagelTextModel(BagelPreTrainedModel):
 
 @dataclass
 class DenoisingBlocks:
-    """What all steps of a denoising share, since neither noise nor latents decide it.
+    """What all denoising steps of an image share: nothing of it depends on noise or latents.
 
     Attributes:
         routing (`ExpertRouting`): Of the markers and latents of all blocks.
@@ -477,7 +477,7 @@ class DenoisingBlocks:
 
 
 class BagelModel(BagelPreTrainedModel):
-    """The language model, the tower that sees, and the layers between latents and tokens; no head."""
+    """The language model, the vision tower, and the layers between latents and tokens; no head."""
 
     # Each is None in a model without `visual_und`, or without `visual_gen`.
     vision_tower: Any
@@ -801,7 +801,7 @@ class BagelModel(BagelPreTrainedModel):
         device: torch.device,
     ) -> DenoisingBlocks:
         check_position_range(self.config, position_ids)
-        # In the type of the embeddings, which the rope takes from them, too.
+        # In the dtype of the embeddings, as the rope.
         latent_positions = self.latent_positions(latent_grid_hw).to(device, self.vae2llm.weight.dtype)
         all_counts = latent_grid_hw.prod(-1)
         counts = all_counts
@@ -851,7 +851,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    # `Trainer` would count the targets of one loss only; its mean of means is right for both.
+    # `Trainer` would count the targets of one loss only, and divide both by that.
     accepts_loss_kwargs = False
 
     def __init__(self, config: BagelConfig):
@@ -860,7 +860,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         text_config = config.get_text_config()
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self._keys_to_ignore_on_load_unexpected = ignored_weights(config.visual_gen, config.visual_und)
-        # Files have names of their own, and `Trainer` fills the model from them without the library's renaming.
+        # `Trainer` loads files into the model without the library's renaming.
         self.register_load_state_dict_pre_hook(rename_weights)
         self.post_init()
 
@@ -925,7 +925,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 Packed VAE latents, values in (row, column, channel) order. Clean ones if `noise` is passed.
             latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of latent tokens.
             timesteps (`torch.Tensor` of shape `(images,)`, *optional*):
-                Noise level of each latent image in [0, 1]; 0 is clean, a condition.
+                Sigma of each latent image in [0, 1]; 0 is clean, a condition.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
                 0 text, 1 ViT placeholder, 4 latent placeholder; read off `input_ids` by default.
             document_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
@@ -986,14 +986,14 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 labels=labels,
             )
             if layout.labels is not None and not has_text_loss:
-                # `Trainer`'s label smoothing would make its own targets of them, and lose the velocity.
+                # `Trainer`'s label smoothing takes the labels out, and would lose the loss of the velocity.
                 raise ValueError("`layout` holds labels, but `labels` were not passed. Pass both or neither.")
         if has_loss:
             if input_ids is None and inputs_embeds is None:
                 raise ValueError("`labels` and `noise` need the sequence that they belong to. Pass `input_ids`.")
             use_cache = bool(use_cache)
             if self.training:
-                # Every rank must use all weights in every step, or the others wait.
+                # Every rank must use all weights in every step, or the others wait for it (point 34).
                 if pixel_values is None and self.config.visual_und:
                     pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.embeddings.patch_dim)
                 if latents is None and self.config.visual_gen:

@@ -92,6 +92,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         **kwargs: Unpack[BagelProcessorKwargs],
     ) -> BatchFeature:
         """
+        Tokens of texts and patches of images.
+
         Args:
             images (*optional*):
                 The images of all texts, in the order of their placeholders: one, a list, or a list of lists.

@@ -164,6 +164,8 @@ class SegmentEncoder:
 
     def __call__(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """
+        Encode segments, on the CPU.
+
         Raises:
             ValueError: if a text holds a placeholder of images.
             TypeError, ValueError, OSError: if an image cannot be read.
@@ -307,7 +309,7 @@ def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
             for an image `vae` and `vit`, whether it conditions as latents and as ViT tokens.
 
     Raises:
-        TypeError, ValueError: if the sample is no such thing, or has nothing to learn.
+        TypeError, ValueError: if the sample is malformed, or has no target.
     """
     if not isinstance(sample, Mapping):
         raise TypeError(f"A sample must be a dict with `messages` or `segments`, got a `{type(sample).__name__}`.")

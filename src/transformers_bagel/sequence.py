@@ -1,9 +1,9 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """From segments to tensors: the types of the tokens decide blocks, rope positions, expert routing and masks.
 
-Text is causal. An image is a block of `N + 2` tokens (start marker, N patches, end
-marker) which sees everything before it and all of itself, and which takes a single rope position. Latent patches go
-through the generation expert (`*_moe_gen`); everything else, markers included, through the understanding expert.
+Text is causal. An image is a block of `N + 2` tokens (start marker, N patches, end marker) which sees everything before
+it and all of itself, and which takes a single rope position. Latent patches go through the generation expert
+(`*_moe_gen`); everything else, markers included, through the understanding expert.
 Source: original behaviour, points 1-10 and 31-33.
 """
 
@@ -93,8 +93,9 @@ def rope_positions(
 
 
 def document_runs(document_ids: torch.Tensor) -> torch.Tensor:
-    """Number of the sample of each token, counted over the whole batch: a sample is a run of one id in a row. Padding
-    (negative ids) is -1. `(batch, tokens)` -> `(batch, tokens)`.
+    """Number the samples over the whole batch, -1 at padding. `(batch, tokens)` -> `(batch, tokens)`.
+
+    Adjacent tokens with the same id are one sample; negative ids are padding.
     """
     first = torch.ones_like(document_ids)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -138,7 +139,7 @@ def _axis_ids(count: int, side: int, interpolate: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class EncodedSequence:
-    """Segments in one row of tokens, on the CPU; every field is of shape `(tokens,)`.
+    """Segments as one sequence of tokens, on the CPU; every field is of shape `(tokens,)`.
 
     Attributes:
         input_ids, labels, token_types, position_ids (`torch.LongTensor`): See [`BagelForConditionalGeneration.forward`].

@@ -16,7 +16,7 @@ from .configuration_bagel import BagelVisionConfig
 
 
 class BagelVisionAttention(nn.Module):
-    """Attention among the patches of each image of a packed row."""
+    """Attention among the patches of each image; the images are packed."""
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__()

@@ -124,14 +124,14 @@ def diffusers_pipeline(repo: str, folder: str) -> dict:
     imported = "diffusers_bagel" in sys.modules
     pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
     foreign = [name for name in dir(transformers) if name.startswith("Bagel")]
-    half = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16)
+    rounded = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, dtype=torch.bfloat16)
     return {
         "untrusted": untrusted,
         "without the package": missing,
         "imported before": imported,
         "class": f"{type(pipe).__module__}.{type(pipe).__name__}",
         "digests": digests(pipe),
-        "dtypes": [str(half.transformer.dtype), str(half.vae.dtype)],
+        "dtypes": [str(rounded.transformer.dtype), str(rounded.vae.dtype)],
         "picture": drawn(pipe),
         "put into transformers": foreign,
         "saved": saved(pipe, folder),
@@ -144,7 +144,7 @@ def drawn(pipe: Any) -> list[int]:
     return list(pipe("a red circle", num_inference_steps=2).images[0].size)
 
 
-def package_user(repo: str, published: str, private: str, gated: str, broken: str) -> dict:
+def package_user(repo: str, original: str, private: str, gated: str, broken: str) -> dict:
     """Somebody who has imported the package, and who needs to trust nobody."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -167,7 +167,7 @@ def package_user(repo: str, published: str, private: str, gated: str, broken: st
         "pipeline": error_of(lambda: load(repo, revision="nowhere")),
         "model": error_of(lambda: AutoModelForImageTextToText.from_pretrained(repo, revision="nowhere")),
     }
-    found["published"] = load(published, revision="v1")
+    found["original"] = load(original, revision="v1")
     found["private without a token"] = {
         "pipeline": error_of(lambda: load(private)),
         "model": error_of(lambda: BagelForConditionalGeneration.from_pretrained(private)),
@@ -265,8 +265,8 @@ def publisher(repo: str, base: str) -> dict:
     return found
 
 
-def converter(published: str, revision: str, converted: str, private: str, training: str, folder: str) -> dict:
-    """Somebody who converts by id, there and back, and a training with the published repository as its base."""
+def converter(original: str, revision: str, converted: str, private: str, training: str, folder: str) -> dict:
+    """Somebody who converts by id, there and back, and a training with the original repository as its base."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "conversion"))
     import convert_bagel_to_hf
     import convert_hf_to_bagel
@@ -277,10 +277,10 @@ def converter(published: str, revision: str, converted: str, private: str, train
 
     there, back = f"{folder}/there", f"{folder}/back"
     return {
-        "there": said(convert_bagel_to_hf.main, published, there, "--revision", revision)[0],
+        "there": said(convert_bagel_to_hf.main, original, there, "--revision", revision)[0],
         "back": said(convert_hf_to_bagel.main, converted, back)[0],
         "training": said(convert_bagel_to_hf.main, training, f"{folder}/trained", "--base", "org/base"),
-        "no such revision": said(convert_bagel_to_hf.main, published, f"{folder}/none", "--revision", "nowhere"),
+        "no such revision": said(convert_bagel_to_hf.main, original, f"{folder}/none", "--revision", "nowhere"),
         "private": said(convert_hf_to_bagel.main, private, f"{folder}/none"),
     }
 

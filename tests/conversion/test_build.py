@@ -379,8 +379,8 @@ def test_the_same_seed_builds_the_same_and_another_seed_does_not(built, parts, t
 
 def test_the_type_of_the_weights_is_the_language_models_or_the_one_asked_for(parts, tmp_path, language_model):
     shutil.copytree(parts / "language", tmp_path / "language")
-    half = Qwen2ForCausalLM.from_pretrained(parts / "language", dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "language")
+    rounded = Qwen2ForCausalLM.from_pretrained(parts / "language", dtype=torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "language")
     build(parts, tmp_path / "own", language_model=tmp_path / "language")
     build(parts, tmp_path / "asked", dtype="bfloat16")
     own, asked = weights_of(tmp_path / "own"), weights_of(tmp_path / "asked")
@@ -394,22 +394,22 @@ def test_the_type_of_the_weights_is_the_language_models_or_the_one_asked_for(par
     assert vaes == [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("kind", ["vae folder", "folder of the published layout", "published file"])
+@pytest.mark.parametrize("kind", ["vae folder", "folder of the original layout", "original file"])
 def test_the_vae_comes_from_either_layout(kind, built, parts, tmp_path):
     shutil.copy(CHECKPOINT / "ae.safetensors", tmp_path / "renamed.safetensors")
     source = {
         "vae folder": parts / "flux" / "vae",
-        "folder of the published layout": CHECKPOINT,
-        "published file": tmp_path / "renamed.safetensors",
+        "folder of the original layout": CHECKPOINT,
+        "original file": tmp_path / "renamed.safetensors",
     }[kind]
     weights = weights_of(build(parts, tmp_path / "bagel", vae=source) / "vae")
     expected = weights_of(built / "vae")
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
-def test_it_goes_to_the_published_layout_too(built, built_model, tmp_path):
-    convert_back(str(built), tmp_path / "published")
-    pipe = BagelPipeline.from_pretrained(tmp_path / "published")
+def test_it_goes_to_the_original_layout_too(built, built_model, tmp_path):
+    convert_back(str(built), tmp_path / "original")
+    pipe = BagelPipeline.from_pretrained(tmp_path / "original")
     assert torch.equal(logits(pipe.transformer, 250), logits(built_model, 250))
     assert pipe.transformer.config.vision_config.num_hidden_layers == 2
 
@@ -563,6 +563,6 @@ def test_a_folder_that_is_taken_is_left_alone(parts, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_room_on_the_disk_is_looked_for_first(parts, tmp_path, monkeypatch, capsys):
+def test_space_on_the_disk_is_looked_for_first(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
     assert "GB free" in refused(parts, tmp_path, capsys)

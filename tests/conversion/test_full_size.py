@@ -1,4 +1,4 @@
-"""Checkpoints as long as the published one: all of its names, with its widths as holes, or narrower with gigabytes of data."""
+"""Checkpoints as long as the original one: all of its names, with its widths as holes, or narrower with gigabytes of data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from accelerate import init_empty_weights
 from convert_bagel_to_hf import convert
 from convert_hf_to_bagel import convert_back
-from published_config import published_settings
+from original_config import original_settings
 from repositories import STATE
 from stored_tensors import StoredTensor, stored_tensors
 from streaming import Shard
@@ -41,7 +41,7 @@ def header(name: str, shapes: dict[str, list[int]], dtype: torch.dtype) -> Shard
 
 
 def write_hollow(shard: Shard, folder: Path, progress: object = None) -> None:
-    """A file of the right size whose tensors are a hole, which takes no room on the disk."""
+    """A file of the right size whose tensors are a hole, which takes no space on the disk."""
     with open(folder / shard.name, "wb") as stream:
         stream.write(shard.header())
         stream.truncate(stream.tell() + shard.num_bytes)
@@ -54,9 +54,9 @@ def write_description(folder: Path, config: dict) -> None:
         shutil.copy(CHECKPOINT / name, folder)
 
 
-def test_every_published_name_and_shape_converts_there_and_back(tmp_path, monkeypatch):
+def test_every_original_name_and_shape_converts_there_and_back(tmp_path, monkeypatch):
     source, repository, back = (tmp_path / name for name in ("source", "repository", "back"))
-    write_description(source, published_settings({}, BagelConfig()))
+    write_description(source, original_settings({}, BagelConfig()))
     write_hollow(header("ema.safetensors", SHAPES["ema.safetensors"], torch.bfloat16), source)
     write_hollow(header("ae.safetensors", SHAPES["ae.safetensors"], torch.float32), source)
     for module in (repositories, convert_hf_to_bagel):
@@ -86,10 +86,10 @@ def test_every_published_name_and_shape_converts_there_and_back(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def gigabytes() -> Iterator[Path]:
-    """A folder with `source`, all published names in a quarter of their widths: 4 GiB in float32."""
+    """A folder with `source`, all original names in a quarter of their widths: 4 GiB in float32."""
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "source"
-        config = published_settings({}, BagelConfig())
+        config = original_settings({}, BagelConfig())
         config["llm_config"] |= {
             "hidden_size": 896,
             "intermediate_size": 4736,

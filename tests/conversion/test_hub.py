@@ -24,7 +24,7 @@ from transformers_bagel import BagelConfig
 
 
 ROOT = Path(__file__).parents[2]
-REPO, PUBLISHED = "org/bagel", "org/published"
+REPO, ORIGINAL = "org/bagel", "org/original"
 PRIVATE, GATED, BROKEN = "org/private", "org/gated", "org/broken"
 BASE, TRAINING = "org/base", "org/training"
 ORIGINAL = "org/original"
@@ -72,8 +72,8 @@ def hub(small_repository, other_repository, wide_repository, tmp_path_factory):
     local.add(PRIVATE, decoys, private=True)
     local.add(GATED, small_repository, gated=True)
     local.add(BROKEN, wide_repository)
-    local.add(PUBLISHED, CHECKPOINT, branch="v1")
-    local.add(PUBLISHED, CHECKPOINT)
+    local.add(ORIGINAL, CHECKPOINT, branch="v1")
+    local.add(ORIGINAL, CHECKPOINT)
     local.add(BASE, CHECKPOINT)
     # Of another branch than the one that is asked for, the tokenizer and the weights say something else.
     local.add(ORIGINAL, CHECKPOINT, branch="v1", private=True)
@@ -90,7 +90,7 @@ def hub(small_repository, other_repository, wide_repository, tmp_path_factory):
         shutil.copy(CHECKPOINT / "ema.safetensors", training / name)
     local.add(TRAINING, training)
     # Only who asks for the other branch can load it.
-    del local.repositories[PUBLISHED].files()["ae.safetensors"]
+    del local.repositories[ORIGINAL].files()["ae.safetensors"]
     with local.running():
         yield local
 
@@ -148,7 +148,7 @@ def diffusers_user(act, tmp_path_factory) -> dict:
 def package_user(act, hub) -> dict:
     hub.requests.clear()
     hub.breaks[f"{BROKEN}/model.safetensors"] = 15_000_000
-    return act("package_user", REPO, PUBLISHED, PRIVATE, GATED, BROKEN) | {"requests": list(hub.requests)}
+    return act("package_user", REPO, ORIGINAL, PRIVATE, GATED, BROKEN) | {"requests": list(hub.requests)}
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +226,8 @@ def test_with_the_package_nobody_is_to_be_trusted(package_user, local):
     assert loaded_code == []
 
 
-def test_the_published_layout_loads_by_id_too(package_user, local):
-    assert package_user["published"] == local
+def test_the_original_layout_loads_by_id_too(package_user, local):
+    assert package_user["original"] == local
 
 
 def test_the_original_layout_is_corrected_from_the_place_that_is_asked_for(original_user, local):
@@ -308,7 +308,7 @@ def test_pushed_adapters_load_again_wherever_they_may(publisher):
 
 def test_conversion_by_id_there_and_back(act, hub, tmp_path):
     hub.requests.clear()
-    found = act("converter", PUBLISHED, "v1", REPO, PRIVATE, TRAINING, str(tmp_path))
+    found = act("converter", ORIGINAL, "v1", REPO, PRIVATE, TRAINING, str(tmp_path))
     assert found["training"][0] == 0, found["training"][1]
     # Of a training only the weights that are asked for, of its base only what the training lacks.
     assert downloads(hub.requests, TRAINING) == ["ema.safetensors"]

@@ -1,4 +1,4 @@
-"""Published -> Hub -> published: nothing is lost, and both load as the same model."""
+"""Original -> Hub -> original: nothing is lost, and both load as the same model."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 
 
 def test_there_and_back_is_the_same_bit_for_bit(repository, tmp_path):
-    convert_back(str(repository), tmp_path / "published")
+    convert_back(str(repository), tmp_path / "original")
     for name in ("ema.safetensors", "ae.safetensors"):
-        assert (tmp_path / "published" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
+        assert (tmp_path / "original" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
     for name in ("vocab.json", "merges.txt"):
-        assert (tmp_path / "published" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
+        assert (tmp_path / "original" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
 
 
-def test_what_comes_back_says_what_was_published_less_its_mistakes(repository, tmp_path):
-    convert_back(str(repository), tmp_path / "published")
-    published = json.loads((CHECKPOINT / "config.json").read_text())
-    back = json.loads((tmp_path / "published" / "config.json").read_text())
-    published["llm_config"]["bos_token_id"] = 421
-    published["max_latent_size"] = 8
-    assert back == published
+def test_what_comes_back_says_the_original_less_its_mistakes(repository, tmp_path):
+    convert_back(str(repository), tmp_path / "original")
+    original = json.loads((CHECKPOINT / "config.json").read_text())
+    back = json.loads((tmp_path / "original" / "config.json").read_text())
+    original["llm_config"]["bos_token_id"] = 421
+    original["max_latent_size"] = 8
+    assert back == original
     for key in ("llm_config", "vit_config"):
-        assert json.loads((tmp_path / "published" / f"{key}.json").read_text()) == published[key]
-    weight_map = json.loads((tmp_path / "published" / "model.safetensors.index.json").read_text())["weight_map"]
+        assert json.loads((tmp_path / "original" / f"{key}.json").read_text()) == original[key]
+    weight_map = json.loads((tmp_path / "original" / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(weight_map.values()) == {"ema.safetensors"}
-    # And again: what came back is read as what was published.
-    again, first = (BagelConfig.from_pretrained(path).to_dict() for path in (tmp_path / "published", CHECKPOINT))
+    # And again: what came back is read as the original.
+    again, first = (BagelConfig.from_pretrained(path).to_dict() for path in (tmp_path / "original", CHECKPOINT))
     assert {**again, "_name_or_path": "", "transformers_weights": ""} == {
         **first,
         "_name_or_path": "",
@@ -49,12 +49,12 @@ def test_what_comes_back_says_what_was_published_less_its_mistakes(repository, t
 
 def test_diffusers_own_layout_goes_back_too(repository, tmp_path):
     BagelPipeline.from_pretrained(repository).save_pretrained(tmp_path / "saved")
-    convert_back(str(tmp_path / "saved"), tmp_path / "published")
+    convert_back(str(tmp_path / "saved"), tmp_path / "original")
     for name in ("ema.safetensors", "ae.safetensors"):
-        back, published = load_file(tmp_path / "published" / name), load_file(CHECKPOINT / name)
-        assert back.keys() == published.keys()
-        assert all(torch.equal(back[key], published[key]) for key in published)
-    pipe = BagelPipeline.from_pretrained(tmp_path / "published", processor=load_processor())
+        back, original = load_file(tmp_path / "original" / name), load_file(CHECKPOINT / name)
+        assert back.keys() == original.keys()
+        assert all(torch.equal(back[key], original[key]) for key in original)
+    pipe = BagelPipeline.from_pretrained(tmp_path / "original", processor=load_processor())
     assert pipe.transformer.config.max_latent_size == 8
 
 
@@ -66,10 +66,10 @@ def test_every_reader_finds_the_same_model_in_the_repository(repository):
         return_dict=True,
         return_tensors="pt",
     )
-    published = load_model()
+    original = load_model()
     pipe = BagelPipeline.from_pretrained(repository)
     with torch.no_grad():
-        expected = published(**inputs).logits
+        expected = original(**inputs).logits
         for model in (
             BagelForConditionalGeneration.from_pretrained(repository),
             AutoModelForImageTextToText.from_pretrained(repository),
@@ -96,7 +96,7 @@ def test_the_configuration_has_both_spellings(repository):
     written = json.loads((repository / "config.json").read_text())
     assert written["architectures"] == ["BagelForConditionalGeneration"] and written["model_type"] == "bagel"
     assert {"llm_config", "vit_config", "vae_config", "text_config", "vision_config"} <= written.keys()
-    # The published code builds one layer fewer than it says.
+    # The original code builds one layer fewer than it says.
     assert written["vit_config"]["num_hidden_layers"] == 3
     assert written["vision_config"]["num_hidden_layers"] == 2
     assert written["llm_config"]["bos_token_id"] == written["text_config"]["bos_token_id"] == 421
@@ -105,7 +105,7 @@ def test_the_configuration_has_both_spellings(repository):
     assert alone.text_config.hidden_size == BagelConfig.from_pretrained(repository).text_config.hidden_size
 
 
-def test_mistakes_of_the_published_json_are_reported(tmp_path, capsys):
+def test_mistakes_of_the_original_json_are_reported(tmp_path, capsys):
     assert main([str(CHECKPOINT), str(tmp_path / "repository")]) == 0
     said = capsys.readouterr().out
     assert "max_latent_size: the JSON says 4, the weights and the tokenizer 8." in said
@@ -141,7 +141,7 @@ def test_generation_stops_at_the_right_tokens(repository):
     assert [settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] == ids
 
 
-def test_the_first_published_layout_without_a_config_json_gets_all_keys(tmp_path, repository):
+def test_the_first_original_layout_without_a_config_json_gets_all_keys(tmp_path, repository):
     first = Path(shutil.copytree(CHECKPOINT, tmp_path / "first"))
     settings = json.loads((first / "config.json").read_text())
     (first / "config.json").unlink()
@@ -169,9 +169,9 @@ def test_the_type_of_a_repository_is_that_of_most_of_its_weights(tmp_path):
 def test_the_type_of_the_weights_can_be_chosen(name, tmp_path):
     assert main([str(CHECKPOINT), str(tmp_path / "repository"), "--dtype", name, "--verify"]) == 0
     dtype = getattr(torch, name)
-    published = load_file(CHECKPOINT / "ema.safetensors")
+    original = load_file(CHECKPOINT / "ema.safetensors")
     written = load_file(tmp_path / "repository" / "model.safetensors")
-    assert all(torch.equal(written[key], published[key].to(dtype)) for key in published)
+    assert all(torch.equal(written[key], original[key].to(dtype)) for key in original)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "repository", dtype="auto")
     assert model.dtype == dtype
     vae = load_file(tmp_path / "repository" / "vae" / "diffusion_pytorch_model.safetensors")
@@ -184,7 +184,7 @@ def test_the_card_names_what_was_corrected_and_its_snippets_run(repository, tmp_
     assert card.data.base_model == "ByteDance-Seed/BAGEL-7B-MoT"
     assert "- `max_latent_size`: 8 instead of 4" in card.text
     shutil.copytree(repository, tmp_path / "repository")
-    # The published layout has no settings of images, and the tiny model takes small ones only.
+    # The original layout has no settings of images, and the tiny model takes small ones only.
     load_processor().save_pretrained(tmp_path / "repository")
     monkeypatch.chdir(tmp_path)
     variables = run_snippets(card.text)

@@ -12,7 +12,7 @@ import torch
 from convert_bagel_to_hf import main
 from convert_hf_to_bagel import main as convert_back
 from merge_lora import main as merge_lora
-from published_files import find_published_files
+from original_files import find_original_files
 from safetensors.torch import load_file, save_file
 from sources import opened
 from stored_tensors import stored_tensors
@@ -405,7 +405,7 @@ def test_which_does_not_contradict_the_file_or_the_pickles(source, capsys):
 
 
 def test_other_files_of_a_training_are_left_alone(source, tmp_path):
-    """As the published training script leaves them beside its weights."""
+    """As the original training script leaves them beside its weights."""
     training = tmp_path / "0001000"
     training.mkdir()
     shutil.move(source / "ema.safetensors", training)
@@ -425,14 +425,14 @@ def test_settings_and_tokenizer_are_each_taken_from_one_place(source, tmp_path):
     settings = json.loads((source / "config.json").read_text())
     (own / "llm_config.json").write_text(json.dumps(settings["llm_config"] | {"rms_norm_eps": 0.5}))
     (own / "vit_config.json").write_text(json.dumps(settings["vit_config"]))
-    files = find_published_files(opened(str(own)), opened(str(CHECKPOINT)), None)
+    files = find_original_files(opened(str(own)), opened(str(CHECKPOINT)), None)
     places = {name: file.parent for name, file in files.descriptions.items()}
     assert set(places.values()) == {own} and "tokenizer.json" not in places and "config.json" not in places
     assert files.vae.parent == CHECKPOINT
 
 
 def test_a_template_of_chats_is_not_taken_over(source, tmp_path):
-    """Newer libraries write one beside any tokenizer; the published layout has none, and its prompts are not Qwen's."""
+    """Newer libraries write one beside any tokenizer; the original layout has none, and its prompts are not Qwen's."""
     (source / "chat_template.jinja").write_text("{{ 'other' }}")
     assert main([str(source), str(tmp_path / "repository")]) == 0
     assert "other" not in (tmp_path / "repository" / "chat_template.jinja").read_text()

@@ -116,7 +116,7 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_room_on_the_disk_is_looked_for_first(tmp_path, monkeypatch, capsys):
+def test_space_on_the_disk_is_looked_for_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
     assert main([str(CHECKPOINT), str(tmp_path / "repository")]) == 2
     assert "GB free" in capsys.readouterr().err

@@ -240,8 +240,8 @@ def test_a_checkpoint_loads_as_lora(uninterrupted, checkpoint):
 
 
 @pytest.mark.parametrize("task", ["drawing", "editing"])
-def test_the_published_layout_trains_within_the_models_tables(train, pictures, tmp_path, task):
-    # It has no image settings, and the published sizes are far beyond the tiny model's position tables.
+def test_the_original_layout_trains_within_the_models_tables(train, pictures, tmp_path, task):
+    # It has no image settings, and the original sizes are far beyond the tiny model's position tables.
     names = sorted(path.name for path in pictures.glob("*.png"))
     rows = [{"image": str(pictures / name), "source": str(pictures / names[0]), "text": "a shape"} for name in names]
     data = {"train_data_file": [write_lines(tmp_path / "rows.jsonl", rows)]}

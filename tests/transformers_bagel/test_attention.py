@@ -124,7 +124,7 @@ def test_one_forward_equals_segment_by_segment(name, latents, model, prompt):
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_padding_never_influences_other_tokens(backend, encode):
     model = load_model(attn_implementation=backend)
-    inputs = dict(encode([["a"], ["@wide", "a long text that makes the other row padded"]]))
+    inputs = dict(encode([["a"], ["@wide", "a long text that makes the other sample padded"]]))
     pad = inputs["attention_mask"] == 0
     assert pad.any()
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_an_image_sees_all_of_itself_and_text_only_what_came_before(model, promp
 
 
 @pytest.mark.parametrize(("name", "latents"), [("text", False), ("image", False), ("interleaved", True)])
-def test_flash_attention_takes_text_and_images_run_by_run(name, latents, model, flash, prompt):
+def test_flash_attention_takes_text_and_images_chunk_by_chunk(name, latents, model, flash, prompt):
     for ours, theirs in zip(drawn(model, prompt(name, latents)), drawn(flash, prompt(name, latents)), strict=True):
         assert max_error(ours, theirs) <= 1e-5
 

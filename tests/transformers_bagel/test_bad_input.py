@@ -393,9 +393,9 @@ def test_bad_denoising_step_is_refused(name, value, match, idle):
 
 @pytest.mark.parametrize("loader", [BagelForConditionalGeneration, AutoModelForImageTextToText])
 @pytest.mark.parametrize("how", ["missing", "extra", "misshapen", "flattened", "truncated"])
-@pytest.mark.parametrize("layout", ["published", "saved"])
+@pytest.mark.parametrize("layout", ["original", "saved"])
 def test_damaged_checkpoint_is_refused(layout, how, loader, saved, tmp_path):
-    source, name = {"published": (CHECKPOINT, "ema.safetensors"), "saved": (saved, "model.safetensors")}[layout]
+    source, name = {"original": (CHECKPOINT, "ema.safetensors"), "saved": (saved, "model.safetensors")}[layout]
     folder = tmp_path / "checkpoint"
     shutil.copytree(source, folder)
     named = damage(folder / name, how, PLAIN_TENSOR)
@@ -455,10 +455,10 @@ def test_configuration_without_weights_is_refused(loader, saved, tmp_path):
         loader.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["published", "saved"])
+@pytest.mark.parametrize("layout", ["original", "saved"])
 def test_processor_without_tokenizer_is_refused(layout, saved, tmp_path):
     folder = tmp_path / "checkpoint"
-    shutil.copytree(CHECKPOINT if layout == "published" else saved, folder)
+    shutil.copytree(CHECKPOINT if layout == "original" else saved, folder)
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(REFUSED, match=re.escape(str(folder))):

@@ -1,4 +1,4 @@
-"""Caches for drawing: forks, lanes, and what a denoising step allocates."""
+"""Caches for drawing: forks, prefixes of branches, and what a denoising step allocates."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_denoising_step_neither_grows_nor_changes_what_it_reads(model, wrap):
     assert all(torch.equal(old, new) for old, new in zip(before, snapshot(cache), strict=True))
 
 
-def test_lanes_of_a_batch_equal_single_steps(model):
+def test_blocks_of_a_batch_equal_single_steps(model):
     caches = [prefilled(model, length, seed=length) for length in (5, 12, 1)]
     grids = torch.tensor([[2, 3], [1, 4], [3, 3]])
     cache = PrefixCache([PrefixView(PrefixBuffer.from_cache(each, scratch=11)) for each in caches])
@@ -201,13 +201,13 @@ def test_left_padding_of_a_cache_is_left_out(model):
     assert max_error(batch[1], single) <= 1e-5
 
 
-def test_a_lane_may_be_part_of_a_buffer_that_another_lane_reads_in_full(model):
+def test_a_branch_may_read_part_of_a_buffer_that_another_reads_in_full(model):
     cache = prefilled(model, 12)
     short = DynamicCache(config=model.config.text_config)
     for layer, source in enumerate(cache.layers):
         short.update(source.keys[:, :, :5], source.values[:, :, :5], layer)
     buffer = PrefixBuffer.from_cache(cache, scratch=8, common=5)
-    lanes = [PrefixView(buffer), PrefixView(buffer, start=7), PrefixView(buffer, start=12)]
+    views = [PrefixView(buffer), PrefixView(buffer, start=7), PrefixView(buffer, start=12)]
     grids, latents = GRID.repeat(3, 1), torch.randn(6, model.config.latent_dim).repeat(3, 1)
     with torch.no_grad():
         together = model(
@@ -215,7 +215,7 @@ def test_a_lane_may_be_part_of_a_buffer_that_another_lane_reads_in_full(model):
             latent_grid_hw=grids,
             timesteps=torch.full((3,), 0.5),
             position_ids=torch.tensor([12, 5, 0]),
-            past_key_values=PrefixCache(lanes),
+            past_key_values=PrefixCache(views),
         ).velocity.split(6)
         for velocity, own, position in zip(together, (cache, short, None), (12, 5, 0), strict=True):
             single = model(
@@ -228,7 +228,7 @@ def test_a_lane_may_be_part_of_a_buffer_that_another_lane_reads_in_full(model):
             assert max_error(velocity, single) <= 1e-5
 
 
-def test_rows_and_images_must_agree(model):
+def test_views_and_images_must_agree(model):
     with pytest.raises(ValueError, match="`past_key_values` holds 1 samples"):
         step(model, prefilled(model, 3), [3, 3], GRID.repeat(2, 1))
     with pytest.raises(ValueError, match="PrefixCache"), torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_denoising_step_copies_nothing_of_its_prefix():
         prefix = random_prefix(model, length)
         step(model, prefix, [10])
         bytes_by_length[length] = allocated(lambda prefix=prefix: step(model, prefix, [10]))
-    lane = prefix.views[0].buffer
-    prefix_bytes = sum(states.nbytes for states in (*lane.keys, *lane.values))
+    buffer = prefix.views[0].buffer
+    prefix_bytes = sum(states.nbytes for states in (*buffer.keys, *buffer.values))
     # Attention keeps a few numbers a key block and thread; the prefix itself is 40 times that and more.
     assert bytes_by_length[40_000] - bytes_by_length[100] < 0.01 * prefix_bytes

@@ -212,20 +212,20 @@ def test_batch_equals_single_runs(think, model, encode):
     inputs = encode(BATCH, think=think)
     assert (inputs["attention_mask"][:, 0] == 0).any() and inputs["attention_mask"][:, -1].all()
     out = generate(model, inputs)
-    for row, prompt in enumerate(BATCH):
+    for index, prompt in enumerate(BATCH):
         single = encode(prompt, think=think)
         expected = generate(model, single)
-        assert new_tokens(out, inputs)[row].tolist() == new_tokens(expected, single)[0].tolist()
-        assert max_error(torch.stack(out.logits)[:, row], torch.stack(expected.logits)[:, 0]) <= 1e-5
+        assert new_tokens(out, inputs)[index].tolist() == new_tokens(expected, single)[0].tolist()
+        assert max_error(torch.stack(out.logits)[:, index], torch.stack(expected.logits)[:, 0]) <= 1e-5
 
 
-def test_finished_row_of_a_batch_is_padded(model, encode):
+def test_finished_text_of_a_batch_is_padded(model, encode):
     inputs = encode([PROMPTS["no_image"], PROMPTS["one_image"]])
     end = int(new_tokens(generate(model, inputs), inputs)[0, 1])
-    rows = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=end)
-    rows = rows[:, inputs["input_ids"].shape[1] :]
-    stop = rows[0].tolist().index(end)
-    assert (rows[0, stop + 1 :] == model.config.text_config.pad_token_id).all()
+    texts = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=end)
+    texts = texts[:, inputs["input_ids"].shape[1] :]
+    stop = texts[0].tolist().index(end)
+    assert (texts[0, stop + 1 :] == model.config.text_config.pad_token_id).all()
 
 
 # Strategies
@@ -253,12 +253,12 @@ def test_beams_of_a_batch_equal_single_runs(use_cache, model, encode):
     settings = {"num_beams": 3, "num_return_sequences": 2}
     out = generate(model, inputs, use_cache=use_cache, **settings)
     assert out.sequences.shape[0] == 2 * len(BATCH)
-    for row, prompt in enumerate(BATCH):
+    for index, prompt in enumerate(BATCH):
         single = encode(prompt)
         expected = generate(model, single, **settings)
-        rows = slice(2 * row, 2 * row + 2)
-        assert new_tokens(out, inputs)[rows].tolist() == new_tokens(expected, single).tolist()
-        assert max_error(out.sequences_scores[rows], expected.sequences_scores) <= 1e-5
+        own = slice(2 * index, 2 * index + 2)
+        assert new_tokens(out, inputs)[own].tolist() == new_tokens(expected, single).tolist()
+        assert max_error(out.sequences_scores[own], expected.sequences_scores) <= 1e-5
 
 
 def test_beams_have_the_scores_of_plain_forwards(model, encode):
@@ -371,13 +371,13 @@ def test_batch_with_latents_equals_single_runs(beams, model, encode_latents):
     prompts = list(LATENT_PROMPTS.values())
     inputs = encode_latents(prompts)
     out = generate(model, inputs, num_beams=beams, num_return_sequences=beams)
-    for row, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         single = encode_latents(prompt)
         expected = generate(model, single, num_beams=beams, num_return_sequences=beams)
-        rows = slice(beams * row, beams * row + beams)
-        assert new_tokens(out, inputs)[rows].tolist() == new_tokens(expected, single).tolist()
+        own = slice(beams * index, beams * index + beams)
+        assert new_tokens(out, inputs)[own].tolist() == new_tokens(expected, single).tolist()
         if beams > 1:
-            assert max_error(out.sequences_scores[rows], expected.sequences_scores) <= 1e-5
+            assert max_error(out.sequences_scores[own], expected.sequences_scores) <= 1e-5
 
 
 def test_return_sequences_with_latents(model, encode_latents):

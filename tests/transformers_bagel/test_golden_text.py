@@ -11,7 +11,7 @@ from transformers_bagel.sequence import patch_grid_ids, rope_positions
 
 
 @pytest.mark.parametrize("case", CASES["text"], ids=lambda case: case["key"])
-def test_prefill_gives_the_published_keys_and_values(case, model, encode, golden):
+def test_prefill_gives_the_original_keys_and_values(case, model, encode, golden):
     inputs = encode(case["inputs"], add_generation_prompt=False, think=case.get("think", False))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -26,7 +26,7 @@ def test_prefill_gives_the_published_keys_and_values(case, model, encode, golden
 
 
 @pytest.mark.parametrize("case", CASES["text"], ids=lambda case: case["key"])
-def test_generate_gives_the_published_tokens_and_logits(case, model, processor, encode, golden):
+def test_generate_gives_the_original_tokens_and_logits(case, model, processor, encode, golden):
     inputs = encode(case["inputs"], think=case.get("think", False))
     steps = len(golden[f"{case['key']}.logits"])
     out = model.generate(
@@ -36,7 +36,7 @@ def test_generate_gives_the_published_tokens_and_logits(case, model, processor, 
         return_dict_in_generate=True,
         output_logits=True,
     )
-    # The published loop records the start token that it feeds, and drops the token after its last step.
+    # The original loop records the start token that it feeds, and drops the token after its last step.
     tokens = out.sequences[0, inputs["input_ids"].shape[1] - 1 :]
     assert tokens[: len(case["tokens"])].tolist() == case["tokens"]
     assert max_error(torch.cat(out.logits)[:steps], golden[f"{case['key']}.logits"]) <= 1e-4

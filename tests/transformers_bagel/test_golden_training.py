@@ -1,4 +1,4 @@
-"""The training case of the golden set: one packed row, its positions, mask, losses and gradients."""
+"""The training case of the golden set: one packed sequence, its positions, mask, losses and gradients."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ KEY = CASE["key"]
 
 
 @pytest.fixture(scope="module")
-def row(golden):
-    """The golden row, given by its indices, as inputs of `forward`."""
+def packed(golden):
+    """The golden sequence, given by its indices, as inputs of `forward`."""
     given = {name.removeprefix(f"{KEY}.in."): value for name, value in golden.items() if f"{KEY}.in." in name}
     model = load_model()
     tokens = sum(CASE["sample_lens"])
@@ -53,8 +53,8 @@ def row(golden):
     return model, inputs, given
 
 
-def test_losses_match(row, golden):
-    model, inputs, given = row
+def test_losses_match(packed, golden):
+    model, inputs, given = packed
     out = model(**inputs)
     clean, noise = inputs["latents"], inputs["noise"]
     noised = given["packed_timesteps"].sigmoid() > 0
@@ -69,8 +69,8 @@ def test_losses_match(row, golden):
     assert abs(out.loss.item() - CASE["loss"]) <= 1e-4
 
 
-def test_gradients_match(row, golden):
-    model, inputs, _ = row
+def test_gradients_match(packed, golden):
+    model, inputs, _ = packed
     model.zero_grad()
     model(**inputs).loss.backward()
     parameters = dict(model.named_parameters())
@@ -83,8 +83,8 @@ def test_gradients_match(row, golden):
     assert compared > 20
 
 
-def test_positions_match(row):
-    model, inputs, given = row
+def test_positions_match(packed):
+    model, inputs, given = packed
     seen = {}
     hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
@@ -94,9 +94,9 @@ def test_positions_match(row):
     assert seen["position_ids"][0].tolist() == given["packed_position_ids"].tolist()
 
 
-def test_masks_match(row, golden):
+def test_masks_match(packed, golden):
     """The masks that each sample is attended under."""
-    model, inputs, _ = row
+    model, inputs, _ = packed
     ids = inputs["input_ids"]
     types = token_types_from_ids(ids, model.config.image_token_id, model.config.latent_token_id)
     layout = SequenceLayout.from_inputs(

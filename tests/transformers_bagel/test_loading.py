@@ -1,4 +1,4 @@
-"""Loading and saving: the published layout, the library's own, halves, types, devices, names."""
+"""Loading and saving: the original layout, the library's own, modules left out, types, devices, names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from transformers_bagel import (
 from transformers_bagel.loading import find_file, module_name
 
 
-PUBLISHED = load_file(CHECKPOINT / "ema.safetensors")
+ORIGINAL = load_file(CHECKPOINT / "ema.safetensors")
 IDS = torch.tensor([[1, 2, 3, 4]])
 
 
@@ -47,15 +47,15 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def test_published_layout_loads_whole_and_unchanged():
+def test_original_layout_loads_whole_and_unchanged():
     model, info = load_model(output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     state = model.state_dict()
-    assert {module_name(name) for name in PUBLISHED} == set(state)
-    assert all(torch.equal(state[module_name(name)], tensor) for name, tensor in PUBLISHED.items())
+    assert {module_name(name) for name in ORIGINAL} == set(state)
+    assert all(torch.equal(state[module_name(name)], tensor) for name, tensor in ORIGINAL.items())
 
 
-def test_published_json_is_corrected_from_the_weights_and_the_tokenizer():
+def test_original_json_is_corrected_from_the_weights_and_the_tokenizer():
     config = BagelConfig.from_pretrained(CHECKPOINT)
     assert config.vision_config.num_hidden_layers == 2
     assert config.max_latent_size == 8
@@ -90,8 +90,8 @@ def test_saving_keeps_names_and_bits(shard, model, tmp_path):
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             saved |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    assert saved.keys() == PUBLISHED.keys()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in PUBLISHED.items())
+    assert saved.keys() == ORIGINAL.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in ORIGINAL.items())
     loaded = BagelForConditionalGeneration.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert settings(loaded.config) == settings(model.config)
@@ -110,9 +110,9 @@ def test_dtype_and_device_map(model, tmp_path):
     assert max_error(logits(mapped), logits(model)) <= 1e-6
 
 
-@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
-def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
-    loaded, info = load_model(**{half: False}, output_loading_info=True)
+@pytest.mark.parametrize("left_out", ["visual_gen", "visual_und"])
+def test_a_model_loads_without_some_of_its_modules(left_out, model, tmp_path, encode):
+    loaded, info = load_model(**{left_out: False}, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(logits(loaded), logits(model))
     gone = set(model.state_dict()) - set(loaded.state_dict())
@@ -120,8 +120,8 @@ def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
         "visual_gen": "_moe_gen|vae2llm|llm2vae|time_embedder|latent_pos",
         "visual_und": "vision|connector|vit_",
     }
-    assert gone == {name for name in model.state_dict() if re.search(pattern[half], name)}
-    if half == "visual_gen":
+    assert gone == {name for name in model.state_dict() if re.search(pattern[left_out], name)}
+    if left_out == "visual_gen":
         inputs = encode(["@wide", "what?"])
         assert torch.equal(model.generate(**inputs, max_new_tokens=4), loaded.generate(**inputs, max_new_tokens=4))
         layers = sum(tensor.numel() for name, tensor in model.state_dict().items() if ".layers." in name)
@@ -132,7 +132,7 @@ def test_half_of_the_model_loads_alone(half, model, tmp_path, encode):
     assert set(again.state_dict()) == set(loaded.state_dict())
 
 
-def test_halves_refuse_what_they_cannot_do(encode):
+def test_a_model_without_modules_refuses_what_it_cannot_do(encode):
     inputs = encode(["@wide", "what?"])
     with pytest.raises(ValueError, match="visual_und=True"):
         load_model(visual_und=False)(**inputs)
@@ -161,7 +161,7 @@ def test_auto_classes_know_it(tmp_path, model):
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), BagelImageProcessor)
 
 
-def test_default_configuration_is_the_published_7b_model():
+def test_default_configuration_is_the_original_7b_model():
     expected = json.loads((GOLDEN.parent / "full_size_shapes.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = BagelForConditionalGeneration(BagelConfig())
@@ -170,10 +170,10 @@ def test_default_configuration_is_the_published_7b_model():
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == expected["parameters"]["ema.safetensors"]
 
 
-def test_published_json_may_be_passed_as_arguments():
-    published = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-    config = BagelConfig(**published)
-    assert config.vision_config.num_hidden_layers == published["vit_config"]["num_hidden_layers"] - 1
+def test_original_json_may_be_passed_as_arguments():
+    original = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    config = BagelConfig(**original)
+    assert config.vision_config.num_hidden_layers == original["vit_config"]["num_hidden_layers"] - 1
     assert config.text_config.model_type == "bagel_text"
     assert config.text_config.rope_parameters["rope_theta"] == 1_000_000.0
     assert (config.latent_channels, config.latent_stride) == (4, 16)
@@ -213,7 +213,7 @@ def test_position_tables_stay_frozen(model):
     assert not any(name.endswith("pos_embed") for name, _ in model.named_parameters())
 
 
-def test_a_new_model_has_the_published_tables_and_draws_nothing(model):
+def test_a_new_model_has_the_original_tables_and_draws_nothing(model):
     fresh = BagelForConditionalGeneration(model.config).model
     for name in ("latent_pos_embed", "vit_pos_embed"):
         assert max_error(getattr(fresh, name).pos_embed, getattr(model.model, name).pos_embed) <= 1e-6
@@ -228,23 +228,23 @@ def test_embeddings_can_be_resized():
     assert max_error(logits(model)[..., :448], before) <= 1e-6
 
 
-@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
-def test_a_saved_half_keeps_published_names_and_does_not_grow_back(half, tmp_path):
-    load_model(**{half: False}).save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() < PUBLISHED.keys()
-    assert getattr(BagelConfig.from_pretrained(tmp_path), half) is False
+@pytest.mark.parametrize("left_out", ["visual_gen", "visual_und"])
+def test_a_saved_model_without_modules_keeps_original_names_and_does_not_grow_back(left_out, tmp_path):
+    load_model(**{left_out: False}).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() < ORIGINAL.keys()
+    assert getattr(BagelConfig.from_pretrained(tmp_path), left_out) is False
     with pytest.raises(ValueError, match="lacks"):
-        BagelForConditionalGeneration.from_pretrained(tmp_path, **{half: True})
+        BagelForConditionalGeneration.from_pretrained(tmp_path, **{left_out: True})
 
 
 def test_a_configuration_without_drawing_says_so_to_its_language_model():
     assert BagelConfig(visual_gen=False).text_config.visual_gen is False
 
 
-def test_saving_drops_the_name_of_the_published_weights(model, tmp_path):
-    shutil.copytree(CHECKPOINT, tmp_path / "published")
-    (tmp_path / "published" / "model.safetensors.index.json").unlink()
-    BagelForConditionalGeneration.from_pretrained(tmp_path / "published").save_pretrained(tmp_path / "saved")
+def test_saving_drops_the_name_of_the_original_weights(model, tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "original")
+    (tmp_path / "original" / "model.safetensors.index.json").unlink()
+    BagelForConditionalGeneration.from_pretrained(tmp_path / "original").save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(BagelForConditionalGeneration.from_pretrained(tmp_path / "saved")), logits(model))
 
 

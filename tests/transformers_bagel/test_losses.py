@@ -1,4 +1,4 @@
-"""Losses and gradients of packed rows: means, weights, missing modalities, frozen parts, samples kept apart."""
+"""Losses and gradients of packed samples: means, weights, missing modalities, frozen parts, samples kept apart."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_reductions_differ(fresh, batch_of):
     assert len({round(loss.mse_loss.item(), 4) for loss in losses}) == 3
 
 
-def test_without_document_ids_a_row_is_a_sample(fresh, collate):
+def test_without_document_ids_a_sequence_is_a_sample(fresh, collate):
     batches = [collate()(training_samples(name)) for name in ("talk", "chat")]
     row = dict(batches[0])
     del row["document_ids"]
@@ -352,10 +352,10 @@ def test_velocity_learns_noise_minus_clean_from_their_mixture(fresh, batch_of):
     model(**batch)
     hook.remove()
     condition, drawn = seen["latents"].split(batch["latent_grid_hw"].prod(-1).tolist())
-    level = batch["timesteps"][1]
+    sigma = batch["timesteps"][1]
     assert torch.equal(condition, batch["latents"][: len(condition)])
     clean, noise = batch["latents"][len(condition) :], batch["noise"][len(condition) :]
-    assert torch.allclose(drawn, clean + level * (noise - clean), atol=1e-6)
+    assert torch.allclose(drawn, clean + sigma * (noise - clean), atol=1e-6)
 
 
 def test_one_of_two_losses_may_be_asked_for(fresh, batch_of):
@@ -421,10 +421,10 @@ def test_a_drawing_without_any_condition_trains(fresh, batch_of):
     assert all(grad is not None and grad.isfinite().all() for grad in found.values())
 
 
-@pytest.mark.parametrize(("half", "names"), [("visual_gen", ("talk", "look")), ("visual_und", ("talk", "draw"))])
-def test_half_a_model_trains(half, names, batch_of):
+@pytest.mark.parametrize(("left_out", "names"), [("visual_gen", ("talk", "look")), ("visual_und", ("talk", "draw"))])
+def test_a_model_without_modules_trains(left_out, names, batch_of):
     batch = batch_of(*names)
-    model = load_model(**{half: False}).train()
+    model = load_model(**{left_out: False}).train()
     whole = load_model().train()
     assert model(**batch).loss.item() == pytest.approx(whole(**batch).loss.item(), abs=1e-5)
     assert all(grad is not None for grad in backward(model, batch).values())
@@ -497,7 +497,7 @@ def test_freeze_und_detaches_the_activations_layer_by_layer(fresh, batch_of):
     through = copy.deepcopy(backward(plain, batch))
 
     def detached(module, args, kwargs, output=None):
-        # The stream has the understanding tokens first.
+        # Expert order has the understanding tokens first.
         states, split = args[0] if output is None else output, kwargs["routing"].num_und
         states = torch.cat([states[:split].detach(), states[split:]])
         return ((states, *args[1:]), kwargs) if output is None else states
@@ -536,7 +536,7 @@ def test_packed_samples_are_as_each_alone(max_tokens, fresh, encode_samples):
     assert (batch["document_ids"] < 0).any() == (max_tokens is not None)
 
 
-def test_gradients_of_a_packed_row_are_those_of_its_samples(fresh, encode_samples):
+def test_gradients_of_packed_samples_are_those_of_its_samples(fresh, encode_samples):
     collator, samples = encode_samples(*ALL)
     batch = collator.pack(samples)
     model = fresh()
@@ -609,7 +609,7 @@ def test_flex_attention_sees_the_same(names, fresh, batch_of):
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected, outputs = plain(**batch), flex(**batch)
     hook.remove()
-    assert asked == ["NoneType"], "one sparse mask for the whole row, not samples one by one"
+    assert asked == ["NoneType"], "one sparse mask for the whole sequence, not samples one by one"
     own = batch["document_ids"] >= 0
     assert max_error(outputs.logits[own], expected.logits[own]) <= 1e-5
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
@@ -624,7 +624,7 @@ def test_a_model_with_flex_attention_trains_on_a_cpu(fresh, batch_of):
     assert_close(backward(flex, batch), backward(fresh(), batch))
 
 
-def test_masks_grow_with_samples_not_with_the_rows_square(encode_samples):
+def test_masks_grow_with_samples_not_with_the_square_of_all_tokens(encode_samples):
     collator, samples = encode_samples("edit", "talk", return_layout=True)
     for count in (1, 4):
         batch = collator.pack(samples * count)
@@ -651,7 +651,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_a_step_grows_with_the_square_of_the_row(fresh, collate):
+def test_no_tensor_of_a_step_grows_with_the_square_of_the_sequence(fresh, collate):
     collator = collate()
     samples = training_samples("edit") * 4 + [{"messages": [turn("user", "a" * 40), turn("assistant", "b" * 8)]}] * 12
     batch = collator(samples)
@@ -659,7 +659,7 @@ def test_no_tensor_of_a_step_grows_with_the_square_of_the_row(fresh, collate):
     model = fresh()
     with Largest() as largest:
         model(**batch).loss.backward()
-    # The widest layer, not the mask or the scores of a whole row.
+    # The widest layer, not the mask or the scores of a whole sequence.
     assert tokens > 1000
     assert largest.numel < tokens**2 / 4
 
@@ -694,7 +694,7 @@ def test_the_numbers_of_documents_are_free(fresh, batch_of):
         assert getattr(outputs, name).item() == pytest.approx(getattr(expected, name).item(), abs=1e-6)
 
 
-def test_positions_of_packed_rows_need_not_be_passed(fresh, batch_of):
+def test_positions_of_packed_samples_need_not_be_passed(fresh, batch_of):
     batch = batch_of(*ALL, max_tokens=200)
     model = fresh()
     expected = model(**batch).loss.item()
@@ -702,7 +702,7 @@ def test_positions_of_packed_rows_need_not_be_passed(fresh, batch_of):
     assert model(**batch).loss.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_packed_rows_refuse_a_cache(fresh, batch_of):
+def test_packed_samples_refuse_a_cache(fresh, batch_of):
     batch = batch_of("talk", "look")
     with pytest.raises(ValueError, match=re.escape("`document_ids`")):
         fresh().eval()(**batch, use_cache=True)
@@ -711,7 +711,7 @@ def test_packed_rows_refuse_a_cache(fresh, batch_of):
 # ---- Found in review
 
 
-def test_a_number_that_repeats_in_a_row_stands_for_two_samples_in_the_loss_too(fresh, batch_of):
+def test_a_number_that_comes_again_stands_for_two_samples_in_the_loss_too(fresh, batch_of):
     # Attention, positions and labels take each run of a number as a sample; the weights of the losses merge them.
     batch = batch_of("talk", "edit", "look", "draw")
     documents = batch["document_ids"]

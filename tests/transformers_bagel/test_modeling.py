@@ -11,7 +11,7 @@ from tests.transformers_bagel.test_attention import with_latents
 
 @pytest.fixture
 def training_row(model):
-    """A packed row with a text sample and a drawing, whose loss reaches every weight but the tower's."""
+    """A packed sequence with a text sample and a drawing, whose loss reaches every weight but the tower's."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 400, (8,), generator=generator).tolist()
@@ -123,10 +123,10 @@ def test_logits_may_be_kept_for_the_last_tokens_only(model, encode):
 
 
 def test_bfloat16_stays_near_float32(model, encode):
-    half = load_model(dtype=torch.bfloat16)
+    rounded = load_model(dtype=torch.bfloat16)
     inputs = with_latents(dict(encode(["@square", "what is it?"], generation_mode="image")))
     with torch.no_grad():
-        out, expected = half(**inputs), model(**inputs)
+        out, expected = rounded(**inputs), model(**inputs)
     assert out.logits.dtype == out.velocity.dtype == torch.bfloat16
     assert max_error(out.logits, expected.logits) <= 0.05 * expected.logits.abs().max().item()
     assert max_error(out.velocity, expected.velocity) <= 0.05 * expected.velocity.abs().max().item()

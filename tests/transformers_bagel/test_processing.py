@@ -27,20 +27,20 @@ from transformers_bagel.image_processing_bagel import patchify, resized_size, to
 from transformers_bagel.segments import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
 
 
-PUBLISHED = {"vae": (1024, 512, 16), "vit": (980, 224, 14)}
+ORIGINAL = {"vae": (1024, 512, 16), "vit": (980, 224, 14)}
 
 
 @pytest.mark.parametrize("row", CASES["resize_table"]["rows"], ids=lambda row: f"{row[0]}x{row[1]}")
-def test_resized_sizes_are_the_published(row):
+def test_resized_sizes_are_the_originals(row):
     case = dict(zip(CASES["resize_table"]["columns"], row, strict=True))
     limit = BagelImageProcessor().max_pixels
-    vae = resized_size(case["w"], case["h"], *PUBLISHED["vae"], limit)
+    vae = resized_size(case["w"], case["h"], *ORIGINAL["vae"], limit)
     assert vae == (case["vae_w"], case["vae_h"])
-    assert resized_size(*vae, *PUBLISHED["vit"], limit) == (case["vit_of_vae_w"], case["vit_of_vae_h"])
-    assert resized_size(case["w"], case["h"], *PUBLISHED["vit"], limit) == (case["vit_w"], case["vit_h"])
+    assert resized_size(*vae, *ORIGINAL["vit"], limit) == (case["vit_of_vae_w"], case["vit_of_vae_h"])
+    assert resized_size(case["w"], case["h"], *ORIGINAL["vit"], limit) == (case["vit_w"], case["vit_h"])
 
 
-def test_default_settings_are_the_published():
+def test_default_settings_are_the_originals():
     processor = BagelImageProcessor()
     assert (processor.size["shortest_edge"], processor.size["longest_edge"], processor.patch_size) == (224, 980, 14)
     assert processor.vae_size == {"shortest_edge": 512, "longest_edge": 1024}
@@ -48,7 +48,7 @@ def test_default_settings_are_the_published():
 
 
 @pytest.mark.parametrize("case", CASES["preprocess"], ids=lambda case: case["image"])
-def test_pixels_are_the_published(case, processor, golden):
+def test_pixels_are_the_originals(case, processor, golden):
     image = golden_image(case["image"])
     assert list(image.size) == case["size"]
     features = processor.image_processor(image, return_vae_pixel_values=True, return_tensors="pt")

@@ -106,7 +106,7 @@ def test_experts_stay_apart(quantized):
     assert not torch.equal(velocity, plain[1])
 
 
-def test_the_librarys_layout_loads_as_the_published_one(quantize, quantized, model, tmp_path):
+def test_the_librarys_layout_loads_as_the_original_one(quantize, quantized, model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = BagelForConditionalGeneration.from_pretrained(
         tmp_path, quantization_config=quantize(), dtype=torch.bfloat16
@@ -121,9 +121,9 @@ def test_the_base_model_loads_quantized(quantize):
     assert {f"model.{name}" for name in quantized_layers(base)} == quantized_layers(whole)
 
 
-@pytest.mark.parametrize("half", ["visual_gen", "visual_und"])
-def test_halves_load_quantized(quantize, half, quantized):
-    loaded = load_model(quantization_config=quantize(), dtype=torch.bfloat16, **{half: False})
+@pytest.mark.parametrize("left_out", ["visual_gen", "visual_und"])
+def test_a_model_without_modules_loads_quantized(quantize, left_out, quantized):
+    loaded = load_model(quantization_config=quantize(), dtype=torch.bfloat16, **{left_out: False})
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, outputs(quantized)[0])
 

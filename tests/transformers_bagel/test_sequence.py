@@ -62,7 +62,7 @@ def test_noised_blocks_hold_their_markers():
     assert not SequenceLayout(types(text)).noised_blocks().any()
 
 
-def test_runs_cut_text_from_blocks():
+def test_chunks_cut_text_from_blocks():
     assert SequenceLayout(types("...ii..ll..")).chunks() == [
         (0, 2, False),
         (2, 6, True),
@@ -76,9 +76,9 @@ def test_routing_sorts_and_restores():
     routing = ExpertRouting.from_token_types(sequence_types)
     assert routing.num_und == 9
     sequence = torch.arange(12).view(2, 6, 1)
-    stream = routing.to_expert_order(sequence)
-    assert stream[9:, 0].tolist() == [2, 3, 7]
-    assert torch.equal(routing.to_sequence(stream), sequence)
+    tokens = routing.to_expert_order(sequence)
+    assert tokens[9:, 0].tolist() == [2, 3, 7]
+    assert torch.equal(routing.to_sequence(tokens), sequence)
 
 
 def test_a_grid_beyond_the_table_is_refused_unless_it_is_interpolated():

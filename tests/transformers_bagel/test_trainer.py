@@ -231,7 +231,7 @@ def test_low_precision_trains(fresh, collate):
 
 
 def test_a_resumed_trainer_goes_on_with_the_weights_it_saved(fresh, loaded, train, collate, tmp_path):
-    # The files have the published names of the tensors, and `Trainer` loads them by the names of the modules.
+    # The files have the original names of the tensors, and `Trainer` loads them by the names of the modules.
     train(fresh, max_steps=1, save_strategy="steps", save_steps=1, learning_rate=1e-2).train()
     again = copy.deepcopy(loaded).train()
     train(again, max_steps=1).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))

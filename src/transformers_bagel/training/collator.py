@@ -153,6 +153,8 @@ class BagelDataCollator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """
+        Encode samples and pack them into a batch.
+
         Args:
             samples (`Sequence[Mapping]`): See [`sample_segments`].
 

@@ -33,7 +33,7 @@ class BagelDataLoader:
         dataset (`Sequence` or `torch.utils.data.Dataset`):
             Samples, see [`~segments.sample_segments`]; anything with a length and items.
         collator ([`BagelDataCollator`]):
-            Makes the batches. If it has `max_tokens`, a batch is one row, filled in the dataset's order.
+            Makes the batches. If it has `max_tokens`, a batch is one sequence, filled in the dataset's order.
         batch_size (`int`, *optional*):
             Number of samples of a batch, or, with `max_tokens`, the most it may have.
         shuffle (`bool`, *optional*, defaults to `True`): Whether each epoch has an order of its own.

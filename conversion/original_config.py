@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The published `config.json`: what it says, what is wrong with it, and how this package's settings are put in its words."""
+"""The original `config.json`: what it says, what is wrong with it, and how this package's settings are put in its words."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers_bagel import BagelConfig
 from transformers_bagel.original_config import ORIGINAL_KEYS
 
 
-def read_published(descriptions: dict[str, Path]) -> dict[str, Any]:
-    """The published `config.json`, completed by the files of its parts.
+def read_original(descriptions: dict[str, Path]) -> dict[str, Any]:
+    """The original `config.json`, completed by the files of its parts.
 
     Raises:
         ValueError: if one of them holds no JSON object.
@@ -27,17 +27,17 @@ def read_published(descriptions: dict[str, Path]) -> dict[str, Any]:
     return settings
 
 
-def published_settings(kept: dict[str, Any], config: BagelConfig) -> dict[str, Any]:
-    """A whole published `config.json`.
+def original_settings(kept: dict[str, Any], config: BagelConfig) -> dict[str, Any]:
+    """A whole original `config.json`.
 
     Args:
-        kept (`dict[str, Any]`): A `config.json` whose published keys are taken over, as far as it has them.
+        kept (`dict[str, Any]`): A `config.json` whose original keys are taken over, as far as it has them.
         config ([`BagelConfig`]): What the others say.
     """
     text, vision = (config.to_dict()[key] for key in ("text_config", "vision_config"))
     # Readers older than transformers 5 know no `rope_parameters`.
     rope = {"rope_theta": text["rope_parameters"]["rope_theta"]} if text.get("rope_parameters") else {}
-    # The published code builds one layer fewer than this number.
+    # The original code builds one layer fewer than this number.
     vision["num_hidden_layers"] += 1
     return {
         "architectures": ["BagelForConditionalGeneration"],
@@ -57,8 +57,8 @@ def published_settings(kept: dict[str, Any], config: BagelConfig) -> dict[str, A
     }
 
 
-def corrections(published: dict[str, Any], config: BagelConfig) -> list[tuple[str, Any, Any]]:
-    """What the published JSON says wrongly: the key, its value there, and the right one."""
+def corrections(original: dict[str, Any], config: BagelConfig) -> list[tuple[str, Any, Any]]:
+    """What the original JSON says wrongly: the key, its value there, and the right one."""
     text, vision = config.get_text_config(), config.vision_config
     right = {
         "max_latent_size": config.max_latent_size,
@@ -67,32 +67,32 @@ def corrections(published: dict[str, Any], config: BagelConfig) -> list[tuple[st
         "llm_config.vocab_size": text.vocab_size,
         "llm_config.bos_token_id": text.bos_token_id,
         "llm_config.eos_token_id": text.eos_token_id,
-        # The published code builds one layer fewer than this number.
+        # The original code builds one layer fewer than this number.
         "vit_config.num_hidden_layers": vision.num_hidden_layers + 1,  # type: ignore[union-attr]
         "vae_config.z_channels": config.latent_channels,
     }
     found = []
     for name, value in right.items():
         *parts, key = name.split(".")
-        place = published.get(parts[0]) or {} if parts else published
+        place = original.get(parts[0]) or {} if parts else original
         if key in place and place[key] != value:
             found.append((name, place[key], value))
     return found
 
 
 def repository_settings(
-    published: dict[str, Any], corrected: list[tuple[str, Any, Any]], config: BagelConfig, dtype: torch.dtype
+    original: dict[str, Any], corrected: list[tuple[str, Any, Any]], config: BagelConfig, dtype: torch.dtype
 ) -> dict[str, Any]:
     """
-    A `config.json` with this package's settings, and beside them the published keys for engines that know BAGEL by them.
+    A `config.json` with this package's settings, and beside them the original keys for engines that know BAGEL by them.
 
     Args:
-        published (`dict[str, Any]`): See [`read_published`]; what it says is kept, but for
+        original (`dict[str, Any]`): See [`read_original`]; what it says is kept, but for
         corrected (`list[tuple[str, Any, Any]]`): see [`corrections`].
         config ([`BagelConfig`])
         dtype (`torch.dtype`): Of most of the weights.
     """
-    kept = {key: dict(published[key]) for key in ORIGINAL_KEYS if published.get(key) is not None}
+    kept = {key: dict(original[key]) for key in ORIGINAL_KEYS if original.get(key) is not None}
     for name, _, value in corrected:
         part, _, key = name.partition(".")
         if key:
@@ -102,5 +102,5 @@ def repository_settings(
     written = json.loads(config.to_json_string(use_diff=False))
     # Where the weights of the source were is nothing about those of the repository.
     written.pop("transformers_weights", None)
-    complete = published_settings(kept, config)
+    complete = original_settings(kept, config)
     return written | {key: complete[key] for key in ORIGINAL_KEYS}

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The published layout: which of its files are there, in a folder, in a repository, or beside a bare file of weights."""
+"""The original layout: which of its files are there, in a folder, in a repository, or beside a bare file of weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stored_tensors import StoredTensor
 from diffusers_bagel.loading import VAE_FILE
 
 
-# Published weights: the average that the publisher gives out, and the weights of the last step beside it in trainings.
+# Original weights: the average that the publisher gives out, and the weights of the last step beside it in trainings.
 WHICH = {"ema": "ema.safetensors", "model": "model.safetensors"}
 # Settings and tokenizer, each with the files of which it needs one. A template of chats is none of the layout's.
 SETTINGS = ("config.json", "llm_config.json", "vit_config.json", "generation_config.json", "preprocessor_config.json")
@@ -24,8 +24,8 @@ NEEDED_TOKENIZER = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
-class PublishedFiles:
-    """A checkpoint in the published layout.
+class OriginalFiles:
+    """A checkpoint in the original layout.
 
     Attributes:
         descriptions (`dict[str, Path]`): Settings and tokenizer, by name.
@@ -46,9 +46,9 @@ class PublishedFiles:
         return list(tensors_of(self.weights, self.pickled).values())
 
 
-def find_published_files(
+def find_original_files(
     source: Source, base: Source | None, which: str | None, pickles: Sequence[str] = ()
-) -> PublishedFiles:
+) -> OriginalFiles:
     """
     The files of a checkpoint.
 
@@ -69,7 +69,7 @@ def find_published_files(
     if vae is None:
         raise FileNotFoundError(incomplete(places, VAE_FILE))
     weights = pickled_files(source, which, pickles) if pickles else weight_files(source, which)
-    return PublishedFiles(descriptions, weights, vae, source.find(CARD), bool(pickles))
+    return OriginalFiles(descriptions, weights, vae, source.find(CARD), bool(pickles))
 
 
 def one_group(places: Sequence[Source], names: Sequence[str], needed: Sequence[str]) -> dict[str, Path]:
@@ -105,7 +105,7 @@ def weight_files(source: Source, which: str | None) -> tuple[Path, ...]:
     if which != "model" and (average := source.find(WHICH["ema"])) is not None:
         return (average,)
     if which != "ema":
-        # The published index names the average.
+        # The original index names the average.
         names = [name for name in source.indexed() if name != WHICH["ema"]]
         if names:
             return tuple(source.present(name) for name in names)
