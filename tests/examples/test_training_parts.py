@@ -44,7 +44,7 @@ def test_the_scaler_of_float16_is_saved_and_left_alone(tmp_path):
 def test_operations_are_those_of_the_products(frozen, collate):
     model = load_model()
     model.freeze(*frozen)
-    batch = collate()(training_samples("edit", "look"))
+    batch = collate(return_layout=True)(training_samples("edit", "look"))
     counted = 0
 
     def count(module: nn.Linear, args: tuple, output: torch.Tensor) -> None:
@@ -60,4 +60,4 @@ def test_operations_are_those_of_the_products(frozen, collate):
     flops = StepFlops(model)
     attention = flops.attention * batch["document_ids"][0].bincount().square().sum()
     # The first layers of all have nothing before them that a gradient could go to.
-    assert float(flops(batch) - attention) == pytest.approx(counted, rel=0.06)
+    assert float(flops(batch["layout"]) - attention) == pytest.approx(counted, rel=0.06)
