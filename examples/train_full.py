@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffusers_bagel import BagelPipeline
-from transformers_bagel.modeling_bagel import TOWERS
+from transformers_bagel.training.freezing import FREEZABLE_PARTS
 
 
 logger = get_logger(__name__)
@@ -40,7 +40,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_arguments(parser, learning_rate=2e-5)
     group = parser.add_argument_group("weights")
-    group.add_argument("--freeze", nargs="+", choices=tuple(TOWERS), default=[], help="towers that stay as they are")
+    group.add_argument(
+        "--freeze", nargs="+", choices=tuple(FREEZABLE_PARTS), default=[], help="parts that stay as they are"
+    )
     group.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the processes")
     group.add_argument("--ema", action="store_true", help="keep, validate and save an average of the weights")
     group.add_argument("--ema_decay", type=float, default=0.9999)
@@ -50,7 +52,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     try:
         check_shared_arguments(args)
-        if set(args.freeze) == set(TOWERS):
+        if set(args.freeze) == set(FREEZABLE_PARTS):
             raise ValueError("--freeze leaves nothing to train.")
         if args.fsdp and args.mixed_precision == "fp16":
             raise ValueError(

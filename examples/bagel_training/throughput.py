@@ -49,6 +49,7 @@ class StepFlops:
     def __call__(self, layout: SequenceLayout) -> int:
         """Operations of forward and backward of one batch with labels."""
         types, documents, labels = layout.token_types, layout.document_ids, layout.labels
+        assert documents is not None and labels is not None
         real = documents >= 0
         counts = {
             "und": int(((types != LATENT_TOKEN) & real).sum()),

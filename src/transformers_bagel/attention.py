@@ -167,9 +167,9 @@ class SampleAttention(AttentionLayout):
         outputs = [torch.zeros_like(padding).flatten(-2) for padding in query]
         for index, (_, _, mask) in enumerate(self.samples):
             place = 2 * index + 1
-            sample = [part[place].transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
-            sample_mask = None if mask is None else mask[None, None].to(sample[0].device)
-            output, _ = attention(module, *sample, sample_mask, implementation="sdpa", **kwargs)
+            own = [part[place].transpose(0, 1).unsqueeze(0) for part in (query, key, value)]
+            own_mask = None if mask is None else mask[None, None].to(own[0].device)
+            output, _ = attention(module, own[0], own[1], own[2], own_mask, implementation="sdpa", **kwargs)
             outputs[place] = output[0]
         return _of_experts(routing, torch.cat(outputs).unflatten(0, shape)), None
 

@@ -51,7 +51,7 @@ class BagelVisionAttention(nn.Module):
             attn_output, attn_weights = attention(self, query, key, value, None, **kwargs)
         else:
             images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-            outputs = [attention(self, *image, None, **kwargs) for image in images]
+            outputs = [attention(self, image[0], image[1], image[2], None, **kwargs) for image in images]
             attn_output = torch.cat([output for output, _ in outputs], dim=1)
             # One map an image, since they differ in size.
             maps = tuple(weights for _, weights in outputs)

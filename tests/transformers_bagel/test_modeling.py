@@ -130,3 +130,10 @@ def test_bfloat16_stays_near_float32(model, encode):
     assert out.logits.dtype == out.velocity.dtype == torch.bfloat16
     assert max_error(out.logits, expected.logits) <= 0.05 * expected.logits.abs().max().item()
     assert max_error(out.velocity, expected.velocity) <= 0.05 * expected.velocity.abs().max().item()
+
+
+def test_the_attention_can_be_changed_after_loading():
+    model = load_model()
+    model.set_attn_implementation("eager")
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "eager"
