@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from tests.conftest import CHECKPOINT
+from tests.processes import run_script
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 
 
 # What threads, code that is loaded late and half-used pages of an allocator take.
 OVERHEAD = 64 * 2**20
 
+# Runs in a process of its own, see `peaks_of`.
 MEASURED = """
+import ctypes
 import gc
 import json
 import sys
@@ -35,6 +36,8 @@ def memory(line):
     return 1024 * int(Path("/proc/self/status").read_text().split(line)[1].split()[0])
 
 
+# Otherwise glibc keeps what bitsandbytes and torchao free; -3 is M_MMAP_THRESHOLD.
+assert ctypes.CDLL(None).mallopt(-3, 2**20)
 peaks = {}
 for name, (loader, folder, arguments) in json.loads(sys.argv[1]).items():
     gc.collect()
@@ -43,7 +46,7 @@ for name, (loader, folder, arguments) in json.loads(sys.argv[1]).items():
     loaded = eval(loader).from_pretrained(folder, dtype=torch.bfloat16, **eval(f"dict({arguments})"))
     peaks[name] = memory("VmHWM:") - before
     del loaded
-print(json.dumps(peaks))
+print("peaks:", json.dumps(peaks))
 """
 
 
@@ -79,7 +82,8 @@ def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
 
 def peaks_of(loads: dict[str, tuple[str, str, str]]) -> dict[str, int]:
     """Peak of each load in bytes, above what the process had before. A load is a class, a folder and its arguments."""
-    # Otherwise glibc keeps what bitsandbytes and torchao free.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    command = [sys.executable, "-c", MEASURED, json.dumps(loads)]
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "measured.py"
+        script.write_text(MEASURED, encoding="utf-8")
+        printed = run_script(script, json.dumps(loads))
+    return json.loads(printed.split("peaks: ")[1].splitlines()[0])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
@@ -21,14 +19,13 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RotaryEmbedding,
     apply_rotary_pos_emb,
 )
-from transformers.models.siglip.modeling_siglip import SiglipMLP
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import BagelAdapterMixin
-from .attention import AttentionLayout, attention, choose_attention
+from .attention import AttentionLayout, choose_attention
 from .cache import GrowingCache, PrefixCache, PrefixView, layer_caches
 from .checks import (
     check_image_inputs,
@@ -39,6 +36,13 @@ from .checks import (
 )
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
+from .embeddings import (
+    BagelConnector,
+    BagelPositionEmbedding,
+    BagelTimestepEmbedder,
+    BagelVelocityHead,
+    sincos_table,
+)
 from .generation_bagel import BagelGenerationMixin
 from .loading import BagelLoadingMixin, ignored_weights, rename_weights
 from .memory_bagel import OFFLOAD_BLOCKS
@@ -56,6 +60,7 @@ from .sequence import (
 )
 from .training.freezing import freeze_parts
 from .training.losses import Losses, latent_loss, latent_weights, mean_losses, text_loss, text_targets
+from .vision import BagelVisionAttention, BagelVisionEmbeddings, BagelVisionEncoder, BagelVisionEncoderLayer
 
 
 @dataclass
@@ -245,176 +250,6 @@ def _add(states: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> 
     return tuple(own + other for own, other in zip(states, others, strict=True))
 
 
-class BagelVisionAttention(nn.Module):
-    """Attention among the patches of each image; the images are packed."""
-
-    def __init__(self, config: BagelVisionConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = 1
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, lengths: tuple[int, ...], **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
-        """`(patches, hidden)` -> `(patches, hidden)`, and the weights; `lengths` are the patches of each image."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(0, 1).unsqueeze(0)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if not lengths:
-            # No image: all three projections stay in the graph, as a distributed training needs.
-            return self.out_proj((query + key + value).transpose(1, 2)[0].flatten(-2)), None
-        kwargs |= {"is_causal": False}
-        if is_flash_attention_requested(self.config):
-            borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            borders = borders.to(hidden_states.device, non_blocking=True)
-            kwargs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-            kwargs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
-            attn_output, attn_weights = attention(self, query, key, value, None, **kwargs)
-        else:
-            images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-            outputs = [attention(self, *image, None, **kwargs) for image in images]
-            attn_output = torch.cat([output for output, _ in outputs], dim=1)
-            # One map an image, since they differ in size.
-            maps = tuple(weights for _, weights in outputs)
-            attn_weights = maps[0] if maps[0] is None or len(maps) == 1 else maps
-        return self.out_proj(attn_output[0]), attn_weights
-
-
-class BagelVisionEncoderLayer(GradientCheckpointingLayer):
-    """A SigLIP layer over packed images."""
-
-    def __init__(self, config: BagelVisionConfig):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = BagelVisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = SiglipMLP(config)
-
-    def forward(
-        self, hidden_states: torch.Tensor, lengths: tuple[int, ...], **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """`(patches, hidden)` -> `(patches, hidden)`; `lengths` are the patches of each image."""
-        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), lengths, **kwargs)
-        hidden_states = hidden_states + attn_output
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-
-
-class BagelVisionEmbeddings(nn.Module):
-    """A linear patch embedding over `(row, column, channel)` values and a learned position table."""
-
-    def __init__(self, config: BagelVisionConfig):
-        super().__init__()
-        self.patch_dim = config.num_channels * config.patch_size**2
-        self.patch_embedding = nn.Linear(self.patch_dim, config.hidden_size)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
-
-    def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """`(patches, patch_dim)` -> `(patches, hidden)`."""
-        embeddings = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        return embeddings + self.position_embedding(position_ids)
-
-
-class BagelVisionEncoder(nn.Module):
-    """The layers of the tower."""
-
-    def __init__(self, config: BagelVisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList([BagelVisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
-
-    def forward(
-        self, hidden_states: torch.Tensor, lengths: tuple[int, ...], **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """`(patches, hidden)` -> `(patches, hidden)`."""
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, lengths, **kwargs)
-        return hidden_states
-
-
-class BagelConnector(nn.Module):
-    """Two-layer projection of ViT features to the language model's width."""
-
-    def __init__(self, config: BagelConfig):
-        super().__init__()
-        vision_config: Any = config.vision_config
-        hidden_size = config.get_text_config().hidden_size
-        self.fc1 = nn.Linear(vision_config.hidden_size, hidden_size)
-        self.activation_fn = ACT2FN[config.connector_act]
-        self.fc2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(patches, vision_hidden)` -> `(patches, hidden)`."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
-def timestep_frequencies(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
-    """Cosines, then sines, of raw timesteps in [0, 1]; longest period 1e4 (original behaviour, point 12).
-
-    `(images,)` -> `(images, dim)`, float32.
-    """
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(1e4) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class BagelTimestepEmbedder(nn.Module):
-    """Two-layer projection of the sinusoids of a timestep."""
-
-    def __init__(self, config: BagelConfig):
-        super().__init__()
-        self.frequency_embedding_size = config.frequency_embedding_size
-        hidden_size = config.get_text_config().hidden_size
-        self.linear_1 = nn.Linear(config.frequency_embedding_size, hidden_size)
-        self.act = nn.SiLU()
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`(images,)` in [0, 1] -> `(images, hidden)`."""
-        frequencies = timestep_frequencies(timesteps, self.frequency_embedding_size)
-        return self.linear_2(self.act(self.linear_1(frequencies.to(self.linear_1.weight.dtype))))
-
-
-def sincos_table(side: int, hidden_size: int) -> torch.Tensor:
-    """2-D sinusoids of a grid, `(side * side, hidden_size)`; the first half of each tells the column (point 10).
-
-    Made on the CPU, since not every device has float64.
-    """
-    quarter = hidden_size // 4
-    omega = 1e4 ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    places = torch.arange(side, device="cpu")
-    row, column = torch.meshgrid(places, places, indexing="ij")
-    angles = torch.stack([column, row], dim=-1).reshape(-1, 2, 1) * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
-
-
-class BagelPositionEmbedding(nn.Module):
-    """A frozen table of `side * side` positions."""
-
-    def __init__(self, side: int, hidden_size: int):
-        super().__init__()
-        self.side = side
-        self.hidden_size = hidden_size
-        # A buffer, because `from_pretrained` would make a frozen parameter trainable.
-        self.pos_embed = nn.Buffer(sincos_table(side, hidden_size).to(torch.get_default_dtype()))
-
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """`(tokens,)` -> `(tokens, hidden)`."""
-        return self.pos_embed[position_ids.to(self.pos_embed.device)]
-
-
-class BagelVelocityHead(nn.Linear):
-    """Projection of a latent token to its velocity, which starts at zero in a new model (point 37)."""
-
-
 class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel):
     """What all BAGEL classes share: capabilities, initialisation, strict loading."""
 
@@ -480,7 +315,7 @@ class BagelVisionModel(BagelPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        image_grid_hw: torch.LongTensor,
+        image_grid_hw: torch.LongTensor | list[list[int]],
         position_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
@@ -489,16 +324,16 @@ class BagelVisionModel(BagelPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`): Packed patches.
-            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`):
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)` or `list[list[int]]`):
                 Rows and columns of patches of each image, best on the CPU, where they are read.
             position_ids (`torch.LongTensor` of shape `(patches,)`, *optional*):
                 Rows of the position table; `row * side + column` by default.
         """
-        image_grid_hw = image_grid_hw.cpu()
+        grid = torch.as_tensor(image_grid_hw, dtype=torch.long).cpu().reshape(-1, 2)
         if position_ids is None:
-            position_ids = patch_grid_ids(image_grid_hw, self.config.image_size // self.config.patch_size)
+            position_ids = patch_grid_ids(grid, self.config.image_size // self.config.patch_size)
         hidden_states = self.embeddings(pixel_values, position_ids.to(pixel_values.device))
-        hidden_states = self.encoder(hidden_states, tuple(image_grid_hw.prod(-1).tolist()), **kwargs)
+        hidden_states = self.encoder(hidden_states, tuple(grid.prod(-1).tolist()), **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(hidden_states))
 
 
@@ -707,7 +542,9 @@ class BagelModel(BagelPreTrainedModel):
         check_image_inputs(self.config, pixel_values, grid)
         position_ids = patch_grid_ids(grid, self.config.vit_max_num_patch_per_side, self.config.interpolate_pos)
         position_ids = position_ids.to(pixel_values.device, non_blocking=True)
-        outputs = self.vision_tower(pixel_values, grid, position_ids=position_ids, return_dict=True, **kwargs)
+        # As numbers, which no hook moves to a device.
+        sides = grid.tolist()
+        outputs = self.vision_tower(pixel_values, sides, position_ids=position_ids, return_dict=True, **kwargs)
         features = self.connector(outputs.last_hidden_state)
         features = features + self.vit_pos_embed(position_ids).to(features.device, features.dtype)
         outputs.pooler_output = features.split(grid.prod(-1).tolist()) if len(grid) else (features,)
@@ -804,24 +641,9 @@ class BagelModel(BagelPreTrainedModel):
         # Without latents all tokens take the understanding expert.
         is_frozen = self.config.freeze_und and latents is None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
-            if layout is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            else:
-                if pixel_values is not None:
-                    num_patches = len(pixel_values)
-                else:
-                    num_patches = 0 if image_outputs is None else sum(map(len, image_outputs.pooler_output))
-                check_placeholders(layout, num_patches, 0 if latents is None else len(latents))
-                if pixel_values is not None:
-                    image_outputs = self.get_image_features(pixel_values, image_grid_hw, return_dict=True, **kwargs)
-                features = None if image_outputs is None else torch.cat(list(image_outputs.pooler_output))
-                inputs_embeds = self._embed_text(layout, input_ids, inputs_embeds)
-                inputs_embeds = _place(inputs_embeds, layout.token_types == IMAGE_TOKEN, features)
-                if latents is not None:
-                    embeds = self.embed_latents(
-                        latents, timesteps, latent_grid_hw.prod(-1), self.latent_positions(latent_grid_hw)
-                    )
-                    inputs_embeds = _place(inputs_embeds, layout.token_types == LATENT_TOKEN, embeds)
+            inputs_embeds = self._embed_sequence(
+                layout, input_ids, inputs_embeds, pixel_values, image_outputs, latents, timesteps, **kwargs
+            )
             routing = None
             if latents is not None:
                 routing = ExpertRouting.from_token_types(
@@ -843,14 +665,37 @@ class BagelModel(BagelPreTrainedModel):
         outputs.layout = layout
         return self._with_velocity(outputs)
 
-    def _embed_text(
-        self, layout: SequenceLayout, input_ids: Any, inputs_embeds: torch.FloatTensor | None
+    def _embed_sequence(
+        self,
+        layout: SequenceLayout | None,
+        input_ids: Any,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_outputs: BaseModelOutputWithPooling | None,
+        latents: torch.Tensor | None,
+        timesteps: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        if inputs_embeds is not None:
-            return inputs_embeds
-        # The ids of placeholders are never looked up: a tokenizer may have given them any number.
-        is_placeholder = (layout.token_types != TEXT_TOKEN).to(input_ids.device, non_blocking=True)
-        return self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
+        """Embeddings of a sequence, `(batch, tokens, hidden)`, with its images in place of their placeholders."""
+        if layout is None:
+            return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        num_patches = 0 if image_outputs is None else sum(map(len, image_outputs.pooler_output))
+        num_patches = num_patches if pixel_values is None else len(pixel_values)
+        check_placeholders(layout, num_patches, 0 if latents is None else len(latents))
+        if inputs_embeds is None:
+            # The ids of placeholders are never looked up: a tokenizer may have given them any number.
+            is_placeholder = (layout.token_types != TEXT_TOKEN).to(input_ids.device, non_blocking=True)
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, layout.image_grid_hw, return_dict=True, **kwargs)
+        if image_outputs is not None:
+            features = torch.cat(list(image_outputs.pooler_output))
+            inputs_embeds = _place(inputs_embeds, layout.token_types == IMAGE_TOKEN, features)
+        if latents is not None:
+            grid = layout.latent_grid_hw
+            embeds = self.embed_latents(latents, timesteps, grid.prod(-1), self.latent_positions(grid))
+            inputs_embeds = _place(inputs_embeds, layout.token_types == LATENT_TOKEN, embeds)
+        return inputs_embeds
 
     def _token_types(
         self,
@@ -983,10 +828,8 @@ class BagelModel(BagelPreTrainedModel):
         return outputs
 
 
-def _place(inputs_embeds: torch.Tensor, places: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+def _place(inputs_embeds: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Put features `(tokens, hidden)` into a sequence `(batch, tokens, hidden)` at the places of a mask."""
-    if features is None:
-        return inputs_embeds
     places = places.unsqueeze(-1).to(inputs_embeds.device, non_blocking=True)
     return inputs_embeds.masked_scatter(places, features.to(inputs_embeds.device, inputs_embeds.dtype))
 
@@ -1049,7 +892,6 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         document_ids: torch.LongTensor | None = None,
         noise: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         loss_totals: torch.Tensor | None = None,
         latent_hidden_states: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -1126,6 +968,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         >>> logits = model(**inputs).logits
         ```
         """
+        # No argument by name, since `Trainer` takes each of those with "label" for one that every batch has.
+        shift_labels: Any = kwargs.pop("shift_labels", None)
         has_text_loss = labels is not None or shift_labels is not None
         has_loss = has_text_loss or noise is not None
         if noise is not None and (latents is None or timesteps is None or latent_grid_hw is None):

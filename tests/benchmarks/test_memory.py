@@ -36,6 +36,7 @@ def documented() -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_row_is_measured_in_a_process_of_its_own(memory, tmp_path, capsys):
     file = tmp_path / "memory.json"

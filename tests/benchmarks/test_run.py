@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import CompileConfig
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -66,22 +68,34 @@ def test_functions_take_turns_after_a_call_to_warm_up():
     assert len(first) == len(second) == 3
 
 
-def test_every_case_runs_at_the_golden_size():
-    from cases import cases
+def kind(case) -> tuple:
+    """What decides which code a case runs: its function, its switches, and whether its numbers are one."""
+    settings = case.make.keywords
+    return case.make.func, *(
+        (name, value if isinstance(value, bool) or name == "branches" else value > 1)
+        for name, value in settings.items()
+    )
+
+
+@pytest.mark.slow
+def test_every_kind_of_case_runs_at_the_golden_size(monkeypatch):
+    import cases
     from models import make_pipeline
 
-    found = list(cases())
+    # The compiler itself takes a minute; what it is given is traced here, too.
+    monkeypatch.setattr(cases, "CompileConfig", partial(CompileConfig, backend="eager"))
+    found = list(cases.cases())
     assert len({(case.group, case.name) for case in found}) == len(found)
-    # The long ones are the same functions with other numbers.
-    quick = [case for case in found if not any(word in case.name for word in ("4096", "2400", "512", "1024"))]
-    assert {case.group for case in quick} == {case.group for case in found}
-    for case in quick:
+    kinds = {kind(case): case for case in reversed(found)}
+    assert {case.group for case in kinds.values()} == {case.group for case in found}
+    for case in kinds.values():
         work = case.make(make_pipeline("golden", torch.float32, torch.device("cpu")))
         work.run()
         work.floor()
         assert work.count > 0, case.name
 
 
+@pytest.mark.slow
 def test_a_case_is_measured_in_a_process_of_its_own_and_written(tmp_path, capsys):
     import run
 

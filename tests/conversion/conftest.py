@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import CHECKPOINT
+from tests.processes import run_script
 
 
 CONVERSION = Path(__file__).parents[2] / "conversion"
+COMMAND = Path(__file__).with_name("command.py")
 
 sys.path.insert(0, str(CONVERSION))
 
@@ -31,23 +32,12 @@ def wide_checkpoint(folder: Path, repeats: int) -> None:
     save_file(weights, folder / "ema.safetensors")
 
 
-# Runs a script's command and prints its peak memory in kilobytes: its own, which begins with the program, unlike that of
-# `resource`, which begins with its parent's.
-MEASURED = """
-import importlib, sys
-sys.path.insert(0, sys.argv.pop(1))
-assert importlib.import_module(sys.argv.pop(1)).main(sys.argv[1:]) == 0
-print(*[line for line in open("/proc/self/status") if line.startswith("VmHWM")])
-"""
-
-
 def peak_bytes(script: str, *arguments: str) -> int:
-    """Peak memory of a command of conversion/ in a process of its own."""
+    """What the peak memory of a command of conversion/ adds to that of the libraries, in a process of its own."""
     if sys.platform != "linux":
         pytest.skip("memory is read from /proc")
-    command = [sys.executable, "-c", MEASURED, str(CONVERSION), script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return 1024 * int(done.stdout.split("VmHWM:")[1].split()[0])
+    printed = run_script(COMMAND, "-1", script, *arguments)
+    return int(printed.split("peak: ")[1].split()[0])
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,7 @@ def gigabytes() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.slow
 def test_gigabytes_convert_in_bounded_memory_and_go_on_after_a_kill(gigabytes):
     source, whole, broken = (gigabytes / name for name in ("source", "whole", "broken"))
     options = ["--dtype", "bfloat16", "--max-shard-size", "300MB"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import repositories
@@ -18,22 +16,14 @@ from repositories import STATE
 from safetensors.torch import load_file
 
 from tests.conftest import CHECKPOINT
-from tests.conversion.conftest import CONVERSION, wide_checkpoint
+from tests.conversion.conftest import COMMAND, wide_checkpoint
+from tests.processes import run_script
 
 
 def shards(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("model-*.safetensors")}
 
 
-# Runs a command that the system does not let write a file beyond a size.
-LIMITED = """
-import resource, sys
-sys.path.insert(0, sys.argv.pop(1))
-size = int(sys.argv.pop(1))
-from convert_bagel_to_hf import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-sys.exit(main(sys.argv[1:]))
-"""
 OPTIONS = ["--max-shard-size", "500KB"]
 
 
@@ -95,10 +85,8 @@ def test_a_full_disk_leaves_what_is_finished_and_the_same_command_goes_on(tmp_pa
     wide_checkpoint(tmp_path / "wide", repeats=40)
     limit = (CHECKPOINT / "ae.safetensors").stat().st_size + 100_000
     arguments = [str(tmp_path / "wide"), str(folder), "--max-shard-size", "1MB"]
-    command = [sys.executable, "-c", LIMITED, str(CONVERSION), str(limit), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "File too large" in done.stderr and "the same command goes on" in done.stderr
+    said = run_script(COMMAND, str(limit), "convert_bagel_to_hf", *arguments, expected_code=2)
+    assert "File too large" in said and "the same command goes on" in said
     assert (folder / STATE).exists() and (folder / "model_index.json").exists()
     assert not list(folder.glob("*.unfinished"))
     assert main([*arguments, "--verify"]) == 0

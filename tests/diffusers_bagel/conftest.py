@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CHECKPOINT, load_processor
+from tests.conftest import CHECKPOINT, conversation, load_processor, max_error
+from transformers_bagel.segments import EncodedSegment
 
 
 SMALL = {"height": 48, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
 EDIT = {"num_inference_steps": 3, "output_type": "latent"}
+TEXTS = ["a", "a red circle", "two small yellow squares", "many small yellow squares left of a large green triangle"]
+PLAN = {"think": True, "max_think_tokens": 8}
+# Texts alone, one image, several, texts between images, an image at the end, several turns; in no order of length.
+MIXED = [
+    conversation(["@wide", "make it green"]),
+    conversation(["a red circle"]),
+    conversation(["@square", "and", "@tall", "join them, side by side"]),
+    conversation(["many small yellow squares left of a large green triangle"]),
+    conversation(["make it like", "@square"]),
+    [*conversation(["a red circle"]), *conversation(["@tall", "now blue"])],
+]
 
 
 def seeded(*seeds: int):
@@ -33,3 +47,73 @@ def own_pipe(model) -> BagelPipeline:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=copy.deepcopy(model), processor=load_processor())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def encoded(pipe: BagelPipeline, messages: list[dict], think: bool = False) -> list[EncodedSegment]:
+    """What a conversation is drawn from, with the latents of its images."""
+    return [
+        replace(segment, latents=pipe.encode_image(segment.pixels, vae_sample_mode="argmax"))
+        if segment.segment.type == "vae_image"
+        else segment
+        for segment in pipe.encode_conversation(messages, think)
+    ]
+
+
+def close(batch: torch.Tensor, single: torch.Tensor) -> bool:
+    return max_error(batch, single) <= 1e-5 * single.abs().max().item()
+
+
+def assert_equals_single_runs(pipe: BagelPipeline, messages: list, **settings) -> None:
+    """Each conversation of a batch gives the image and the plan that it gives alone."""
+    batch = pipe(messages=messages, generator=seeded(*range(len(messages))), **settings)
+    for index, item in enumerate(messages):
+        single = pipe(messages=item, generator=seeded(index), **settings)
+        assert close(batch.images[index], single.images[0])
+        if settings.get("think"):
+            assert batch.texts[index] == single.texts[0]
+
+
+@dataclass
+class Forwards:
+    """Arguments of the forwards of a transformer that read, of its calls of `generate`, and of forwards that denoise."""
+
+    reading: list[dict] = field(default_factory=list)
+    writing: list[dict] = field(default_factory=list)
+    denoising: list[dict] = field(default_factory=list)
+
+    @property
+    def branches(self) -> list[int]:
+        """Of each denoising forward."""
+        return [len(kwargs["latent_grid_hw"]) for kwargs in self.denoising]
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> Iterator[Callable[[BagelPipeline], Forwards]]:
+    """Watch what a pipeline asks its transformer for."""
+    hooks = []
+
+    def watch(pipe: BagelPipeline) -> Forwards:
+        seen = Forwards()
+        is_writing: list[bool] = []
+        generate = pipe.transformer.generate
+
+        def note(module, args, kwargs):
+            if kwargs.get("input_ids") is not None and not is_writing:
+                seen.reading.append(kwargs)
+            elif kwargs.get("latents") is not None:
+                seen.denoising.append(kwargs)
+
+        def watched_generate(**kwargs):
+            seen.writing.append(kwargs)
+            is_writing.append(True)
+            sequences = generate(**kwargs)
+            is_writing.clear()
+            return sequences
+
+        hooks.append(pipe.transformer.register_forward_pre_hook(note, with_kwargs=True))
+        monkeypatch.setattr(pipe.transformer, "generate", watched_generate)
+        return seen
+
+    yield watch
+    for hook in hooks:
+        hook.remove()

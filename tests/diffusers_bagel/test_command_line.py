@@ -71,10 +71,9 @@ def test_photos_are_edited_upright(checkpoint, tmp_path):
     assert np.array_equal(*drawn)
 
 
-def test_think_shows_the_plan(checkpoint, tmp_path, capsys, pipe, monkeypatch):
+def test_think_shows_the_plan(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "diffusers_bagel.BagelPipeline.think",
-        lambda self, inputs, contexts, *rest: [("a plan", context) for context in contexts],
+        "diffusers_bagel.contexts.ContextReader.write", lambda self, contexts, *rest: ["a plan"] * len(contexts)
     )
     output = tmp_path / "out.png"
     assert main(["draw", "x", "-o", str(output), "--model", checkpoint, "--steps", "1", "--think"]) == 0

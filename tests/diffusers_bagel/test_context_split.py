@@ -7,7 +7,7 @@ import torch
 
 from diffusers_bagel import BagelPipeline
 from tests.conftest import CHECKPOINT, load_processor
-from transformers_bagel import PrefixLane, SplitPrefixCache
+from transformers_bagel import PrefixView, SplitPrefixCache
 
 
 SMALL = {"prompt": "a", "height": 32, "width": 48, "num_inference_steps": 3, "output_type": "latent"}
@@ -52,7 +52,7 @@ def step(model, lengths: list[int], group) -> torch.Tensor:
         latent_grid_hw=torch.tensor([[2, 3]]),
         timesteps=torch.tensor([0.5]),
         position_ids=torch.tensor([0]),
-        past_key_values=SplitPrefixCache([PrefixLane(None)] * len(lengths), lengths, group),
+        past_key_values=SplitPrefixCache([PrefixView(None)] * len(lengths), lengths, group),
     ).velocity
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import AutoPipelineForText2Image, FlowMatchEulerDiscreteScheduler
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.guidance import EDITING
 from tests.conftest import CHECKPOINT, conversation, golden_image, max_error, phone_photo
-from tests.diffusers_bagel.conftest import EDIT, SMALL, seeded
+from tests.diffusers_bagel.conftest import EDIT, SMALL, encoded, seeded
 
 
 class TestGuidance:
@@ -51,55 +52,29 @@ class TestGuidance:
         assert torch.equal(*edited)
 
     @pytest.mark.parametrize(
-        ("interval", "forwards"), [((0.0, 1.0), 8), ((0.6, 1.0), 7), ((0.6, 0.95), 6), ((0, 0), 4)]
+        ("interval", "branches"), [((0.0, 1.0), 8), ((0.6, 1.0), 7), ((0.6, 0.95), 6), ((0, 0), 4)]
     )
-    def test_forwards_follow_the_interval(self, pipe, interval, forwards, monkeypatch):
-        lanes = count_lanes(pipe, monkeypatch)
+    def test_forwards_follow_the_interval(self, pipe, interval, branches, forwards):
+        seen = forwards(pipe)
         pipe("x", **(SMALL | {"num_inference_steps": 4}), cfg_interval=interval)
-        assert sum(lanes) == forwards
+        assert sum(seen.branches) == branches
 
-    def test_published_text_to_image_preset_takes_90_forwards_and_editing_147(self, pipe, monkeypatch):
-        lanes = count_lanes(pipe, monkeypatch)
+    def test_original_text_to_image_preset_takes_90_forwards_and_editing_147(self, pipe, forwards):
+        seen = forwards(pipe)
         pipe("x", height=16, width=16, output_type="latent")
-        assert sum(lanes) == 90
-        lanes.clear()
+        assert sum(seen.branches) == 90
+        seen.denoising.clear()
         pipe("x", image=golden_image("square"), height=16, width=16, output_type="latent")
-        assert sum(lanes) == 147
+        assert sum(seen.branches) == 147
 
     def test_a_last_image_moves_the_text_free_context_on(self, pipe):
-        contexts = spy_contexts(pipe, conversation(["make it like", "@square"]))
-        assert contexts["no_text"] is contexts["full"]
-        contexts = spy_contexts(pipe, conversation(["@square", "bigger"]))
-        assert contexts["no_text"].length == contexts["full"].length - contexts["no_image"].length
-
-
-def count_lanes(pipe, monkeypatch) -> list[int]:
-    """How many contexts each denoising forward holds."""
-    lanes: list[int] = []
-    forward = pipe.transformer.forward
-
-    def counted(*args, **kwargs):
-        if kwargs.get("input_ids") is None and kwargs.get("latents") is not None:
-            lanes.append(len(kwargs["latent_grid_hw"]))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(pipe.transformer, "forward", counted)
-    return lanes
-
-
-def spy_contexts(pipe, messages) -> dict:
-    seen = {}
-    prepare = BagelPipeline.prepare_contexts
-
-    def spy(self, *args, **kwargs):
-        contexts, plan = prepare(self, *args, **kwargs)
-        seen.update(contexts)
-        return contexts, plan
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BagelPipeline, "prepare_contexts", spy)
-        pipe(messages=messages, generator=seeded(1), **EDIT)
-    return seen
+        prompts = [
+            encoded(pipe, conversation(items)) for items in (["make it like", "@square"], ["@square", "bigger"])
+        ]
+        contexts, plans = pipe.prepare_contexts(prompts, [EDITING] * 2)
+        assert plans is None
+        assert contexts[0]["no_text"] is contexts[0]["full"]
+        assert contexts[1]["no_text"].length == contexts[1]["full"].length - contexts[1]["no_image"].length
 
 
 class TestSeeds:
@@ -109,19 +84,11 @@ class TestSeeds:
         assert torch.equal(pipe("x", generator=seeded(1), **SMALL).images, first)
         assert max_error(first, second) > 1e-2
 
-    def test_noise_is_drawn_in_packed_order(self, pipe):
+    def test_noise_is_drawn_in_packed_order(self, pipe, forwards):
+        seen = forwards(pipe)
+        pipe("x", generator=seeded(5), **SMALL)
         expected = torch.randn(12, 16, generator=seeded(5))
-        drawn = []
-        monkey = pipe.scheduler.step
-
-        def spy(velocity, t, latents, **kwargs):
-            drawn.append(latents)
-            return monkey(velocity, t, latents, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipe.scheduler, "step", spy)
-            pipe("x", generator=seeded(5), **SMALL)
-        assert torch.equal(drawn[0][0], expected)
+        assert torch.equal(seen.denoising[0]["latents"][:12], expected)
 
     def test_sampled_plans_follow_the_seed_and_leave_the_global_state(self, pipe):
         settings = SMALL | {"think": True, "max_think_tokens": 12, "do_sample": True, "temperature": 1.0}
@@ -155,11 +122,11 @@ class TestTaylorSeer:
         own_pipe.disable_taylorseer()
         assert torch.equal(own_pipe("x", generator=seeded(1), **settings).images, plain)
 
-    def test_49_steps_take_36_forwards_instead_of_90(self, own_pipe, monkeypatch):
+    def test_49_steps_take_36_forwards_instead_of_90(self, own_pipe, forwards):
         own_pipe.enable_taylorseer()
-        lanes = count_lanes(own_pipe, monkeypatch)
+        seen = forwards(own_pipe)
         own_pipe("x", height=16, width=16, output_type="latent")
-        assert sum(lanes) == 36
+        assert sum(seen.branches) == 36
 
     def test_batch_equals_single(self, own_pipe):
         own_pipe.enable_taylorseer(interval=2, warmup_steps=3, max_order=2)
@@ -209,6 +176,18 @@ class TestOutputs:
             assert [item.size if output_type == "pil" else item.shape for item in out] == sizes
 
 
+def sigmas_of(pipe, **kwargs) -> list[float]:
+    """Noise levels of a call's scheduler."""
+    levels = []
+
+    def read(pipeline, step, timestep, tensors):
+        levels[:] = pipeline.scheduler.sigmas.tolist()
+        return tensors
+
+    pipe("x", callback_on_step_end=read, **(SMALL | kwargs))
+    return levels
+
+
 class TestLoop:
     def test_callback_sees_and_replaces_the_latents(self, pipe):
         steps = []
@@ -222,25 +201,25 @@ class TestLoop:
         assert all(given == current for _, given, current in steps)
         assert images.abs().max() == 0
 
-    def test_callback_may_turn_guidance_off(self, pipe, monkeypatch):
-        lanes = count_lanes(pipe, monkeypatch)
+    def test_callback_may_turn_guidance_off(self, pipe, forwards):
+        seen = forwards(pipe)
 
         def off(pipeline, step, timestep, tensors):
             pipeline._guidance_scale = 1.0
             return tensors
 
         pipe("x", callback_on_step_end=off, cfg_interval=(0.0, 1.0), **SMALL)
-        assert lanes == [2, 1, 1]
+        assert seen.branches == [2, 1, 1]
 
-    def test_interrupt_stops_the_work(self, pipe, monkeypatch):
-        lanes = count_lanes(pipe, monkeypatch)
+    def test_interrupt_stops_the_work(self, pipe, forwards):
+        seen = forwards(pipe)
 
         def stop(pipeline, step, timestep, tensors):
             pipeline._interrupt = True
             return tensors
 
         pipe("x", callback_on_step_end=stop, **SMALL)
-        assert len(lanes) == 1
+        assert len(seen.denoising) == 1
 
     def test_progress_bar_counts_the_steps(self, own_pipe, capsys):
         own_pipe.set_progress_bar_config(disable=False)
@@ -249,25 +228,18 @@ class TestLoop:
         assert own_pipe.num_timesteps == 3
 
     def test_sigmas_are_shifted_once(self, pipe):
-        pipe("x", **(SMALL | {"num_inference_steps": 2}), sigmas=[1.0, 0.5])
-        assert pipe.scheduler.sigmas.tolist() == pytest.approx([1.0, 0.75, 0.0])
-
-    def test_another_scheduler_draws_too(self, own_pipe):
-        own_pipe.scheduler = UniPCMultistepScheduler(
-            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
-        )
-        assert own_pipe("x", **SMALL).images.isfinite().all()
+        assert sigmas_of(pipe, sigmas=[1.0, 0.5]) == pytest.approx([1.0, 0.75, 0.0])
 
     def test_velocities_reach_the_scheduler_in_float32(self, own_pipe, monkeypatch):
         own_pipe.to(torch.bfloat16)
         seen = []
-        step = own_pipe.scheduler.step
+        step = FlowMatchEulerDiscreteScheduler.step
 
-        def spy(velocity, t, latents, **kwargs):
+        def spy(self, velocity, t, latents, **kwargs):
             seen.append((velocity.dtype, latents.dtype))
-            return step(velocity, t, latents, **kwargs)
+            return step(self, velocity, t, latents, **kwargs)
 
-        monkeypatch.setattr(own_pipe.scheduler, "step", spy)
+        monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", spy)
         own_pipe("x", **(SMALL | {"output_type": "np"}))
         assert set(seen) == {(torch.float32, torch.float32)}
 
@@ -380,8 +352,7 @@ class TestLibrary:
 
     def test_shift_is_the_schedulers(self, own_pipe):
         own_pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(own_pipe.scheduler.config, shift=1.0)
-        own_pipe("x", **(SMALL | {"num_inference_steps": 2}))
-        assert own_pipe.scheduler.sigmas.tolist() == [1.0, 0.5, 0.0]
+        assert sigmas_of(own_pipe, num_inference_steps=2) == [1.0, 0.5, 0.0]
 
 
 def test_photos_stand_upright(pipe):

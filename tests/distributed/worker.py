@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts in two processes: `accelerate launch ... worker.py MODE`."""
+"""What `test_distributed.py` starts in two processes: `worker.py MODE`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,8 @@ from bagel_training.parallel import shard_model  # noqa: E402
 
 from diffusers_bagel import BagelPipeline  # noqa: E402
 from diffusers_bagel.loading import load_original_vae  # noqa: E402
-from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor  # noqa: E402
+from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, turn  # noqa: E402
 from transformers_bagel import BagelDataCollator, PrefixCache, SplitPrefixCache, loss_totals  # noqa: E402
-
-
-def turn(role: str, *parts) -> dict:
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
-    return {"role": role, "content": content}
 
 
 def samples_of_ranks() -> list[list[list[dict]]]:
@@ -79,11 +72,12 @@ def compare_training(mode: str) -> None:
         expected.loss.backward()
 
         optimizer.zero_grad()
-        outputs = model(**collator.pack(encoded[rank]))
-        accelerator.backward(outputs.loss)
+        own = collator.pack(encoded[rank])
+        outputs = model(**own, loss_totals=accelerator.reduce(loss_totals(own), "sum"))
+        accelerator.backward(accelerator.num_processes * outputs.loss)
         for name in ("loss", "ce_loss", "mse_loss"):
-            mean = accelerator.reduce(getattr(outputs, name).detach(), "mean")
-            assert abs(float(mean - getattr(expected, name))) <= 1e-5, (step, name, mean, getattr(expected, name))
+            total = accelerator.reduce(getattr(outputs, name).detach(), "sum")
+            assert abs(float(total - getattr(expected, name))) <= 1e-5, (step, name, total, getattr(expected, name))
         ours = dict(trained.named_parameters())
         for name, parameter in reference.named_parameters():
             grad = ours[name].grad
@@ -113,7 +107,6 @@ def compare_tensor_parallel() -> None:
     for name in ("logits", "velocity"):
         assert_near(name, full(getattr(outputs, name)), getattr(expected, name))
 
-    # The losses sum over all processes in training mode, but these two have one batch.
     for model in (whole, split):
         model(**batch).loss.backward()
     gradients = dict(split.named_parameters())

@@ -112,6 +112,7 @@ def test_a_drawing_is_judged_by_what_it_shows(shapes_pipe):
     assert not any(is_drawn(picture, case) for picture, case in zip(pictures[1:], cases, strict=False))
 
 
+@pytest.mark.slow
 def test_another_seed_of_cases_scores_about_the_same(shapes_pipe):
     """Not only what is picked above: whole tasks, with margins for so few cases."""
     evaluation = Evaluation(shapes_pipe, num=50, seed=11)

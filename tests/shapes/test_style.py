@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 from evaluate import Evaluation, answer
 from judge import ask_cases, edit_cases
@@ -13,6 +9,7 @@ from style import style_cases
 from world import render
 
 from diffusers_bagel import BagelPipeline
+from tests.processes import run_script
 from tests.shapes.conftest import CHECKPOINT, SHAPES
 
 
@@ -36,14 +33,11 @@ def scores(pipe: BagelPipeline) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("style")
-    command = [sys.executable, str(SHAPES / "style.py"), "--output_dir", str(folder)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SHAPES / "style.py", "--output_dir", str(folder), timeout=600)
     return folder
 
 
+@pytest.mark.slow
 def test_a_style_is_learned_and_the_other_tasks_stay(adapter):
     pipe = BagelPipeline.from_pretrained(CHECKPOINT)
     questions = ask_cases(20)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -14,8 +13,11 @@ from PIL import Image, ImageDraw
 
 from diffusers_bagel import BagelPipeline
 from tests.conftest import CHECKPOINT, load_processor
+from tests.processes import run_script
 from transformers_bagel import LORA_TARGETS, BagelConfig, BagelDataCollator, BagelForConditionalGeneration
 
+
+pytestmark = pytest.mark.slow
 
 SHAPES = [(colour, shape) for colour in ("red", "green", "blue", "black") for shape in ("circle", "square")]
 # Of the latents' values; two of the eight pictures are 0.01 apart at least.
@@ -133,14 +135,15 @@ def test_text_to_image_then_lora_for_another_style(tmp_path):
         transformer_lora_layers=get_peft_model_state_dict(model),
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
     )
-    script = (
+    script = tmp_path / "script.py"
+    script.write_text(
         "import sys; from tests.training.test_overfit import draw, BagelPipeline\n"
         "pipe = BagelPipeline.from_pretrained(sys.argv[1]); pipe.load_lora_weights(sys.argv[2])\n"
         "draw(pipe, 'a red circle', output_type='pil').save(sys.argv[3])"
     )
     image = draw(pipe, "a red circle", output_type="pil")
     paths = [str(tmp_path / name) for name in ("base", "lora", "drawn.png")]
-    subprocess.run([sys.executable, "-c", script, *paths], check=True, cwd=Path(__file__).parents[2])
+    run_script(script, *paths)
     # Weights that were read from a file lie elsewhere in memory, and the matrix products add up in another order.
     difference = np.asarray(Image.open(paths[2]), dtype=int) - np.asarray(image, dtype=int)
     assert abs(difference).max() <= 1

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from tests.conftest import load_model, max_error
+from transformers_bagel import PrefixCache
 from transformers_bagel.sequence import SequenceLayout
 
 
@@ -223,3 +224,115 @@ def test_a_denoising_step_reads_a_static_cache(model, prompt):
             velocities.append(model(**step, past_key_values=cache).velocity)
         assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1]
     assert max_error(*velocities) <= 1e-5
+
+
+def training_loss(model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a prompt's last tokens, and the gradient of a weight of the vision tower."""
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    loss = model.train()(**inputs, labels=labels).loss
+    weight = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    return loss.detach(), torch.autograd.grad(loss, weight)[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flash_attention_trains_like_sdpa(checkpointing, flash, prompt):
+    inputs = prompt("image")
+    expected = training_loss(load_model(), inputs)
+    if checkpointing:
+        flash.gradient_checkpointing_enable()
+    loss, gradient = training_loss(flash, inputs)
+    assert abs(loss - expected[0]) <= 1e-5
+    assert expected[1].abs().max() > 0
+    assert max_error(gradient, expected[1]) <= 1e-5 * expected[1].abs().max()
+
+
+def test_flash_attention_keeps_the_understanding_frozen(flash, prompt):
+    inputs = prompt("interleaved", latents=True)
+    gradients = []
+    for model in (load_model(), flash):
+        model.freeze("und")
+        velocity = model.train()(**inputs).velocity
+        weights = [model.model.language_model.layers[0].mlp_moe_gen.up_proj.weight, model.model.vae2llm.weight]
+        gradients.append(torch.autograd.grad(velocity.square().sum(), weights))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.abs().max() > 0
+        assert max_error(ours, theirs) <= 1e-4 * ours.abs().max()
+
+
+def test_flash_attention_takes_padding_beside_equal_cuts(model, flash, encode):
+    inputs = dict(encode([["a longer text", "@square", "b"], ["a text", "@square", "b"]]))
+    padding = inputs["attention_mask"] == 0
+    assert padding.any()
+    with torch.no_grad():
+        ours, theirs = (each(**inputs).logits for each in (model, flash))
+    assert max_error(ours[~padding], theirs[~padding]) <= 1e-5
+
+
+def denoising_step(model, prompt, images: int = 2) -> dict:
+    """A step of several images that share a prompt with images."""
+    inputs = prompt("interleaved")
+    cache = model(**inputs, use_cache=True).past_key_values
+    return {
+        "latents": torch.randn(6 * images, 16, generator=torch.Generator().manual_seed(1)),
+        "latent_grid_hw": torch.tensor([[2, 3]] * images),
+        "timesteps": torch.full((images,), 0.7),
+        "position_ids": (SequenceLayout(inputs["mm_token_type_ids"]).position_ids()[:, -1] + 1).repeat(images),
+        "past_key_values": PrefixCache.from_cache(cache, scratch=8).select([0] * images),
+    }
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_denoising_in_train_mode_under_checkpointing_equals_eval_mode(gradients, model, prompt):
+    with torch.no_grad():
+        step = denoising_step(model, prompt)
+        expected = model(**step).velocity
+    trained = load_model().train()
+    trained.gradient_checkpointing_enable()
+    with torch.set_grad_enabled(gradients):
+        found = trained(**step).velocity
+    assert max_error(found.detach(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_flow_through_denoising_and_its_prefix(checkpointing, prompt):
+    """Two steps in a row, of two images that share a prefix: against every block by itself, without scratch space."""
+    shared, alone = load_model(), load_model()
+    if checkpointing:
+        shared.train().gradient_checkpointing_enable()
+    weights = [
+        lambda model: model.model.language_model.layers[0].self_attn.k_proj_moe_gen.weight,
+        lambda model: model.model.language_model.layers[1].self_attn.q_proj_moe_gen.weight,
+        lambda model: model.model.vae2llm.weight,
+    ]
+    prefix_weight = alone.model.language_model.layers[0].self_attn.v_proj.weight
+
+    step = denoising_step(alone.train(False), prompt)
+    step["past_key_values"] = alone(**prompt("interleaved"), use_cache=True).past_key_values
+    total = torch.zeros(())
+    for _ in range(2):
+        for index, latents in enumerate(step["latents"].split(6)):
+            own = {name: step[name][index : index + 1] for name in ("latent_grid_hw", "timesteps", "position_ids")}
+            velocity = alone(latents=latents, **own, past_key_values=step["past_key_values"]).velocity
+            total = total + velocity.square().sum()
+    *expected, through_prefix = torch.autograd.grad(total, [*(weight(alone) for weight in weights), prefix_weight])
+    assert through_prefix.abs().max() > 0
+
+    with torch.no_grad():
+        step = denoising_step(alone, prompt)
+    total = sum(shared(**step).velocity.square().sum() for _ in range(2))
+    found = torch.autograd.grad(total, [weight(shared) for weight in weights])
+    for own, other in zip(found, expected, strict=True):
+        assert max_error(own, other) <= 1e-4 * other.abs().max()
+
+
+def test_a_cache_is_not_written_twice_under_checkpointing():
+    model = load_model().train()
+    model.gradient_checkpointing_enable()
+    ids = torch.tensor([[5, 6, 7]])
+    cache = DynamicCache(config=model.config.text_config)
+    with pytest.raises(ValueError, match=r"torch.no_grad\(\)"):
+        model(input_ids=ids, past_key_values=cache)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == 3

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import io
 import itertools
+import logging
 import pickle
 import re
 
@@ -12,10 +15,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.conftest import CASES, GOLDEN, golden_image, max_error, training_samples, turn
+from diffusers_bagel import BagelPipeline
+from tests.conftest import CASES, CHECKPOINT, GOLDEN, golden_image, load_model, max_error, training_samples, turn
 from transformers_bagel import BagelDataCollator
+from transformers_bagel.image_processing_bagel import patchify, unpatchify
+from transformers_bagel.latents import decode_latents, encode_posterior
 from transformers_bagel.sequence import IMAGE_TOKEN, LATENT_TOKEN
 from transformers_bagel.training.collator import EncodedSample, fill_rows
+from transformers_bagel.training.latents import LatentEncoder
 from transformers_bagel.training.losses import next_labels
 
 
@@ -362,13 +369,13 @@ def test_noised_copies_are_drawn_alike_and_do_not_see_each_other(collate, model)
     counts = batch["latent_grid_hw"].prod(-1).tolist()
     parts = {name: batch[name].split(counts) for name in ("latents", "noise")}
     velocities = model(**batch).velocity.split(counts)
-    for copy in noised:
-        clean = [index for index in range(blocks) if index < noised[0]]
-        chosen = [*clean, int(copy)]
-        alone = single | {name: torch.cat([values[index] for index in chosen]) for name, values in parts.items()}
+    for index in noised:
+        clean = [place for place in range(blocks) if place < noised[0]]
+        chosen = [*clean, int(index)]
+        alone = single | {name: torch.cat([values[place] for place in chosen]) for name, values in parts.items()}
         alone["timesteps"] = batch["timesteps"][chosen]
-        velocity = model(**alone).velocity[-counts[copy] :]
-        assert max_error(velocity, velocities[copy]) < 1e-5
+        velocity = model(**alone).velocity[-counts[index] :]
+        assert max_error(velocity, velocities[index]) < 1e-5
 
 
 def test_a_conversation_goes_on_after_noised_copies(collate):
@@ -462,6 +469,50 @@ def test_a_table_of_datasets_gives_what_the_dicts_give(collate, tmp_path):
         batch = collate(generator=torch.Generator().manual_seed(0))([source[0], source[1]])
         assert batch.keys() == expected.keys()
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_drawing_and_training_encode_an_image_alike(dtype, processor, vae):
+    own_vae = copy.deepcopy(vae).to(dtype)
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, vae=own_vae, processor=processor, transformer=load_model())
+    pixels = processor.image_processor(golden_image("wide"), return_vae_pixel_values=True, return_tensors="pt")
+    (pixels,) = pixels["vae_pixel_values"]
+    trained = LatentEncoder(own_vae, pipe.latent_patch_size)(pixels)
+    drawn = pipe.encode_image(pixels, vae_sample_mode="argmax")
+    assert trained.dtype == drawn.dtype == torch.float32
+    assert torch.equal(trained, drawn)
+
+
+def test_a_float16_vae_that_would_overflow_runs_in_float32(collate, vae):
+    samples = [drawing(golden_image("square"))]
+    expected = collate()(samples)["latents"]
+    half = copy.deepcopy(vae).to(torch.float16)
+    assert half.config.force_upcast
+    rounded = collate(vae=half)(samples)["latents"]
+    assert half.dtype == torch.float32
+    assert max_error(rounded, expected) <= 2e-2
+    half = copy.deepcopy(vae).to(torch.float16)
+    half.register_to_config(force_upcast=False)
+    collate(vae=half)(samples)
+    assert half.dtype == torch.float16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_and_latents_that_are_not_finite_are_refused(value, vae):
+    pixels, latents = torch.zeros(3, 64, 64), torch.zeros(1, vae.config.latent_channels, 8, 8)
+    pixels[0, 3, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        encode_posterior(vae, pixels)
+    latents[0, 0, 3, 3] = value
+    with pytest.raises(ValueError, match="decoded latents to NaN or infinity"), torch.no_grad():
+        decode_latents(vae, latents)
+
+
+def test_patches_become_the_image_they_were_made_of():
+    image = torch.arange(4 * 6 * 10).view(4, 6, 10)
+    patches = patchify(image, 2)
+    assert torch.equal(unpatchify(patches, (3, 5), 2), image)
+    assert torch.equal(unpatchify(torch.stack([patches, patches + 1]), (3, 5), 2), torch.stack([image, image + 1]))
 
 
 # ---- Latents on disk
@@ -571,6 +622,121 @@ def test_a_collator_can_be_pickled(collate):
     (sample,) = training_samples("chat")
     ours, theirs = (item.pack([item.encode(sample, 0)]) for item in (collator, collate()))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# Settings, and what they gave when they were first released: a hash of the whole numbers, and some of the others.
+KNOWN_BATCHES = {
+    "in_one_sequence": (
+        {},
+        "2379ea8682ce86be",
+        [0.651016, 0.0, 0.656456, 0.0, 0.780161, 0.296216],
+        [1.2167, -6.70394, 0.0, 0.0, 4.42963],
+        [-0.26306, -1.23627, -0.09229],
+    ),
+    "in_two_sequences": (
+        {
+            "max_tokens": 250,
+            "text_dropout": 0.5,
+            "vit_dropout": 0.5,
+            "vae_dropout": 0.5,
+            "noised_copies": 2,
+            "timestep_shift": 3.0,
+        },
+        "171cc173b6cc395f",
+        [0.463035, 0.872993, 0.63934, 0.70669, 0.0, 0.914777, 0.493223],
+        [1.57515, -3.12643, 1.53561, -8.83786, -1.81517, 0.13326],
+        [0.02933, 0.38775, -1.64189, -1.89844],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_BATCHES)
+def test_a_seed_gives_the_batch_that_it_always_gave(name, processor, vae):
+    settings, digest, timesteps, noise, latents = KNOWN_BATCHES[name]
+    collator = BagelDataCollator(processor, vae=vae, generator=torch.Generator().manual_seed(7), **settings)
+    if settings:
+        samples = training_samples("edit", "look", "draw", "talk", "edit")
+        batch = collator.pack([collator.encode(sample, seed) for seed, sample in enumerate(samples)])
+    else:
+        batch = collator(training_samples("chat", "edit", "look", "draw", "talk"))
+    found = hashlib.sha256()
+    for key in ("input_ids", "labels", "mm_token_type_ids", "position_ids", "document_ids"):
+        found.update(f"{key} {batch[key].tolist()}".encode())
+    for key in ("image_grid_hw", "latent_grid_hw"):
+        found.update(f"{key} {batch[key].tolist()}".encode())
+    assert found.hexdigest().startswith(digest)
+    assert batch["timesteps"].tolist() == pytest.approx(timesteps, abs=1e-5)
+    assert batch["noise"].sum(-1)[::37].tolist() == pytest.approx(noise, abs=1e-4)
+    assert batch["latents"].sum(-1)[::67].tolist() == pytest.approx(latents, abs=1e-3)
+
+
+# ---- The layout
+
+
+def test_a_layout_is_returned_when_it_is_asked_for(collate):
+    samples = training_samples("edit", "look", "talk")
+    plain = collate(generator=torch.Generator().manual_seed(0))(samples)
+    batch = collate(generator=torch.Generator().manual_seed(0), return_layout=True)(samples)
+    layout = batch.pop("layout")
+    assert batch.keys() == plain.keys()
+    assert all(torch.equal(batch[key], plain[key]) for key in plain)
+    for name, key in (
+        ("token_types", "mm_token_type_ids"),
+        ("document_ids", "document_ids"),
+        ("labels", "labels"),
+        ("image_grid_hw", "image_grid_hw"),
+        ("latent_grid_hw", "latent_grid_hw"),
+    ):
+        assert torch.equal(getattr(layout, name), batch[key])
+    noised = batch["timesteps"].repeat_interleave(batch["latent_grid_hw"].prod(-1)) > 0
+    assert noised.any()
+    assert torch.equal(layout.noised[layout.token_types == LATENT_TOKEN], noised)
+    assert torch.equal(layout.position_ids(), batch["position_ids"])
+
+
+def test_a_layout_stays_on_the_cpu_when_the_batch_moves(collate):
+    batch = collate(return_layout=True)(training_samples("edit")).to("meta")
+    assert batch["input_ids"].device.type == "meta"
+    assert batch["layout"].token_types.device.type == "cpu"
+
+
+# ---- Workers
+
+
+class DeviceVae:
+    """A VAE of an accelerator: it runs, but not in another process, and cannot be sent there."""
+
+    def __init__(self, vae):
+        self.vae = vae
+        self.config = vae.config
+        self.dtype = vae.dtype
+        self.device = torch.device("cuda")
+
+    def encode(self, pixels):
+        raise AssertionError("it would have been run in a worker")
+
+
+def test_a_worker_refuses_a_vae_of_an_accelerator(collate, vae):
+    collator = collate(vae=DeviceVae(vae))
+    loader = DataLoader(training_samples("talk", "draw"), batch_size=1, collate_fn=collator, num_workers=1)
+    batches = iter(loader)
+    # Texts need none.
+    assert "latents" not in next(batches)
+    with pytest.raises(RuntimeError, match="(?s)lies on cuda.*BagelDataLoader"):
+        next(batches)
+
+
+def test_a_worker_of_a_plain_data_loader_warns_of_what_it_left_out(collate, tmp_path):
+    collator = collate(on_error="skip")
+    bad = {"id": "bad", "messages": [turn("robot", "a")]}
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("transformers_bagel").addHandler(handler)
+    try:
+        for _ in DataLoader([*training_samples("talk"), bad], batch_size=2, collate_fn=collator, num_workers=1):
+            pass
+    finally:
+        logging.getLogger("transformers_bagel").removeHandler(handler)
+    assert "Left out sample 1 (id 'bad')" in (tmp_path / "log").read_text()
 
 
 # ---- Bad samples

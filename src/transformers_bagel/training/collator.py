@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
@@ -23,75 +22,15 @@ from transformers.utils import logging
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
 from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, SegmentEncoder, sample_segments
-from ..sequence import EncodedSequence, SequenceLayout, lay_out
+from ..sequence import SequenceLayout, lay_out
 from .latents import LatentEncoder
+from .samples import EncodedSample, LatentBlock, LatentImage, SkippedSample, fill_rows, mixed_seed
 
 
 logger = logging.get_logger(__name__)
 
 ON_ERROR = ("raise", "skip")
 TIMESTEP_LAWS = ("logit_normal", "uniform")
-
-
-@dataclass(frozen=True)
-class LatentImage:
-    """An image to encode.
-
-    Attributes:
-        pixels (`torch.FloatTensor` of shape `(3, height, width)`): In [-1, 1].
-        grid (`tuple[int, int]`): Rows and columns of its tokens.
-        posterior_noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`, *optional*):
-            What makes a sample of the posterior; without it the mean is taken.
-    """
-
-    pixels: torch.Tensor
-    grid: tuple[int, int]
-    posterior_noise: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class LatentBlock:
-    """A block of latents of a sample.
-
-    Attributes:
-        image (`int`): Which of the sample's `latent_images` it shows.
-        timestep (`torch.FloatTensor` of shape `()`): Sigma of its noise; 0 for a condition.
-        noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`): Zero for a condition.
-    """
-
-    image: int
-    timestep: torch.Tensor
-    noise: torch.Tensor
-
-
-@dataclass(frozen=True)
-class EncodedSample(EncodedSequence):
-    """A sample as tokens, with all its random choices made; only its latents are still pixels.
-
-    Attributes:
-        whole_length (`int`): Its tokens and those of what was dropped.
-        patches (`list[torch.Tensor]`): `(patches, patch_dim)` of each image that the ViT sees.
-        patch_grids (`list[tuple[int, int]]`): Rows and columns of these.
-        latent_images (`list[LatentImage]`): Images to encode, each once.
-        blocks (`list[LatentBlock]`): In the order of the sequence; several may show one image.
-    """
-
-    whole_length: int = 0
-    patches: list[torch.Tensor] = field(default_factory=list)
-    patch_grids: list[tuple[int, int]] = field(default_factory=list)
-    latent_images: list[LatentImage] = field(default_factory=list)
-    blocks: list[LatentBlock] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(frozen=True)
-class SkippedSample:
-    """A sample that was left out, and why."""
-
-    name: str
-    reason: str
 
 
 class BagelDataCollator:
@@ -183,7 +122,8 @@ class BagelDataCollator:
         self.skipped: list[SkippedSample] = []
         self._check_settings()
         self.encode_segments = SegmentEncoder(processor)
-        self.encode_latents = self.latent_dim = None
+        self.encode_latents: Any = None
+        self.latent_dim: int | None = None
         if vae is not None:
             cells = processor.image_processor.vae_stride // 2 ** (len(vae.config.block_out_channels) - 1)
             self.latent_dim = cells**2 * vae.config.latent_channels
@@ -312,7 +252,7 @@ class BagelDataCollator:
             empty_positions = 0
             if segment.type == "vae_image":
                 blocks += [self._latent_block(encoded, images, generator) for _ in range(copies)]
-        seen = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
+        seen: list[Any] = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
         return EncodedSample(
             **vars(lay_out(segments, skipped)),
             whole_length=whole_length,
@@ -328,6 +268,7 @@ class BagelDataCollator:
         """Noise and sigma of a block of latents; its image joins the list, if it is new."""
         if self.latent_dim is None:
             raise ValueError("The sample draws or edits an image. Pass a `vae` to BagelDataCollator.")
+        assert encoded.pixels is not None and encoded.grid is not None
         shape = (len(encoded) - 2, self.latent_dim)
         index = next((i for i, image in enumerate(images) if image.pixels is encoded.pixels), len(images))
         if index == len(images):
@@ -389,7 +330,6 @@ class BagelDataCollator:
 
     def _latents(self, sample: EncodedSample) -> list[torch.Tensor]:
         """Packed latents of each block."""
-        assert self.encode_latents is not None or not sample.blocks
         images = [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
         return [images[block.image] for block in sample.blocks]
 
@@ -400,32 +340,6 @@ def _padded(
     """What `read` returns of every sample, `(tokens,)`, as packed sequences: `(sequences, tokens)`."""
     sequences = [torch.cat([read(sample) for sample in sequence]) for sequence in packed]
     return pad_sequence(sequences, batch_first=True, padding_value=padding)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers; two tuples do not share one by a simple sum."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
-
-
-def fill_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
-    """Which samples stand in which sequence: each in the first one with space for it, in order.
-
-    Args:
-        lengths (`Sequence[int]`): Tokens of each sample.
-        max_tokens (`int`, *optional*): Longest sequence; without it there is one.
-    """
-    if max_tokens is None:
-        return [list(range(len(lengths)))]
-    rows: list[list[int]] = []
-    filled: list[int] = []
-    for index, length in enumerate(lengths):
-        row = next((row for row, used in enumerate(filled) if used + length <= max_tokens), len(rows))
-        if row == len(rows):
-            rows.append([])
-            filled.append(0)
-        rows[row].append(index)
-        filled[row] += length
-    return rows
 
 
 __all__ = ["BagelDataCollator", "EncodedSample", "SkippedSample"]

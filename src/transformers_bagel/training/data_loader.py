@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import BatchFeature
 
-from .collator import BagelDataCollator, EncodedSample, SkippedSample, mixed_seed
+from .collator import BagelDataCollator
+from .samples import EncodedSample, SkippedSample, mixed_seed
 
 
 class _Samples(Protocol):

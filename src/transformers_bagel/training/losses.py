@@ -205,7 +205,7 @@ def loss_totals(batch: Mapping[str, Any], loss_reduction: str = "token") -> torc
         `torch.FloatTensor` of shape `(2,)`, on the device of the batch.
     """
     labels, shift_labels, layout = (batch.get(name) for name in ("labels", "shift_labels", "layout"))
-    device = (labels if shift_labels is None else shift_labels).device
+    device = batch["labels" if shift_labels is None else "shift_labels"].device
     if layout is None:
         layout = SequenceLayout.from_inputs(
             batch["mm_token_type_ids"],
