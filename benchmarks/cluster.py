@@ -248,7 +248,7 @@ def pictures_table(config: BagelConfig, accelerator: Accelerator) -> str:
 
 def decoding_table(config: BagelConfig, accelerator: Accelerator) -> str:
     text = config.get_text_config()
-    lines = [f"| {accelerator.name} | rows | prefix | ms a step | tokens/s |", "|---|---|---|---|---|"]
+    lines = [f"| {accelerator.name} | samples | prefix | ms a step | tokens/s |", "|---|---|---|---|---|"]
     for gpus in (1, text.num_key_value_heads):
         for batch, prefix in ((1, 1024), (1, 8192), (64, 1024), (64, 8192)):
             whole = cost.decode(config, prefix, batch, ITEMSIZE)
@@ -260,7 +260,7 @@ def decoding_table(config: BagelConfig, accelerator: Accelerator) -> str:
 
 
 def training_table(config: BagelConfig, accelerator: Accelerator) -> str:
-    """Sharded training (FSDP2) of rows of drawings of 1024 px, a row a GPU."""
+    """Sharded training (FSDP2) of packed drawings of 1024 px, one sequence a GPU."""
     sample = PROMPT + 2 + LATENTS
     texts, tokens = TRAINING_SAMPLES * (PROMPT + 2), TRAINING_SAMPLES * sample
     pairs = TRAINING_SAMPLES * sample**2
@@ -284,7 +284,7 @@ def training_table(config: BagelConfig, accelerator: Accelerator) -> str:
 
 
 def tables(config: BagelConfig) -> list[str]:
-    """The tables of docs/growth.md."""
+    """The tables of benchmarks/results/gpus.md."""
     return [
         facts_table(config),
         pictures_table(config, H100),
@@ -311,7 +311,7 @@ def facts_table(config: BagelConfig) -> str:
         "VAE at 1024 px, decoding and encoding": f"{decoded / 1e12:.1f} and {encoded / 1e12:.1f} TFLOP",
         "weights that a decoding step reads": f"{cost.decode(config, 0, 1, ITEMSIZE).weight_bytes / 1e9:.1f} GB",
         "keys and values of a token, all layers": f"{token / 1024:.0f} KiB",
-        "rows at which an H100 decodes as long as it reads weights": f"{rates(H100).products / rates(H100).bandwidth:.0f}",
+        "samples at which an H100 decodes as long as it reads weights": f"{rates(H100).products / rates(H100).bandwidth:.0f}",
         "moved a layer and block of 4,096 latents: context split": f"{LATENTS * token / text.num_hidden_layers / 1e6:.1f} MB",
         "the same: tensor parallel": f"{2 * 2 * LATENTS * text.hidden_size * ITEMSIZE / 1e6:.0f} MB",
     }

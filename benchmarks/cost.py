@@ -151,7 +151,7 @@ def prefill(config: BagelConfig, tokens: int, pairs: int, itemsize: int, scored:
 
     Args:
         config (`BagelConfig`)
-        tokens (`int`): Of all rows.
+        tokens (`int`): Of all samples.
         pairs (`int`): Queries times the keys that they see, see `causal_pairs`.
         itemsize (`int`): Bytes of a number.
         scored (`int`, *optional*, defaults to 1): Tokens that the text head scores.
@@ -164,14 +164,14 @@ def prefill(config: BagelConfig, tokens: int, pairs: int, itemsize: int, scored:
 
 
 def decode(config: BagelConfig, prefix: int, batch: int, itemsize: int) -> Cost:
-    """A step of `generate()`: one token of each row of a batch, behind `prefix` tokens."""
+    """A step of `generate()`: one token of each sample of a batch, behind `prefix` tokens."""
     step = prefill(config, batch, batch * (prefix + 1), itemsize, scored=batch)
     return step + Cost(cache_bytes=batch * prefix * cache_bytes_per_token(config, itemsize))
 
 
 def training(config: BagelConfig, texts: int, latents: int, targets: int, pairs: int) -> Cost:
     """
-    Forward and backward of a packed row, without recomputation and without the optimizer.
+    Forward and backward of packed samples, without recomputation and without the optimizer.
 
     Args:
         config (`BagelConfig`)

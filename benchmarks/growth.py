@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""How the cost of each pass grows, as curves beside the cost model: `python benchmarks/growth.py --output docs/growth`.
+"""Curves of the cost of each pass beside the cost model: `python benchmarks/growth.py --output benchmarks/results/growth`.
 
 Writes OUTPUT.json and OUTPUT.png, and prints the table of docs/growth.md. Random weights, float32. The rates that the cost
 model is given (`cost.py`) are those of a bare matrix product, attention and product with a vector in the same run;
@@ -80,7 +80,7 @@ def curves() -> list[Curve]:
         Curve("denoise, 1,024 latents", "prefix tokens", steps, lambda model, n: denoise(model, 1024, prefix=n)),
         Curve("prefill", "tokens", (64, 256, 1024, 2048, 4096), prefill),
         Curve("decode", "prefix tokens", (64, *steps[1:]), decode),
-        Curve("decode after 1,024 tokens", "rows", (1, 2, 4, 8, 16), lambda model, n: decode(model, 1024, n)),
+        Curve("decode after 1,024 tokens", "samples", (1, 2, 4, 8, 16), lambda model, n: decode(model, 1024, n)),
         Curve("training", "latent tokens", (64, 256, 1024, 2304), training, with_memory=True),
     ]
 

@@ -91,6 +91,19 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     assert torch.is_grad_enabled()
 
 
+def test_the_page_of_original_behaviour_names_tests_and_points_that_exist():
+    page = (ROOT / "docs" / "original_behaviour.md").read_text(encoding="utf-8")
+    tests = {file: file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")}
+    defined = {name for text in tests.values() for name in re.findall(r"def (test_\w+)", text)}
+    assert set(re.findall(r"\btest_\w+\b(?!\.py)", page)) <= defined
+    assert set(re.findall(r"\btest_\w+\.py", page)) <= {file.name for file in tests}
+    points = [int(number) for number in re.findall(r"^(\d+)\. ", page, flags=re.MULTILINE)]
+    assert points == list(range(1, len(points) + 1))
+    for file in (ROOT / "src").rglob("*.py"):
+        for cited in re.findall(r"points? (\d+)(?:-(\d+))?(?: and (\d+))?", file.read_text(encoding="utf-8")):
+            assert {int(number) for number in cited if number} <= set(points), file
+
+
 CONVERSION = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8").replace("\\\n", "")
 
 

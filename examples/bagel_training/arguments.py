@@ -79,7 +79,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--answer_column", default="answer")
     group.add_argument("--messages_column", default="messages", help="conversations, which need no other column")
     group.add_argument("--resolution", type=int, help="longest side of the images in pixels")
-    group.add_argument("--max_tokens", type=int, help="pack samples into rows of so many tokens")
+    group.add_argument("--max_tokens", type=int, help="pack samples into sequences of so many tokens")
     group.add_argument(
         "--train_batch_size", type=int, default=None, help="samples a step and device (1 if not packed)"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from .guidance import BagelGuidance
 
 # Fixed cost of a forward of text, in token equivalents: more padding than this costs more than a forward of its own.
 FORWARD_COST = 32
-# Most tokens, padding included, of a forward of several texts.
+# Most new tokens, padding included, of a forward of several texts.
 MAX_PREFILL_TOKENS = 1024
-# Most tokens, padding and new ones included, of texts that are written together.
-MAX_WRITING_TOKENS = 32768
+# Most tokens, padding and new ones included, of contexts that grow together.
+MAX_JOINED_TOKENS = 32768
+
+# `generate` samples from the global random state, which one call at a time may borrow.
+_random_state = Lock()
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,13 @@ class ContextReader:
                 batches.append([index])
             elif new:
                 texts[context.cache is None].append(index)
+        new_tokens = [sum(map(len, new)) for new in segments]
         for indices in texts.values():
-            lengths = [contexts[index].length + sum(map(len, segments[index])) for index in indices]
-            for places in bucket_by_length(lengths, MAX_PREFILL_TOKENS, FORWARD_COST):
-                batches.append([indices[place] for place in places])
+            lengths = [contexts[index].length + new_tokens[index] for index in indices]
+            for places in bucket_by_length(lengths, MAX_JOINED_TOKENS):
+                joined = [indices[place] for place in places]
+                shared = bucket_by_length([new_tokens[index] for index in joined], MAX_PREFILL_TOKENS, FORWARD_COST)
+                batches += [[joined[place] for place in batch] for batch in shared]
         for batch in batches:
             grown = self._read_together([contexts[index] for index in batch], [segments[index] for index in batch])
             for index, context in zip(batch, grown, strict=True):
@@ -200,7 +207,7 @@ class ContextReader:
         lengths = [context.length + max_new_tokens for context in contexts]
         batches = [[index] for index in range(len(contexts))]
         if not do_sample:
-            batches = bucket_by_length(lengths, MAX_WRITING_TOKENS)
+            batches = bucket_by_length(lengths, MAX_JOINED_TOKENS)
         texts = [""] * len(contexts)
         for batch in batches:
             seed = None if seeds is None or not do_sample else seeds[batch[0]]
@@ -353,7 +360,10 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+    with (
+        _random_state,
+        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type),
+    ):
         torch.manual_seed(seed)
         yield
 
