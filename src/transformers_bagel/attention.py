@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,6 +34,7 @@ logger = logging.get_logger(__name__)
 # Devices where flex attention has only its forward.
 NO_FLEX_BACKWARD = ("cpu", "mps")
 
+Routing: TypeAlias = ExpertRouting | None
 # Queries, keys and values `(..., heads, head_dim)` of the tokens of each expert.
 ExpertHeads: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 # Attended values `(..., heads * head_dim)` of the tokens of each expert, and the weights if they were asked for.
@@ -59,13 +59,19 @@ def attention(
     return output.flatten(-2), weights
 
 
-def _whole_sequence(routing: ExpertRouting | None, heads: ExpertHeads) -> list[torch.Tensor]:
+def _whole_sequence(routing: Routing, heads: ExpertHeads) -> list[torch.Tensor]:
     """Queries, keys and values of both experts in the order of the sequence, `(batch, tokens, heads, head_dim)`."""
     joined = [join_experts(states) for states in zip(*heads, strict=True)]
     return joined if routing is None else [routing.to_sequence(states) for states in joined]
 
 
-def _of_experts(routing: ExpertRouting | None, sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _with_past(routing: Routing, heads: ExpertHeads, cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries of a sequence, and keys and values of it and its past, `(batch, heads, tokens, head_dim)`."""
+    query, key, value = (states.transpose(1, 2) for states in _whole_sequence(routing, heads))
+    return (query, key, value) if cache is None else (query, *cache.update(key, value))
+
+
+def _of_experts(routing: Routing, sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return split_experts(routing, sequence if routing is None else routing.to_expert_order(sequence))
 
 
@@ -76,9 +82,7 @@ class AttentionLayout:
         """What the decoder layer of that number is given."""
         return self
 
-    def attend(
-        self, module: nn.Module, heads: ExpertHeads, routing: ExpertRouting | None, cache: Any, **kwargs: Any
-    ) -> Attended:
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
         """
         Attention of one layer's tokens.
 
@@ -97,12 +101,8 @@ class MaskedAttention(AttentionLayout):
 
     mask: Any
 
-    def attend(
-        self, module: nn.Module, heads: ExpertHeads, routing: ExpertRouting | None, cache: Any, **kwargs: Any
-    ) -> Attended:
-        query, key, value = (states.transpose(1, 2) for states in _whole_sequence(routing, heads))
-        if cache is not None:
-            key, value = cache.update(key, value)
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
+        query, key, value = _with_past(routing, heads, cache)
         # A model may be spread over several devices, and the mask lies on one of them.
         mask = self.mask.to(query.device) if isinstance(self.mask, torch.Tensor) else self.mask
         output, weights = attention(module, query, key, value, mask, **kwargs)
@@ -123,12 +123,8 @@ class ChunkedAttention(AttentionLayout):
     past: int
     padding: torch.Tensor | None
 
-    def attend(
-        self, module: nn.Module, heads: ExpertHeads, routing: ExpertRouting | None, cache: Any, **kwargs: Any
-    ) -> Attended:
-        query, key, value = (states.transpose(1, 2) for states in _whole_sequence(routing, heads))
-        if cache is not None:
-            key, value = cache.update(key, value)
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
+        query, key, value = _with_past(routing, heads, cache)
         outputs = []
         for start, stop, is_block in self.chunks:
             seen = self.past + stop
@@ -155,9 +151,7 @@ class SampleAttention(AttentionLayout):
 
     samples: list[tuple[int, int, torch.Tensor | None]]
 
-    def attend(
-        self, module: nn.Module, heads: ExpertHeads, routing: ExpertRouting | None, cache: Any, **kwargs: Any
-    ) -> Attended:
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
         states = _whole_sequence(routing, heads)
         shape = states[0].shape[:2]
         # Padding, sample, padding, ..., sample, padding; most of the padding is empty.
@@ -184,9 +178,7 @@ class DenoisingAttention(AttentionLayout):
         assert isinstance(self.prefix, PrefixCache)
         return DenoisingAttention(self.prefix.layer(index))
 
-    def attend(
-        self, module: nn.Module, heads: ExpertHeads, routing: ExpertRouting | None, cache: Any, **kwargs: Any
-    ) -> Attended:
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
         assert isinstance(self.prefix, PrefixLayer) and routing is not None
         markers, latents = [], []
         for index, pieces in enumerate(routing.block_slices()):
