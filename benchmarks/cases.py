@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,12 @@ from PIL import Image
 from transformers import CompileConfig, StaticCache
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.contexts import BagelContext, ContextReader
+from diffusers_bagel.denoising import Denoiser
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from diffusers_bagel.inputs import as_conversations
 from transformers_bagel import BagelDataCollator, fork_cache
+from transformers_bagel.segments import EncodedSegment
 
 
 PROMPT = "a red circle left of a large blue square on a yellow ground, drawn with a soft pencil in the evening"
@@ -181,58 +184,58 @@ def picture(pixels: int) -> Image.Image:
 @torch.no_grad()
 def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
     """A step with its guidance, the contexts being there."""
-    how = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
-    conversation, inputs, latents = prepared(pipe, pixels, edits=branches == 3)
-    ((found, _),) = pipe.prepare_batch([conversation], [inputs], [latents], [how], False, 2, False, 1.0, [None])
-    side = pixels // pipe.vae_scale_factor
-    pipe._guidance_scale = how.text_scale
-    lanes, rows = pipe._prepare_lanes([found], [(side, side)], [how])
-    noise = torch.randn(1, side * side, pipe.latent_dim, device=pipe.transformer.device)
+    guidance = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
+    prompts = [prompt_of(pipe, pixels, edits=branches == 3)]
+    compared, _ = pipe.prepare_contexts(prompts, [guidance])
+    denoiser = Denoiser(pipe.transformer, compared, [grid_of(pipe, pixels)], [guidance])
+    noise = pipe.prepare_latents([grid_of(pipe, pixels)], [None])
     # Inside all intervals of guidance.
-    level = torch.tensor(0.9)
+    sigma = torch.tensor(0.9)
 
     @torch.no_grad()
     def run() -> None:
-        pipe._predict_velocity(noise, level, level.to(noise.device), rows, lanes)
+        denoiser.velocity(noise, sigma, sigma.to(noise.device), guidance.text_scale)
 
     return work(pipe, run, 1, "step")
 
 
-def prepared(pipe: BagelPipeline, pixels: int, edits: bool) -> tuple[list, Any, list[torch.Tensor]]:
-    """A conversation, its inputs, and the latents of its picture."""
-    # Parts of a call are measured outside of one.
-    pipe._attention_kwargs = None
+def grid_of(pipe: BagelPipeline, pixels: int) -> tuple[int, int]:
+    side = pixels // pipe.vae_scale_factor
+    return side, side
+
+
+def prompt_of(pipe: BagelPipeline, pixels: int, edits: bool) -> list[EncodedSegment]:
+    """What a picture is drawn from, its own latents being there."""
     image = picture(pixels) if edits else None
     (conversation,) = as_conversations(INSTRUCTION if edits else PROMPT, image, None)
-    inputs = pipe.preprocess(conversation, think=False)
-    latents = [pipe.encode_image(values) for values in inputs.get("vae_pixel_values", [])]
-    return conversation, inputs, latents
+    return [
+        replace(segment, latents=pipe.encode_image(segment.pixels)) if segment.segment.type == "vae_image" else segment
+        for segment in pipe.encode_conversation(conversation)
+    ]
 
 
 @torch.no_grad()
 def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
     """The longest context of an edit, its picture being encoded: both towers' tokens and the text in one forward."""
-    _, inputs, latents = prepared(pipe, pixels, edits=True)
+    prompt = prompt_of(pipe, pixels, edits=True)
+    reader = ContextReader(pipe.transformer, pipe.processor, pipe.transformer.device)
 
     @torch.no_grad()
     def run() -> None:
-        pipe.prefill([inputs], [latents])
+        reader.read([BagelContext()], [prompt])
 
     return work(pipe, run, 1, "context")
 
 
 @torch.no_grad()
 def contexts(pipe: BagelPipeline, pixels: int) -> Work:
-    """All contexts of an edit. Their floor is that of the longest one, with which they share what they can."""
-    conversation, inputs, latents = prepared(pipe, pixels, edits=True)
-    side = pixels // pipe.vae_scale_factor
+    """All contexts of an edit, as denoising reads them. Their floor is that of the longest one, which they share in."""
+    prompt = prompt_of(pipe, pixels, edits=True)
 
     @torch.no_grad()
     def run() -> None:
-        ((found, _),) = pipe.prepare_batch(
-            [conversation], [inputs], [latents], [EDITING], False, 2, False, 1.0, [None]
-        )
-        pipe._prepare_lanes([found], [(side, side)], [EDITING])
+        compared, _ = pipe.prepare_contexts([prompt], [EDITING])
+        Denoiser(pipe.transformer, compared, [grid_of(pipe, pixels)], [EDITING])
 
     return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
 
@@ -263,15 +266,12 @@ def prompts_of(batch: int) -> list[str]:
 @torch.no_grad()
 def plans(pipe: BagelPipeline, batch: int) -> Work:
     """Contexts with plans, up to the denoising."""
-    # Parts of a call are measured outside of one.
-    pipe._attention_kwargs = None
     conversations = as_conversations(prompts_of(batch), None, None)
-    inputs = [pipe.preprocess(conversation, think=True) for conversation in conversations]
-    none, how = [None] * batch, [TEXT_TO_IMAGE] * batch
+    prompts = [pipe.encode_conversation(conversation, think=True) for conversation in conversations]
 
     @torch.no_grad()
     def run() -> None:
-        pipe.prepare_batch(conversations, inputs, [[]] * batch, how, True, NEW_TOKENS, False, 1.0, none)
+        pipe.prepare_contexts(prompts, [TEXT_TO_IMAGE] * batch, think=True, max_think_tokens=NEW_TOKENS)
 
     return work(pipe, run, batch, "plan")
 
@@ -305,12 +305,12 @@ def encode(pipe: BagelPipeline, pixels: int) -> Work:
 
 @torch.no_grad()
 def decode_latents(pipe: BagelPipeline, pixels: int) -> Work:
-    side = pixels // pipe.vae_scale_factor
-    latents = torch.randn(1, side * side, pipe.latent_dim)
+    grid = grid_of(pipe, pixels)
+    latents = pipe.prepare_latents([grid], [None])
 
     @torch.no_grad()
     def run() -> None:
-        pipe.decode_latents(latents, (side, side), "pt")
+        pipe.decode_latents(latents, grid, "pt")
 
     return work(pipe, run, 1, "image")
 
