@@ -18,7 +18,7 @@ from transformers import CompileConfig, StaticCache
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.contexts import BagelContext, ContextReader
 from diffusers_bagel.denoising import Denoiser
-from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
+from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from diffusers_bagel.inputs import as_conversations
 from transformers_bagel import BagelDataCollator, fork_cache
 from transformers_bagel.segments import EncodedSegment
@@ -30,7 +30,7 @@ NEW_TOKENS = 32
 # Denoising steps of whole images.
 STEPS = 10
 PIXELS = (256, 512, 1024)
-# Prefixes of decoding; with 2,400 tokens the original code's own figure was measured.
+# Prefix of the published code's decoding figure, and a long one.
 PREFIXES = (128, 2400, 4096)
 # Prompts of a call.
 BATCHES = (1, 2, 4, 8)
@@ -39,8 +39,6 @@ BATCHES = (1, 2, 4, 8)
 @dataclass(frozen=True)
 class Work:
     """
-    What to time, and beside what.
-
     Attributes:
         run (`Callable`): To be timed.
         floor (`Callable`): Its matrix products, convolutions and attentions alone.
@@ -57,8 +55,6 @@ class Work:
 @dataclass(frozen=True)
 class Case:
     """
-    A case of the table.
-
     Attributes:
         group (`str`): By which cases are chosen.
         name (`str`)
@@ -98,7 +94,7 @@ def cases() -> Iterator[Case]:
         yield Case("vae", f"encode {pixels} px", partial(encode, pixels=pixels))
         yield Case("vae", f"decode {pixels} px", partial(decode_latents, pixels=pixels))
     for checkpointing in (False, True):
-        name = f"packed samples, checkpointing {'on' if checkpointing else 'off'}"
+        name = f"packed row, checkpointing {'on' if checkpointing else 'off'}"
         yield Case("training", name, partial(training, checkpointing=checkpointing))
 
 
@@ -189,8 +185,10 @@ def picture(pixels: int) -> Image.Image:
 def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
     """A step with its guidance, the contexts being there."""
     guidance = EDITING if branches == 3 else TEXT_TO_IMAGE.with_changes(text_scale=1.0 if branches == 1 else None)
-    denoiser = denoiser_of(pipe, segments_of(pipe, pixels, edits=branches == 3), guidance, pixels)
-    noise = torch.randn(1, denoiser.drawings[0].num_tokens, pipe.latent_dim, device=pipe.transformer.device)
+    prompts = [prompt_of(pipe, pixels, edits=branches == 3)]
+    compared, _ = pipe.prepare_contexts(prompts, [guidance])
+    denoiser = Denoiser(pipe.transformer, compared, [grid_of(pipe, pixels)], [guidance])
+    noise = pipe.prepare_latents([grid_of(pipe, pixels)], [None])
     # Inside all intervals of guidance.
     sigma = torch.tensor(0.9)
 
@@ -201,8 +199,13 @@ def denoise(pipe: BagelPipeline, pixels: int, branches: int) -> Work:
     return work(pipe, run, 1, "step")
 
 
-def segments_of(pipe: BagelPipeline, pixels: int, edits: bool) -> list[EncodedSegment]:
-    """What a prompt is drawn from, its picture being encoded."""
+def grid_of(pipe: BagelPipeline, pixels: int) -> tuple[int, int]:
+    side = pixels // pipe.vae_scale_factor
+    return side, side
+
+
+def prompt_of(pipe: BagelPipeline, pixels: int, edits: bool) -> list[EncodedSegment]:
+    """What a picture is drawn from, its own latents being there."""
     image = picture(pixels) if edits else None
     (conversation,) = as_conversations(INSTRUCTION if edits else PROMPT, image, None)
     return [
@@ -211,34 +214,28 @@ def segments_of(pipe: BagelPipeline, pixels: int, edits: bool) -> list[EncodedSe
     ]
 
 
-def denoiser_of(pipe: BagelPipeline, segments: list[EncodedSegment], guidance: BagelGuidance, pixels: int) -> Denoiser:
-    """The contexts of guidance, laid out for denoising."""
-    contexts, _ = pipe.prepare_contexts([segments], [guidance])
-    side = pixels // pipe.vae_scale_factor
-    return Denoiser(pipe.transformer, contexts, [(side, side)], [guidance])
-
-
 @torch.no_grad()
 def prefill_edit(pipe: BagelPipeline, pixels: int) -> Work:
-    """The longest context of an edit, its picture being encoded: latents, ViT tokens and the text in one forward."""
-    segments = segments_of(pipe, pixels, edits=True)
+    """The longest context of an edit, its picture being encoded: both towers' tokens and the text in one forward."""
+    prompt = prompt_of(pipe, pixels, edits=True)
     reader = ContextReader(pipe.transformer, pipe.processor, pipe.transformer.device)
 
     @torch.no_grad()
     def run() -> None:
-        reader.read([BagelContext()], [segments])
+        reader.read([BagelContext()], [prompt])
 
     return work(pipe, run, 1, "context")
 
 
 @torch.no_grad()
 def contexts(pipe: BagelPipeline, pixels: int) -> Work:
-    """All contexts of an edit. Their floor is that of the longest one, with which they share what they can."""
-    segments = segments_of(pipe, pixels, edits=True)
+    """All contexts of an edit, as denoising reads them. Their floor is that of the longest one, which they share in."""
+    prompt = prompt_of(pipe, pixels, edits=True)
 
     @torch.no_grad()
     def run() -> None:
-        denoiser_of(pipe, segments, EDITING, pixels)
+        compared, _ = pipe.prepare_contexts([prompt], [EDITING])
+        Denoiser(pipe.transformer, compared, [grid_of(pipe, pixels)], [EDITING])
 
     return Work(run, prefill_edit(pipe, pixels).floor, 1, "set")
 
@@ -308,12 +305,12 @@ def encode(pipe: BagelPipeline, pixels: int) -> Work:
 
 @torch.no_grad()
 def decode_latents(pipe: BagelPipeline, pixels: int) -> Work:
-    side = pixels // pipe.vae_scale_factor
-    latents = torch.randn(1, side * side, pipe.latent_dim)
+    grid = grid_of(pipe, pixels)
+    latents = pipe.prepare_latents([grid], [None])
 
     @torch.no_grad()
     def run() -> None:
-        pipe.decode_latents(latents, (side, side), "pt")
+        pipe.decode_latents(latents, grid, "pt")
 
     return work(pipe, run, 1, "image")
 

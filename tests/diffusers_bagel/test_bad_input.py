@@ -251,8 +251,8 @@ def saved(pipe, tmp_path_factory) -> Path:
 
 
 WEIGHTS = {
-    "published_model": ("published", "ema.safetensors", PLAIN_TENSOR),
-    "published_vae": ("published", "ae.safetensors", "decoder.up.1.block.0.conv1.weight"),
+    "original_model": ("original", "ema.safetensors", PLAIN_TENSOR),
+    "original_vae": ("original", "ae.safetensors", "decoder.up.1.block.0.conv1.weight"),
     "saved_model": ("saved", "transformer/model.safetensors", PLAIN_TENSOR),
     "saved_vae": ("saved", "vae/diffusion_pytorch_model.safetensors", "decoder.up_blocks.1.resnets.0.conv1.weight"),
 }
@@ -263,7 +263,7 @@ WEIGHTS = {
 def test_damaged_checkpoint_is_refused(weights, how, saved, tmp_path):
     layout, file, tensor = WEIGHTS[weights]
     folder = tmp_path / "checkpoint"
-    shutil.copytree(CHECKPOINT if layout == "published" else saved, folder)
+    shutil.copytree(CHECKPOINT if layout == "original" else saved, folder)
     named = damage(folder / file, how, tensor)
     if how in ("missing", "misshapen"):
         # The VAE may be named in diffusers' terms.

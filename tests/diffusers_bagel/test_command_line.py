@@ -87,7 +87,7 @@ def test_ask_streams_the_answer(checkpoint, picture, think, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_ask_reads_the_published_layout_with_half_the_weights(capsys, tmp_path):
+def test_ask_reads_the_original_layout_with_a_part_of_the_weights(capsys, tmp_path):
     # Without image settings the tiny model cannot take the published sizes: a sentence, not a trace.
     golden_image("square").save(tmp_path / "in.png")
     assert main(["ask", str(tmp_path / "in.png"), "what?", "--model", str(CHECKPOINT)]) == 2

@@ -1,4 +1,4 @@
-"""The pipeline in less memory: quantised, offloaded, cast by layer, and with half a transformer."""
+"""The pipeline in less memory: quantised, offloaded, cast by layer, and with a part of the transformer."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def saved(tmp_path_factory) -> str:
 
 class TestQuantization:
     @pytest.mark.parametrize("quantize", QUANTIZATIONS, ids=lambda quantize: quantize.__name__)
-    @pytest.mark.parametrize("layout", ["published", "saved"])
+    @pytest.mark.parametrize("layout", ["original", "saved"])
     @pytest.mark.parametrize("wrapped", [False, True], ids=["of the transformer", "of the pipeline"])
     def test_the_transformer_is_quantized_and_draws(self, quantize, layout, wrapped, saved, pipe):
         config = quantize()
         if wrapped:
             config = PipelineQuantizationConfig(quant_mapping={"transformer": config})
-        folder = CHECKPOINT if layout == "published" else saved
+        folder = CHECKPOINT if layout == "original" else saved
         quantized = load(folder, quantization_config=config, dtype=torch.bfloat16)
         expected = quantized_layers(load_model(quantization_config=quantize()))
         assert quantized_layers(quantized.transformer) == expected
@@ -74,7 +74,7 @@ class TestQuantization:
         assert "transformer" in quantized.quantization_config.config_mapping
         assert 0 < mean_error(drawn(quantized), drawn(pipe)) <= BOUNDS[quantize]
 
-    @pytest.mark.parametrize("layout", ["published", "saved"])
+    @pytest.mark.parametrize("layout", ["original", "saved"])
     @pytest.mark.parametrize("bits", [4, 8])
     def test_a_backend_may_be_named(self, bits, layout, saved):
         config = PipelineQuantizationConfig(
@@ -82,7 +82,7 @@ class TestQuantization:
             quant_kwargs={f"load_in_{bits}bit": True},
             components_to_quantize=["transformer"],
         )
-        folder = CHECKPOINT if layout == "published" else saved
+        folder = CHECKPOINT if layout == "original" else saved
         assert quantized_layers(load(folder, quantization_config=config).transformer)
 
     def test_a_quantized_pipeline_saves_and_loads(self, tmp_path):
@@ -254,36 +254,36 @@ class TestLayerwiseCasting:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_loading_a_pipeline_takes_the_weights_and_no_second_copy(tmp_path, pipe):
-    published, saved = tmp_path / "published", tmp_path / "saved"
-    for folder in (published, saved / "transformer"):
+    original, saved = tmp_path / "original", tmp_path / "saved"
+    for folder in (original, saved / "transformer"):
         folder.mkdir(parents=True)
         write_checkpoint(folder, "F32", torch.float32)
     for name in ("ae.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(CHECKPOINT / name, published)
+        shutil.copy(CHECKPOINT / name, original)
     for name in ("vae", "scheduler", "processor"):
         getattr(pipe, name).save_pretrained(saved / name)
     pipe.save_config(saved)
-    peaks = peaks_of({folder.name: ("BagelPipeline", str(folder), "") for folder in (published, saved)})
+    peaks = peaks_of({folder.name: ("BagelPipeline", str(folder), "") for folder in (original, saved)})
     weights = sum(2 * tensor.numel() for tensor in empty_model().state_dict().values())
     vae = sum(6 * tensor.numel() for tensor in pipe.vae.state_dict().values())
     for peak in peaks.values():
         assert weights < peak < weights + vae + OVERHEAD
 
 
-class TestHalves:
+class TestPartsOfATransformer:
     def test_a_transformer_that_cannot_draw_is_refused(self):
-        with pytest.raises(ValueError, match="without its drawing half"):
+        with pytest.raises(ValueError, match="`transformer` cannot draw.*visual_gen"):
             load(transformer=load_model(visual_gen=False))
 
-    def test_a_saved_half_that_cannot_draw_is_refused(self, saved, tmp_path):
+    def test_a_saved_part_that_cannot_draw_is_refused(self, saved, tmp_path):
         shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
         shutil.rmtree(tmp_path / "transformer")
         load_model(visual_gen=False).save_pretrained(tmp_path / "transformer")
-        with pytest.raises(ValueError, match="without its drawing half"):
+        with pytest.raises(ValueError, match="`transformer` cannot draw.*visual_gen"):
             load(tmp_path)
 
     def test_a_transformer_that_cannot_see_draws_and_refuses_images(self, pipe):
         blind = load(transformer=load_model(visual_und=False))
         assert torch.equal(drawn(blind), drawn(pipe))
-        with pytest.raises(ValueError, match="without its seeing half"):
+        with pytest.raises(ValueError, match="`image`: the transformer cannot see.*visual_und"):
             edited(blind)
