@@ -91,12 +91,17 @@ def test_snippets_of_a_page_run_one_after_the_other(page, checkpoint, tmp_path, 
     assert torch.is_grad_enabled()
 
 
-def test_the_page_of_original_behaviour_names_tests_and_points_that_exist():
+def test_the_page_of_original_behaviour_names_code_tests_and_points_that_exist():
     page = (ROOT / "docs" / "original_behaviour.md").read_text(encoding="utf-8")
     tests = {file: file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")}
     defined = {name for text in tests.values() for name in re.findall(r"def (test_\w+)", text)}
     assert set(re.findall(r"\btest_\w+\b(?!\.py)", page)) <= defined
     assert set(re.findall(r"\btest_\w+\.py", page)) <= {file.name for file in tests}
+    packages = {"T": "transformers_bagel", "D": "diffusers_bagel"}
+    for package, file, symbols in re.findall(r"\b([TD])\s+`([\w/]+\.py)`((?:,\s+`[\w.]+`)*)", page):
+        code = (ROOT / "src" / packages[package] / file).read_text(encoding="utf-8")
+        for symbol in re.findall(r"(\w+)`", symbols):
+            assert re.search(rf"(def|class) {symbol}\b|^{symbol}\b", code, flags=re.MULTILINE), (file, symbol)
     points = [int(number) for number in re.findall(r"^(\d+)\. ", page, flags=re.MULTILINE)]
     assert points == list(range(1, len(points) + 1))
     for file in (ROOT / "src").rglob("*.py"):
