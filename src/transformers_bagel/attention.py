@@ -82,7 +82,7 @@ class AttentionLayout:
         """What the decoder layer of that number is given."""
         return self
 
-    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, layer_cache: Any, **kwargs: Any) -> Attended:
         """
         Attention of one layer's tokens.
 
@@ -90,7 +90,8 @@ class AttentionLayout:
             module (`BagelAttention`): The layer's attention.
             heads (`Sequence`): Of the tokens of each expert queries, keys and values `(..., heads, head_dim)`.
             routing (`ExpertRouting`, *optional*): Expert of each token.
-            cache (*optional*): What came before in this layer; its `update` adds the new tokens.
+            layer_cache (*optional*): What came before in this layer; its `update` adds the new tokens.
+            kwargs: Of the attention function; the paged cache of continuous batching is one of them.
         """
         raise NotImplementedError
 
@@ -101,8 +102,8 @@ class MaskedAttention(AttentionLayout):
 
     mask: Any
 
-    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
-        query, key, value = _with_past(routing, heads, cache)
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, layer_cache: Any, **kwargs: Any) -> Attended:
+        query, key, value = _with_past(routing, heads, layer_cache)
         # A model may be spread over several devices, and the mask lies on one of them.
         mask = self.mask.to(query.device) if isinstance(self.mask, torch.Tensor) else self.mask
         output, weights = attention(module, query, key, value, mask, **kwargs)
@@ -123,8 +124,8 @@ class ChunkedAttention(AttentionLayout):
     past: int
     padding: torch.Tensor | None
 
-    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
-        query, key, value = _with_past(routing, heads, cache)
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, layer_cache: Any, **kwargs: Any) -> Attended:
+        query, key, value = _with_past(routing, heads, layer_cache)
         outputs = []
         for start, stop, is_block in self.chunks:
             seen = self.past + stop
@@ -151,7 +152,7 @@ class SampleAttention(AttentionLayout):
 
     samples: list[tuple[int, int, torch.Tensor | None]]
 
-    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, layer_cache: Any, **kwargs: Any) -> Attended:
         states = _whole_sequence(routing, heads)
         shape = states[0].shape[:2]
         # Padding, sample, padding, ..., sample, padding; most of the padding is empty.
@@ -178,7 +179,7 @@ class DenoisingAttention(AttentionLayout):
         assert isinstance(self.prefix, PrefixCache)
         return DenoisingAttention(self.prefix.layer(index))
 
-    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, cache: Any, **kwargs: Any) -> Attended:
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, layer_cache: Any, **kwargs: Any) -> Attended:
         assert isinstance(self.prefix, PrefixLayer) and routing is not None
         markers, latents = [], []
         for index, pieces in enumerate(routing.block_slices()):

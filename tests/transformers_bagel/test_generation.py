@@ -6,7 +6,8 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache, TextIteratorStreamer, pipeline
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, pipeline
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tests.conftest import conversation, golden_image, load_model, max_error
 
@@ -493,3 +494,20 @@ def test_image_text_to_text_pipeline(model, processor, encode):
     inputs = encode(PROMPTS["two_images"])
     tokens = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
     assert answer[0]["generated_text"] == processor.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_continuous_batching_equals_generate(backend, encode):
+    model = load_model(attn_implementation=backend)
+    prompts = [encode([text])["input_ids"][0].tolist() for text in ("a red circle", "what is it?")]
+    expected = [model.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :].tolist() for ids in prompts]
+    found = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(
+            max_new_tokens=6, do_sample=False, eos_token_id=model.generation_config.eos_token_id
+        ),
+        # The default takes most of the memory.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
+        warmup=False,
+    )
+    assert [result.generated_tokens for result in found.values()] == expected
