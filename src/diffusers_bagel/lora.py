@@ -335,7 +335,7 @@ def _check_is_model(transformer: Any) -> None:
 
 
 def _module_key(name: str) -> str:
-    """Name of a tensor as the model knows it; files trained with the published code have the published names."""
+    """Name of a tensor as the model knows it; files of the original code have names of its own."""
     return module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX))
 
 

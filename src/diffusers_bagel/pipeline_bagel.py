@@ -1,8 +1,6 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """Draw and edit with BAGEL: contexts, guidance, flow matching, decoding."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable, Sequence
@@ -116,7 +114,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         self._split_group: torch.distributed.ProcessGroup | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> BagelPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BagelPipeline":
         r"""
         Load a pipeline from a Hub repository or a directory, in diffusers' layout or in the original one.
 
@@ -608,7 +606,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             return (images, texts)
         return BagelPipelineOutput(images=images, texts=texts)
 
-    def _new_call(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> BagelPipeline:
+    def _new_call(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> "BagelPipeline":
         """A copy of the pipeline that holds what belongs to one call."""
         self._interrupt = False
         call = copy.copy(self)
