@@ -23,8 +23,8 @@ from .segments import (
     UNDERSTANDING_THINK_PROMPT,
     EncodedSegment,
     Segment,
-    SegmentEncoder,
     check_conversation,
+    encode_segments,
 )
 
 
@@ -225,8 +225,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
-        """Segments as tokens, see [`~segments.SegmentEncoder`]; whatever the chat template is."""
-        return SegmentEncoder(self)(segments)
+        """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
+        return encode_segments(self, segments)
 
     @property
     def model_input_names(self) -> list[str]:
