@@ -43,16 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(options: argparse.Namespace) -> None:
-    """Draw a picture of a text."""
-    _draw(options, image=None)
-
-
-def edit(options: argparse.Namespace) -> None:
-    """Change one or several pictures as told."""
-    _draw(options, image=[_open(path) for path in options.images])
-
-
-def _draw(options: argparse.Namespace, image: list[PIL.Image.Image] | None) -> None:
+    """Draw a picture of a text, or change pictures as told."""
+    image = [_open(path) for path in options.images] or None
     output = Path(options.output)
     if output.suffix.lower() not in PIL.Image.registered_extensions():
         raise CommandError(f"--output must end in the name of an image format, such as .png, got '{output}'.")
@@ -169,18 +161,14 @@ def _load(options: argparse.Namespace, loader: Any, component: str | None = None
     if looks_local and not os.path.isdir(name):
         raise CommandError(f"--model '{name}' is no folder; pass a folder with a BAGEL checkpoint, or a Hub id.")
     try:
-        if component is not None and _has_folder(name, component):
-            kwargs["subfolder"] = component
+        if component is not None:
+            file = {"transformer": "config.json", "processor": "processor_config.json"}[component]
+            if cached_file(name, file, subfolder=component, _raise_exceptions_for_missing_entries=False):
+                kwargs["subfolder"] = component
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         what = "the folder" if os.path.isdir(name) else "the Hub repository"
         raise CommandError(f"no BAGEL checkpoint could be loaded from {what} '{name}': {_sentence(error)}") from error
-
-
-def _has_folder(name: str, component: str) -> bool:
-    files = {"transformer": "config.json", "processor": "processor_config.json"}
-    found = cached_file(name, files[component], subfolder=component, _raise_exceptions_for_missing_entries=False)
-    return found is not None
 
 
 def _open(path: str) -> PIL.Image.Image:
@@ -252,18 +240,18 @@ def _parser() -> argparse.ArgumentParser:
     speech.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer (default: 1024)")
     speech.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word (default: 0)")
 
-    for run, parents, images in (
-        (draw, [common, pictures], False),
-        (edit, [common, pictures], True),
-        (ask, [common, speech], True),
-        (chat, [common, speech], False),
+    for name, run, kind, summary in (
+        ("draw", draw, pictures, "Draw a picture of a text."),
+        ("edit", draw, pictures, "Change one or several pictures as told."),
+        ("ask", ask, speech, "Answer a question about pictures."),
+        ("chat", chat, speech, "Talk, line by line."),
     ):
-        command = commands.add_parser(run.__name__, parents=parents, help=run.__doc__, description=run.__doc__)
-        if images:
+        command = commands.add_parser(name, parents=[common, kind], help=summary, description=summary)
+        if name in ("edit", "ask"):
             command.add_argument("images", nargs="+", metavar="IMAGE", help="picture file")
-        if run is not chat:
+        if name != "chat":
             command.add_argument("prompt", metavar="TEXT", help="what to draw, change or answer")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, images=[])
     return parser
 
 

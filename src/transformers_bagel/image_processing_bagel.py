@@ -142,9 +142,7 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
             "or numbers from 0 to 1."
         )
     pixels = (values * 255).round() if top == 1 else values
-    return Image.fromarray(
-        pixels.astype(np.uint8).squeeze(-1) if pixels.shape[2:] == (1,) else pixels.astype(np.uint8)
-    )
+    return Image.fromarray((pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).astype(np.uint8))
 
 
 def shallow(image: Image.Image) -> Image.Image:
@@ -282,10 +280,7 @@ class BagelImageProcessor(PilBackend):
             return to_rgb(image_url_or_urls)
         if any(isinstance(nested, (list, tuple)) for item in image_url_or_urls for nested in _items(item)):
             raise ValueError("`images` is nested too deeply: pass an image, a list, or a list of lists.")
-        return [
-            [to_rgb(nested) for nested in item] if isinstance(item, (list, tuple)) else to_rgb(item)
-            for item in image_url_or_urls
-        ]
+        return [self.fetch_images(item) for item in image_url_or_urls]
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         images = self.fetch_images(images)
@@ -352,21 +347,13 @@ class BagelImageProcessor(PilBackend):
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Number of ViT tokens of an image of `height` x `width` pixels."""
         settings = {name: getattr(self, name) for name in self.valid_kwargs.__annotations__} | (images_kwargs or {})
+        views = [("size", "patch_size")]
         if settings["resize_before_vit"]:
-            bounds = settings["vae_size"]
-            width, height = resized_size(
-                width,
-                height,
-                bounds["longest_edge"],
-                bounds["shortest_edge"],
-                settings["vae_stride"],
-                settings["max_pixels"],
-            )
-        bounds, patch_size = settings["size"], settings["patch_size"]
-        width, height = resized_size(
-            width, height, bounds["longest_edge"], bounds["shortest_edge"], patch_size, settings["max_pixels"]
-        )
-        return (width // patch_size) * (height // patch_size)
+            views.insert(0, ("vae_size", "vae_stride"))
+        for size, stride in views:
+            longest, shortest = (settings[size][edge] for edge in ("longest_edge", "shortest_edge"))
+            width, height = resized_size(width, height, longest, shortest, settings[stride], settings["max_pixels"])
+        return (width // settings["patch_size"]) * (height // settings["patch_size"])
 
 
 def _items(value: Any) -> list[Any]:
@@ -374,12 +361,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """
-    Refuse settings that cannot work.
-
-    Raises:
-        ValueError: if an image setting cannot be used.
-    """
+    """Raise a `ValueError` for settings that cannot work."""
     for name in ("patch_size", "vae_stride", "max_pixels"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -4,7 +4,7 @@
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -23,8 +23,8 @@ from .segments import (
     UNDERSTANDING_THINK_PROMPT,
     EncodedSegment,
     Segment,
-    SegmentEncoder,
     check_conversation,
+    encode_segments,
 )
 
 
@@ -165,35 +165,25 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
     ) -> tuple[list[str], list[dict[str, Any]]]:
         """Like the parent's, for the placeholders of the latents and of the ViT tokens."""
         replacements = images_replacements or []
+        originals = list(text)
         vit = [replacement.replace(self.latent_token, "") for replacement in replacements]
         text, offsets = super().get_text_with_replacements(text, vit)
         vae = [replacement.replace(self.image_token, "") for replacement in replacements]
         if not any(vae):
             return text, offsets
+        pattern = re.escape(self.latent_token)
         places, latents = iter(vae), iter(vae)
-        offsets = [self._with_latents(sample, own, places) for sample, own in zip(text, offsets, strict=True)]
-        return [re.sub(re.escape(self.latent_token), lambda _: next(latents), sample) for sample in text], offsets
-
-    def _with_latents(
-        self, text: str, offsets: list[dict[str, Any]], replacements: Iterator[str]
-    ) -> list[dict[str, Any]]:
-        """Where everything stands when the placeholders of latents of a text, whose others are expanded, are too."""
-        latents = [(match.start(), None) for match in re.finditer(re.escape(self.latent_token), text)]
-        known: list[tuple[int, Any]] = [(item["new_span"][0], item) for item in offsets]
-        moved: list[dict[str, Any]] = []
-        by_images = by_latents = 0
-        for start, item in sorted([*known, *latents], key=lambda place: place[0]):
-            if item is None:
-                token, replacement = self.latent_token, next(replacements)
-                old, new = start - by_images, start + by_latents
-                item = {"type": "image", "text": token, "replacement": replacement}
-                item |= {"span": (old, old + len(token)), "new_span": (new, new + len(replacement))}
-                by_latents += len(replacement) - len(token)
-            else:
-                by_images += len(item["replacement"]) - len(item["text"])
-                item = item | {"new_span": tuple(place + by_latents for place in item["new_span"])}
-            moved.append(item)
-        return moved
+        for original, own in zip(originals, offsets, strict=True):
+            for match in re.finditer(pattern, original):
+                token, replacement = match.group(), next(places)
+                own.append({"type": "image", "text": token, "replacement": replacement, "span": match.span()})
+            own.sort(key=lambda item: item["span"])
+            gained = 0
+            for item in own:
+                start = item["span"][0] + gained
+                item["new_span"] = (start, start + len(item["replacement"]))
+                gained += len(item["replacement"]) - len(item["text"])
+        return [re.sub(pattern, lambda _: next(latents), sample) for sample in text], offsets
 
     def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
         """0 for text, 1 for ViT placeholders, 4 for latent placeholders."""
@@ -225,8 +215,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
-        """Segments as tokens, see [`~segments.SegmentEncoder`]; whatever the chat template is."""
-        return SegmentEncoder(self)(segments)
+        """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
+        return encode_segments(self, segments)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -58,10 +58,6 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 SEGMENT_TYPES = ("text", "vit_image", "vae_image")
 
 
-def _jinja_string(text: str) -> str:
-    return "'" + text.replace("\n", "\\n") + "'"
-
-
 # `chat_segments` as a template. A segment has no role and no newline (points 1-3); what the assistant says is marked as
 # generated.
 CHAT_TEMPLATE = (
@@ -70,8 +66,7 @@ CHAT_TEMPLATE = (
     f"{{%- set vae = '{VISION_START}{LATENT_PLACEHOLDER}{VISION_END}' -%}}"
     "{%- set draws = generation_mode is defined and generation_mode == 'image' -%}"
     "{%- if think is defined and think -%}"
-    "{%- if draws -%}{{- start + " + _jinja_string(GENERATION_THINK_PROMPT) + " + end -}}"
-    "{%- else -%}{{- start + " + _jinja_string(UNDERSTANDING_THINK_PROMPT) + " + end -}}{%- endif -%}"
+    f"{{{{- start + ({GENERATION_THINK_PROMPT!r} if draws else {UNDERSTANDING_THINK_PROMPT!r}) + end -}}}}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- set content = message['content'] -%}"
@@ -150,58 +145,52 @@ class EncodedSegment:
         return labels
 
 
-class SegmentEncoder:
+def encode_segments(processor: BagelProcessor, segments: Sequence[Segment]) -> list[EncodedSegment]:
     """
-    Turns segments into tokens. An image that fills several segments is preprocessed once.
+    Segments as tokens, on the CPU. An image that fills several segments is preprocessed once.
 
-    Args:
-        processor ([`BagelProcessor`]): Whose tokenizer and image processor read texts and images.
+    Raises:
+        ValueError: if a text holds a placeholder of images.
+        TypeError, ValueError, OSError: if an image cannot be read.
     """
-
-    def __init__(self, processor: BagelProcessor):
-        self.image_processor = processor.image_processor
-        self.tokenizer = processor.tokenizer
-
-    def __call__(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
-        """
-        Encode segments, on the CPU.
-
-        Raises:
-            ValueError: if a text holds a placeholder of images.
-            TypeError, ValueError, OSError: if an image cannot be read.
-        """
-        images: dict[int, Any] = {}
-        return [
-            self._encode_text(segment) if segment.type == "text" else self._encode_image(segment, images)
-            for segment in segments
-        ]
-
-    def _encode_text(self, segment: Segment) -> EncodedSegment:
-        text = segment.content
-        if IMAGE_PLACEHOLDER in text or LATENT_PLACEHOLDER in text:
-            raise ValueError(
-                f"A text holds {IMAGE_PLACEHOLDER} or {LATENT_PLACEHOLDER}, which stand for images: {text[:100]!r}."
-            )
-        return EncodedSegment(segment, torch.tensor(self.tokenizer(f"{START}{text}{END}")["input_ids"]))
-
-    def _encode_image(self, segment: Segment, images: dict[int, Any]) -> EncodedSegment:
-        features = images.get(id(segment.content))
-        if features is None:
+    features: dict[int, Any] = {}
+    encoded = []
+    for segment in segments:
+        if segment.type == "text":
+            encoded.append(_encode_text(processor, segment))
+            continue
+        key = id(segment.content)
+        if key not in features:
             source = segment.content
             if isinstance(source, Mapping):
                 # `datasets` hands out an image that it did not decode as a mapping.
                 source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
-            features = self.image_processor(to_rgb(source), return_vae_pixel_values=True, return_tensors="pt")
-            images[id(segment.content)] = features
-        if segment.type == "vit_image":
-            rows, columns = features["image_grid_hw"][0].tolist()
-            pixels, placeholder = features["pixel_values"], IMAGE_PLACEHOLDER
-        else:
-            pixels, placeholder = features["vae_pixel_values"][0], LATENT_PLACEHOLDER
-            rows, columns = (side // self.image_processor.vae_stride for side in pixels.shape[1:])
-        ids = self.tokenizer.convert_tokens_to_ids([VISION_START, placeholder, VISION_END])
-        token_ids = torch.tensor([ids[0], *[ids[1]] * (rows * columns), ids[2]])
-        return EncodedSegment(segment, token_ids, (rows, columns), pixels)
+            features[key] = processor.image_processor(
+                to_rgb(source), return_vae_pixel_values=True, return_tensors="pt"
+            )
+        encoded.append(_encode_image(processor, segment, features[key]))
+    return encoded
+
+
+def _encode_text(processor: BagelProcessor, segment: Segment) -> EncodedSegment:
+    text = segment.content
+    if IMAGE_PLACEHOLDER in text or LATENT_PLACEHOLDER in text:
+        raise ValueError(
+            f"A text holds {IMAGE_PLACEHOLDER} or {LATENT_PLACEHOLDER}, which stand for images: {text[:100]!r}."
+        )
+    return EncodedSegment(segment, torch.tensor(processor.tokenizer(f"{START}{text}{END}")["input_ids"]))
+
+
+def _encode_image(processor: BagelProcessor, segment: Segment, features: Mapping[str, Any]) -> EncodedSegment:
+    if segment.type == "vit_image":
+        rows, columns = features["image_grid_hw"][0].tolist()
+        pixels, placeholder = features["pixel_values"], IMAGE_PLACEHOLDER
+    else:
+        pixels, placeholder = features["vae_pixel_values"][0], LATENT_PLACEHOLDER
+        rows, columns = (side // processor.image_processor.vae_stride for side in pixels.shape[1:])
+    ids = processor.tokenizer.convert_tokens_to_ids([VISION_START, placeholder, VISION_END])
+    token_ids = torch.tensor([ids[0], *[ids[1]] * (rows * columns), ids[2]])
+    return EncodedSegment(segment, token_ids, (rows, columns), pixels)
 
 
 def content_parts(message: Mapping[str, Any]) -> list[Any]:
@@ -261,16 +250,11 @@ def check_conversation(conversation: Any, name: str = "conversation") -> None:
     """
     if not isinstance(conversation, (list, tuple)):
         raise TypeError(f"`{name}` must be a list of messages, got a `{type(conversation).__name__}`.")
-    if len(conversation) == 0:
-        raise ValueError(f"`{name}` is empty: pass at least one message.")
-    if all(isinstance(item, (list, tuple)) for item in conversation):
-        for item in conversation:
-            if not item:
-                raise ValueError(f"`{name}` holds an empty conversation: pass at least one message.")
-            for message in item:
-                _check_message(message, name)
-    else:
-        for message in conversation:
+    is_nested = len(conversation) > 0 and all(isinstance(item, (list, tuple)) for item in conversation)
+    for messages in conversation if is_nested else [conversation]:
+        if not messages:
+            raise ValueError(f"`{name}` is empty, or holds an empty conversation: pass at least one message.")
+        for message in messages:
             _check_message(message, name)
 
 
@@ -282,15 +266,14 @@ def _check_message(message: Any, name: str) -> None:
         raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
     for part in content_parts(message):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            continue
-        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if isinstance(part, dict) else []
-        if kind in ("image", "image_url") and len(given) == 1 and not isinstance(given[0], (list, tuple)):
-            continue
-        raise ValueError(
-            f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
-            f"'image': ...}}: {part!r}."
-        )
+        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if kind is not None else []
+        is_text = kind == "text" and isinstance(part.get("text"), str)
+        is_image = kind in ("image", "image_url") and len(given) == 1 and not isinstance(given[0], (list, tuple))
+        if not is_text and not is_image:
+            raise ValueError(
+                f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
+                f"'image': ...}}: {part!r}."
+            )
 
 
 def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
@@ -322,7 +305,12 @@ def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
             "The sample has no target: no text or image of the assistant, and no part with `loss`. There is nothing "
             "to learn from it."
         )
-    return segments
+    # What conditions a drawing may be dropped: guidance compares drawings with and without it.
+    drawings = [index for index, segment in enumerate(segments) if segment.type == "vae_image" and segment.loss]
+    return [
+        replace(segment, dropout=not segment.loss and _choice(segment.dropout, index < max(drawings, default=-1)))
+        for index, segment in enumerate(segments)
+    ]
 
 
 def _from_spelled_out(parts: Any) -> list[Segment]:
@@ -333,15 +321,14 @@ def _from_spelled_out(parts: Any) -> list[Segment]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in SEGMENT_TYPES:
             raise ValueError(f"`segments` holds {part!r}; its `type` must be one of {', '.join(SEGMENT_TYPES)}.")
-        content = part.get("text" if kind == "text" else "image")
+        key = "text" if kind == "text" else "image"
+        content = part.get(key)
         if content is None or (kind == "text" and not isinstance(content, str)):
-            raise ValueError(
-                f"`segments` holds a {kind} without its {'text' if kind == 'text' else 'image'}: {part!r}."
-            )
+            raise ValueError(f"`segments` holds a {kind} without its {key}: {part!r}.")
         if kind == "vit_image" and part.get("loss"):
             raise ValueError("`segments` holds a vit_image with `loss`: only texts and latents are learned.")
-        segments.append(Segment(kind, content, loss=bool(part.get("loss"))))
-    return _with_dropout(segments, [part.get("dropout") for part in parts])
+        segments.append(Segment(kind, content, bool(part.get("loss")), part.get("dropout")))
+    return segments
 
 
 def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
@@ -349,36 +336,28 @@ def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
     check_conversation(messages, "messages")
     if not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("`messages` of a sample must be one conversation, a list of messages, got a list of lists.")
-    parts = [(message["role"], part) for message in messages for part in content_parts(message)]
-    learned = [_choice(part, "loss", role == "assistant") for role, part in parts]
-    draws = any(loss and part["type"] != "text" for loss, (_, part) in zip(learned, parts, strict=True))
-    segments: list[Segment] = []
-    dropout: list[bool | None] = []
-    for index, (loss, (_, part)) in enumerate(zip(learned, parts, strict=True)):
-        if part["type"] == "text":
-            new = [Segment("text", part["text"], loss=loss)]
-        else:
-            image = image_of(part)
-            conditions = not loss or index < len(parts) - 1
-            new = [Segment("vae_image", image, loss=True)] if loss else []
-            if conditions and _choice(part, "vae", draws):
-                new.append(Segment("vae_image", image))
-            if conditions and _choice(part, "vit", True):
-                new.append(Segment("vit_image", image))
-        segments += new
-        dropout += [part.get("dropout")] * len(new)
-    return _with_dropout(segments, dropout)
-
-
-def _with_dropout(segments: list[Segment], choices: Sequence[bool | None]) -> list[Segment]:
-    """By default what conditions a drawing may be dropped: guidance compares drawings with and without it."""
-    last_drawing = max(
-        (i for i, segment in enumerate(segments) if segment.type == "vae_image" and segment.loss), default=-1
-    )
-    return [
-        replace(segment, dropout=not segment.loss and (index < last_drawing if choice is None else bool(choice)))
-        for index, (segment, choice) in enumerate(zip(segments, choices, strict=True))
+    parts = [
+        (part, _choice(part.get("loss"), message["role"] == "assistant"))
+        for message in messages
+        for part in content_parts(message)
     ]
+    draws = any(loss and part["type"] != "text" for part, loss in parts)
+    segments: list[Segment] = []
+    for index, (part, loss) in enumerate(parts):
+        dropout = part.get("dropout")
+        if part["type"] == "text":
+            segments.append(Segment("text", part["text"], loss, dropout))
+            continue
+        image = image_of(part)
+        if loss:
+            segments.append(Segment("vae_image", image, loss, dropout))
+            if index == len(parts) - 1:
+                continue
+        if _choice(part.get("vae"), draws):
+            segments.append(Segment("vae_image", image, False, dropout))
+        if _choice(part.get("vit"), True):
+            segments.append(Segment("vit_image", image, False, dropout))
+    return segments
 
 
 def _with_images(messages: Any, images: Any) -> Any:
@@ -404,9 +383,8 @@ def _with_images(messages: Any, images: Any) -> Any:
     return filled
 
 
-def _choice(part: Mapping[str, Any], name: str, default: bool) -> bool:
-    """An override, if the part has one; tables store an absent one as `None`."""
-    value = part.get(name)
+def _choice(value: Any, default: bool) -> bool:
+    """An override, if a part has one; tables store an absent one as `None`."""
     return default if value is None else bool(value)
 
 
@@ -415,7 +393,6 @@ __all__ = [
     "SPECIAL_TOKENS",
     "EncodedSegment",
     "Segment",
-    "SegmentEncoder",
     "chat_segments",
     "sample_segments",
 ]

@@ -74,11 +74,9 @@ def rope_positions(
     """
     patches = token_types != TEXT_TOKEN
     closes = nn.functional.pad(patches, (1, 0))[:, :-1] & ~patches
-    advance = torch.where(image_block_ids(token_types) < 0, 1, 0)
-    if noised is None:
-        advance = advance.masked_fill(closes, 1)
-    else:
-        advance = advance.masked_fill(closes & ~nn.functional.pad(noised, (1, 0))[:, :-1], 1)
+    if noised is not None:
+        closes &= ~nn.functional.pad(noised, (1, 0))[:, :-1]
+    advance = torch.where((image_block_ids(token_types) < 0) | closes, 1, 0)
     if attention_mask is not None:
         advance = advance.masked_fill(attention_mask == 0, 0)
     positions = advance.cumsum(-1) - advance

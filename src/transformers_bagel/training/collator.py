@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
-from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, SegmentEncoder, sample_segments
+from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, sample_segments
 from ..sequence import SequenceLayout, lay_out
 from .latents import LatentEncoder
 from .samples import EncodedSample, LatentBlock, LatentImage, SkippedSample, fill_rows, mixed_seed
@@ -29,10 +29,14 @@ from .samples import EncodedSample, LatentBlock, LatentImage, SkippedSample, fil
 
 logger = logging.get_logger(__name__)
 
-ON_ERROR = ("raise", "skip")
-TIMESTEP_LAWS = ("logit_normal", "uniform")
+CHOICES = {
+    "vae_sample_mode": tuple(VAE_SAMPLE_MODES),
+    "timestep_law": ("logit_normal", "uniform"),
+    "on_error": ("raise", "skip"),
+}
 
 
+@dataclass(eq=False, repr=False)
 class BagelDataCollator:
     r"""
     Turns samples into packed sequences for training.
@@ -87,69 +91,48 @@ class BagelDataCollator:
     ```
     """
 
-    def __init__(
-        self,
-        processor: BagelProcessor,
-        vae: Any = None,
-        vae_sample_mode: str = "sample",
-        text_dropout: float = 0.1,
-        vit_dropout: float = 0.3,
-        vae_dropout: float = 0.3,
-        max_tokens: int | None = None,
-        timestep_shift: float = 1.0,
-        generator: torch.Generator | None = None,
-        timestep_law: str = "logit_normal",
-        logit_mean: float = 0.0,
-        logit_std: float = 1.0,
-        noised_copies: int = 1,
-        cache_dir: str | os.PathLike | None = None,
-        on_error: str = "raise",
-        return_layout: bool = False,
-    ):
-        self.processor = processor
-        self.vae = vae
-        self.vae_sample_mode = vae_sample_mode
-        self.dropout = {"text": text_dropout, "vit_image": vit_dropout, "vae_image": vae_dropout}
-        self.max_tokens = max_tokens
-        self.timestep_shift = timestep_shift
-        self.generator = generator
-        self.timestep_law = timestep_law
-        self.logit_mean = logit_mean
-        self.logit_std = logit_std
-        self.noised_copies = noised_copies
-        self.on_error = on_error
-        self.return_layout = return_layout
-        self.skipped: list[SkippedSample] = []
-        self._check_settings()
-        self.encode_segments = SegmentEncoder(processor)
-        self.encode_latents: Any = None
-        self.latent_dim: int | None = None
-        if vae is not None:
-            cells = processor.image_processor.vae_stride // 2 ** (len(vae.config.block_out_channels) - 1)
-            self.latent_dim = cells**2 * vae.config.latent_channels
-            self.encode_latents = LatentEncoder(vae, cells, cache_dir)
+    processor: BagelProcessor
+    vae: Any = None
+    vae_sample_mode: str = "sample"
+    text_dropout: float = 0.1
+    vit_dropout: float = 0.3
+    vae_dropout: float = 0.3
+    max_tokens: int | None = None
+    timestep_shift: float = 1.0
+    generator: torch.Generator | None = None
+    timestep_law: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    noised_copies: int = 1
+    cache_dir: str | os.PathLike | None = None
+    on_error: str = "raise"
+    return_layout: bool = False
 
-    def _check_settings(self) -> None:
+    def __post_init__(self) -> None:
         if not isinstance(self.processor, BagelProcessor):
             raise TypeError(f"`processor` must be a BagelProcessor, got a `{type(self.processor).__name__}`.")
-        for name, rate in zip(("text_dropout", "vit_dropout", "vae_dropout"), self.dropout.values(), strict=True):
+        for name in ("text_dropout", "vit_dropout", "vae_dropout"):
+            rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
                 raise ValueError(f"`{name}` must be a number from 0 to 1, got {rate!r}.")
-        for name, value, choices in (
-            ("vae_sample_mode", self.vae_sample_mode, VAE_SAMPLE_MODES),
-            ("timestep_law", self.timestep_law, TIMESTEP_LAWS),
-            ("on_error", self.on_error, ON_ERROR),
-        ):
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-        if not self.timestep_shift > 0 or not self.logit_std > 0:
-            raise ValueError(
-                f"`timestep_shift` and `logit_std` must be above 0, got {self.timestep_shift!r} and {self.logit_std!r}."
-            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in ("timestep_shift", "logit_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         for name, count in (("max_tokens", self.max_tokens), ("noised_copies", self.noised_copies)):
             is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
             if not is_count and not (name == "max_tokens" and count is None):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
+        self.skipped: list[SkippedSample] = []
+        self.encode_latents: LatentEncoder | None = None
+        self.latent_dim: int | None = None
+        if self.vae is not None:
+            config = self.vae.config
+            cells = self.processor.image_processor.vae_stride // 2 ** (len(config.block_out_channels) - 1)
+            self.latent_dim = cells**2 * config.latent_channels
+            self.encode_latents = LatentEncoder(self.vae, cells, self.cache_dir)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """
@@ -183,7 +166,7 @@ class BagelDataCollator:
                 encoded.append(result)
         if not encoded:
             # The training goes on, with a batch that has nothing to learn: a single token.
-            (text,) = self.encode_segments([Segment("text", "")])
+            (text,) = self.processor.encode_segments([Segment("text", "")])
             encoded = [EncodedSample(**vars(lay_out([replace(text, token_ids=text.token_ids[:1])])))]
         return self.pack(encoded)
 
@@ -237,11 +220,12 @@ class BagelDataCollator:
         images: list[LatentImage] = []
         blocks: list[LatentBlock] = []
         whole_length = empty_positions = 0
-        for encoded in self.encode_segments(sample_segments(sample)):
+        rates = {"text": self.text_dropout, "vit_image": self.vit_dropout, "vae_image": self.vae_dropout}
+        for encoded in self.processor.encode_segments(sample_segments(sample)):
             segment = encoded.segment
             copies = self.noised_copies if segment.type == "vae_image" and segment.loss else 1
             whole_length += copies * len(encoded)
-            is_dropped = torch.rand((), generator=generator) < self.dropout[segment.type]
+            is_dropped = torch.rand((), generator=generator) < rates[segment.type]
             if segment.dropout and is_dropped:
                 # A dropped image still takes its position, a dropped text does not (original behaviour, point 33).
                 empty_positions += segment.type != "text"
@@ -273,12 +257,11 @@ class BagelDataCollator:
         index = next((i for i, image in enumerate(images) if image.pixels is encoded.pixels), len(images))
         if index == len(images):
             samples = VAE_SAMPLE_MODES[self.vae_sample_mode] == "sample"
-            noise = torch.randn(shape, generator=generator) if samples else None
-            images.append(LatentImage(encoded.pixels, encoded.grid, noise))
+            images.append(LatentImage(encoded.pixels, torch.randn(shape, generator=generator) if samples else None))
         if not encoded.segment.loss:
-            return LatentBlock(index, torch.zeros(()), torch.zeros(shape))
+            return LatentBlock(index, encoded.grid, torch.zeros(()), torch.zeros(shape))
         timestep = self._timestep(generator)
-        return LatentBlock(index, timestep, torch.randn(shape, generator=generator))
+        return LatentBlock(index, encoded.grid, timestep, torch.randn(shape, generator=generator))
 
     def _timestep(self, generator: torch.Generator) -> torch.Tensor:
         """A sigma in (0, 1] (original behaviour, point 31)."""
@@ -292,31 +275,38 @@ class BagelDataCollator:
 
     def pack(self, samples: Sequence[EncodedSample]) -> BatchFeature:
         """Packed sequences of encoded samples; their latents are computed here. See `__call__`."""
-        packed = [
-            [samples[index] for index in indices]
-            for indices in fill_rows([len(sample) for sample in samples], self.max_tokens)
-        ]
+        rows = fill_rows([len(sample) for sample in samples], self.max_tokens)
+        packed = [[samples[index] for index in row] for row in rows]
         ordered = [sample for sequence in packed for sample in sequence]
         numbers = iter(range(len(ordered)))
+
+        def padded(read: Callable[[EncodedSample], torch.Tensor], padding: int) -> torch.Tensor:
+            sequences = [torch.cat([read(sample) for sample in sequence]) for sequence in packed]
+            return pad_sequence(sequences, batch_first=True, padding_value=padding)
+
         batch = BatchFeature(
             {
-                "input_ids": _padded(packed, lambda sample: sample.input_ids, self.processor.tokenizer.pad_token_id),
-                "labels": _padded(packed, lambda sample: sample.labels, IGNORED_LABEL),
-                "mm_token_type_ids": _padded(packed, lambda sample: sample.token_types, TEXT_TOKEN),
-                "position_ids": _padded(packed, lambda sample: sample.position_ids, 0),
-                "document_ids": _padded(packed, lambda sample: torch.full((len(sample),), next(numbers)), -1),
+                "input_ids": padded(lambda sample: sample.input_ids, self.processor.tokenizer.pad_token_id),
+                "labels": padded(lambda sample: sample.labels, IGNORED_LABEL),
+                "mm_token_type_ids": padded(lambda sample: sample.token_types, TEXT_TOKEN),
+                "position_ids": padded(lambda sample: sample.position_ids, 0),
+                "document_ids": padded(lambda sample: torch.full((len(sample),), next(numbers)), -1),
             }
         )
         if any(sample.patches for sample in ordered):
             batch["pixel_values"] = torch.cat([patches for sample in ordered for patches in sample.patches])
             batch["image_grid_hw"] = torch.tensor([grid for sample in ordered for grid in sample.patch_grids])
-        if any(sample.blocks for sample in ordered):
-            batch["latents"] = torch.cat([latents for sample in ordered for latents in self._latents(sample)])
-            batch["noise"] = torch.cat([block.noise for sample in ordered for block in sample.blocks])
-            batch["latent_grid_hw"] = torch.tensor(
-                [sample.latent_images[block.image].grid for sample in ordered for block in sample.blocks]
-            )
-            batch["timesteps"] = torch.stack([block.timestep for sample in ordered for block in sample.blocks])
+        blocks = [block for sample in ordered for block in sample.blocks]
+        if blocks:
+            assert self.encode_latents is not None
+            latents: list[torch.Tensor] = []
+            for sample in ordered:
+                images = [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
+                latents += [images[block.image] for block in sample.blocks]
+            batch["latents"] = torch.cat(latents)
+            batch["noise"] = torch.cat([block.noise for block in blocks])
+            batch["latent_grid_hw"] = torch.tensor([block.grid for block in blocks])
+            batch["timesteps"] = torch.stack([block.timestep for block in blocks])
         if self.return_layout:
             layout = SequenceLayout.from_inputs(
                 batch["mm_token_type_ids"],
@@ -327,19 +317,6 @@ class BagelDataCollator:
             )
             batch["layout"] = replace(layout, labels=batch["labels"])
         return batch
-
-    def _latents(self, sample: EncodedSample) -> list[torch.Tensor]:
-        """Packed latents of each block."""
-        images = [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
-        return [images[block.image] for block in sample.blocks]
-
-
-def _padded(
-    packed: Sequence[Sequence[EncodedSample]], read: Callable[[EncodedSample], torch.Tensor], padding: int
-) -> torch.Tensor:
-    """What `read` returns of every sample, `(tokens,)`, as packed sequences: `(sequences, tokens)`."""
-    sequences = [torch.cat([read(sample) for sample in sequence]) for sequence in packed]
-    return pad_sequence(sequences, batch_first=True, padding_value=padding)
 
 
 __all__ = ["BagelDataCollator", "EncodedSample", "SkippedSample"]

@@ -4,24 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from .collator import BagelDataCollator
 from .samples import EncodedSample, SkippedSample, mixed_seed
 
 
-class _Samples(Protocol):
-    """A `datasets.Dataset`, a `torch.utils.data.Dataset` with a length, or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
+# Epoch, how far in the epoch's order, and the sample that stands there.
+Place = tuple[int, int, int]
 
 
+@dataclass(eq=False, repr=False)
 class BagelDataLoader:
     r"""
     Endless batches for [`BagelForConditionalGeneration`], packed by a token budget or by a number of samples.
@@ -56,33 +54,26 @@ class BagelDataLoader:
     ```
     """
 
-    def __init__(
-        self,
-        dataset: _Samples,
-        collator: BagelDataCollator,
-        batch_size: int | None = None,
-        shuffle: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-    ):
-        if batch_size is None and collator.max_tokens is None:
+    dataset: Any
+    collator: BagelDataCollator
+    batch_size: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size is None and self.collator.max_tokens is None:
             raise ValueError("Pass `batch_size`, or give the collator `max_tokens`: something must bound a batch.")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"`rank` must be from 0 to {world_size - 1} (`world_size` - 1), got {rank}.")
-        if len(dataset) < world_size:
-            raise ValueError(f"`dataset` has {len(dataset)} samples; each of {world_size} ranks needs one at least.")
-        self.dataset = dataset
-        self.collator = collator
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.num_workers = num_workers
+        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise ValueError(f"`batch_size` must be a whole number of at least 1, got {self.batch_size!r}.")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"`rank` must be from 0 to {self.world_size - 1} (`world_size` - 1), got {self.rank}.")
+        if len(self.dataset) < self.world_size:
+            raise ValueError(
+                f"`dataset` has {len(self.dataset)} samples; each of {self.world_size} ranks needs one at least."
+            )
         self._place = (0, 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,23 +98,20 @@ class BagelDataLoader:
         self.collator.skipped = [SkippedSample(*item) for item in state["skipped"]]
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "num_samples": len(self.dataset),
-            "shuffle": self.shuffle,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "max_tokens": self.collator.max_tokens,
-            "batch_size": self.batch_size,
-        }
+        own = {name: getattr(self, name) for name in ("seed", "shuffle", "rank", "world_size", "batch_size")}
+        return {**own, "num_samples": len(self.dataset), "max_tokens": self.collator.max_tokens}
 
     def __iter__(self) -> Iterator[BatchFeature]:
         batch: list[EncodedSample] = []
         useless: set[int] = set()
-        within_reach = len(self.dataset)
-        if not self.shuffle:
-            within_reach = len(range(self.rank, len(self.dataset), self.world_size))
-        for place, index, result in self._encoded():
+        # Without shuffling a rank sees the same share of the dataset in every epoch.
+        within_reach = len(self.dataset) if self.shuffle else len(self._order(0))
+        tasks = _Tasks(self.dataset, self.collator.for_workers(), self.seed)
+        # A generator of its own, or its start would take a number from the global one.
+        generator = torch.Generator()
+        for (epoch, offset, index), result in DataLoader(
+            tasks, sampler=self._places(), batch_size=None, num_workers=self.num_workers, generator=generator
+        ):
             if isinstance(result, SkippedSample):
                 self.collator.report(result)
                 useless.add(index)
@@ -133,7 +121,7 @@ class BagelDataLoader:
             useless.discard(index)
             if batch and self._is_full(batch, result):
                 # The sample that does not fit begins the next batch: this is where a resumed run starts.
-                self._place = (place[0], place[1])
+                self._place = (epoch, offset)
                 yield self.collator.pack(batch)
                 batch = []
             batch.append(result)
@@ -144,56 +132,36 @@ class BagelDataLoader:
         budget = self.collator.max_tokens
         return budget is not None and sum(map(len, batch)) + len(new) > budget
 
-    def _encoded(self) -> Iterator[tuple[Sequence[int], int, EncodedSample | SkippedSample]]:
-        tasks = _Tasks(self.dataset, self.collator.for_workers(), self.seed)
-        places = _Places(len(self.dataset), self._place, self.shuffle, self.seed, self.rank, self.world_size)
-        # A generator of its own, or its start would take a number from the global one.
-        generator = torch.Generator()
-        return iter(
-            DataLoader(tasks, sampler=places, batch_size=None, num_workers=self.num_workers, generator=generator)
-        )
+    def _order(self, epoch: int) -> Sequence[int]:
+        """Samples of this rank in an epoch."""
+        order: Sequence[int] = range(len(self.dataset))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            order = torch.randperm(len(order), generator=generator).tolist()
+        return order[self.rank :: self.world_size]
 
-
-class _Places(Sampler):
-    """Endless `(epoch, offset, index)`: the offset-th sample of an epoch's order, from a place on."""
-
-    def __init__(self, num_samples: int, start: tuple[int, int], shuffle: bool, seed: int, rank: int, world_size: int):
-        self.num_samples = num_samples
-        self.start = start
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        epoch, offset = self.start
+    def _places(self) -> Iterator[Place]:
+        """Every place from the saved one on, without end."""
+        epoch, start = self._place
         while True:
-            order = range(self.num_samples)
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
-                order = torch.randperm(self.num_samples, generator=generator).tolist()
-            own = order[self.rank :: self.world_size]
-            for place in range(offset, len(own)):
-                yield epoch, place, own[place]
-            epoch, offset = epoch + 1, 0
+            order = self._order(epoch)
+            for offset in range(start, len(order)):
+                yield epoch, offset, order[offset]
+            epoch, start = epoch + 1, 0
 
 
+@dataclass
 class _Tasks(Dataset):
     """Reads and encodes the sample of a place, in a worker."""
 
-    def __init__(self, dataset: _Samples, collator: BagelDataCollator, seed: int):
-        self.dataset = dataset
-        self.collator = collator
-        self.seed = seed
+    dataset: Any
+    collator: BagelDataCollator
+    seed: int
 
-    def __getitem__(self, task: tuple[int, int, int]) -> tuple[tuple[int, int], int, EncodedSample | SkippedSample]:
-        epoch, offset, index = task
+    def __getitem__(self, place: Place) -> tuple[Place, EncodedSample | SkippedSample]:
+        epoch, _, index = place
         seed = mixed_seed(self.seed, epoch, index)
-        return (
-            (epoch, offset),
-            index,
-            self.collator.encode_or_skip(lambda: self.dataset[index], seed, f"sample {index}"),
-        )
+        return place, self.collator.encode_or_skip(lambda: self.dataset[index], seed, f"sample {index}")
 
 
 __all__ = ["BagelDataLoader"]

@@ -102,24 +102,6 @@ def latent_weights(layout: SequenceLayout, reduction: str) -> torch.Tensor:
     return weights
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of the cross-entropies. `(targets, vocab)`, `(targets,)`, `(targets,)` -> `()`, float32."""
-    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return (losses * weights).sum()
-
-
-def flow_matching_sum(
-    velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Weighted sum of the mean squared errors of the velocities, whose target is `noise - clean`.
-
-    `(latent_tokens, latent_dim)` three times, `(latent_tokens,)` -> `()`, float32.
-    """
-    target = (noise - clean).float().to(velocity.device)
-    squared = (velocity.float() - target).square().mean(-1)
-    return (squared * weights.to(squared.device)).sum()
-
-
 def text_loss(
     hidden_states: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
@@ -135,14 +117,20 @@ def text_loss(
     places, ids, weights = targets
     logits = head(hidden_states.flatten(0, 1)[places.to(hidden_states.device, non_blocking=True)])
     ids, device_weights = (values.to(logits.device, non_blocking=True) for values in (ids, weights))
-    return cross_entropy_sum(logits, ids, device_weights), weights.sum()
+    losses = nn.functional.cross_entropy(logits.float(), ids, reduction="none")
+    return (losses * device_weights).sum(), weights.sum()
 
 
 def latent_loss(
     velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the squared errors of the velocities, and sum of the weights, see [`flow_matching_sum`]."""
-    return flow_matching_sum(velocity, clean, noise, weights), weights.sum()
+    """Weighted sum of the mean squared errors of the velocities, whose target is `noise - clean`, and of the weights.
+
+    `(latent_tokens, latent_dim)` three times, `(latent_tokens,)` -> `()` twice, float32.
+    """
+    target = (noise - clean).float().to(velocity.device)
+    squared = (velocity.float() - target).square().mean(-1)
+    return (squared * weights.to(squared.device)).sum(), weights.sum()
 
 
 def mean_losses(

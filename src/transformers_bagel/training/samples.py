@@ -18,13 +18,11 @@ class LatentImage:
 
     Attributes:
         pixels (`torch.FloatTensor` of shape `(3, height, width)`): In [-1, 1].
-        grid (`tuple[int, int]`): Rows and columns of its tokens.
         posterior_noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`, *optional*):
             What makes a sample of the posterior; without it the mean is taken.
     """
 
     pixels: torch.Tensor
-    grid: tuple[int, int]
     posterior_noise: torch.Tensor | None
 
 
@@ -34,11 +32,13 @@ class LatentBlock:
 
     Attributes:
         image (`int`): Which of the sample's `latent_images` it shows.
+        grid (`tuple[int, int]`): Rows and columns of its tokens.
         timestep (`torch.FloatTensor` of shape `()`): Sigma of its noise; 0 for a condition.
         noise (`torch.FloatTensor` of shape `(latent_tokens, latent_dim)`): Zero for a condition.
     """
 
     image: int
+    grid: tuple[int, int]
     timestep: torch.Tensor
     noise: torch.Tensor
 
@@ -88,12 +88,12 @@ def fill_rows(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]
     if max_tokens is None:
         return [list(range(len(lengths)))]
     rows: list[list[int]] = []
-    filled: list[int] = []
+    free: list[int] = []
     for index, length in enumerate(lengths):
-        row = next((row for row, used in enumerate(filled) if used + length <= max_tokens), len(rows))
+        row = next((row for row, space in enumerate(free) if length <= space), len(rows))
         if row == len(rows):
             rows.append([])
-            filled.append(0)
+            free.append(max_tokens)
         rows[row].append(index)
-        filled[row] += length
+        free[row] -= length
     return rows
