@@ -36,7 +36,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.memory_bagel import unpackable_modules
+from transformers_bagel.quantization import unpackable_modules
 
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "a"

@@ -50,17 +50,8 @@ class BagelAdapterMixin(PeftAdapterMixin):
     _hotswap_preparation: dict[str, Any] | None = None
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """
-        Add a fresh adapter and activate it. Its weights are float32, whatever the model's are.
-
-        Args:
-            adapter_config (`peft.PeftConfig`): Without `target_modules`, LoRA adapts `LORA_TARGETS["both"]`.
-            adapter_name (`str`, *optional*, defaults to `"default"`): Name of the adapter.
-
-        Raises:
-            TypeError: if `adapter_config` is no `PeftConfig`.
-            ValueError: if there is an adapter of that name.
-        """
+        """As [`transformers.integrations.PeftAdapterMixin.add_adapter`], which activates the adapter. Its weights are float32,
+        whatever the model's are. Without `target_modules`, LoRA adapts `LORA_TARGETS["both"]`."""
         super().add_adapter(adapter_config, adapter_name)
         settle_adapter(self, adapter_name or "default")
 
@@ -86,7 +77,12 @@ class BagelAdapterMixin(PeftAdapterMixin):
             hotswap = is_known and self._hotswap_preparation is not None
         if hotswap and is_known:
             if adapter_state_dict is None:
-                peft_config, adapter_state_dict = _read_adapter(peft_model_id, kwargs.get("adapter_kwargs") or {})
+                from peft import PeftConfig
+                from peft.utils import load_peft_weights
+
+                hub = kwargs.get("adapter_kwargs") or {}
+                peft_config = PeftConfig.from_pretrained(peft_model_id, **hub)
+                adapter_state_dict = load_peft_weights(peft_model_id, device="cpu", **hub)
             return _swap_adapter(self, adapter_name, peft_config, adapter_state_dict)
         # The library would round the weights to the model's dtype while it reads them.
         kwargs.setdefault("dtype_plan", {"lora_": torch.float32})
@@ -158,16 +154,6 @@ class BagelAdapterMixin(PeftAdapterMixin):
     save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
 
-def _read_adapter(path: Any, hub: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    from peft import PeftConfig
-    from peft.utils import load_peft_weights
-
-    weights = load_peft_weights(path, device="cpu", **hub)
-    return PeftConfig.from_pretrained(path, **hub), {
-        name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()
-    }
-
-
 def _swap_adapter(model: Any, adapter_name: str, config: Any, weights: dict[str, torch.Tensor]) -> None:
     from peft.utils.hotswap import check_hotswap_configs_compatible, hotswap_adapter_from_state_dict
 
@@ -210,10 +196,12 @@ def remove_empty_layers(model: nn.Module) -> None:
 def lora_parameters(weights: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:
     """LoRA weights by their names in the module tree: between part and parameter stands the adapter's. The magnitudes
     of DoRA are saved without the name of their parameter."""
+
+    def inside(found: re.Match) -> str:
+        return f"{found[1]}.{adapter_name}{found[2] or '.weight'}"
+
     return {
-        re.sub(
-            r"(\.lora_[^.]+)(.*)$", lambda found: f"{found[1]}.{adapter_name}{found[2] or '.weight'}", name, count=1
-        ): tensor
+        re.sub(r"(\.lora_[^.]+)(.*)$", inside, name.removeprefix("base_model.model."), count=1): tensor
         for name, tensor in weights.items()
     }
 
@@ -232,40 +220,24 @@ def _what_is_not_saved(model: Any, name: str) -> str:
 
 
 def live_config(model: Any, adapter_name: str) -> Any:
-    """
-    Configuration that makes a saved adapter as strong as it is now: weights set at run time and hot-swapped ranks and
-    alphas count in.
-
-    Args:
-        model (`PreTrainedModel`): A model with the adapter.
-        adapter_name (`str`): Name of the adapter.
-
-    Returns:
-        `peft.PeftConfig`: the adapter's own one if it says so already, else a changed copy.
-    """
+    """The `peft.PeftConfig` that makes a saved adapter as strong as it is now: weights set at run time and hot-swapped
+    ranks and alphas count in. It is the adapter's own one if that says so already."""
     from peft.tuners.lora import LoraLayer
 
     config = model.peft_config[adapter_name]
-    layers = {
-        name: layer
-        for name, layer in adapted_layers(model).items()
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
-    }
-    ranks = {name: layer.lora_A[adapter_name].weight.shape[0] for name, layer in layers.items()}
-    alphas = {
-        name: float(layer.scaling[adapter_name]) * (math.sqrt(ranks[name]) if config.use_rslora else ranks[name])
-        for name, layer in layers.items()
-    }
-
-    def is_configured(name: str) -> bool:
-        rank, alpha = configured_strength(config, name)
-        return ranks[name] == rank and math.isclose(alphas[name], alpha, rel_tol=1e-6)
-
-    if all(is_configured(name) for name in layers):
+    ranks, alphas = {}, {}
+    for name, layer in adapted_layers(model).items():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+            ranks[name] = rank = layer.lora_A[adapter_name].weight.shape[0]
+            alphas[name] = float(layer.scaling[adapter_name]) * (math.sqrt(rank) if config.use_rslora else rank)
+    configured = {name: configured_strength(config, name) for name in ranks}
+    if all(
+        rank == ranks[name] and math.isclose(alpha, alphas[name], rel_tol=1e-6)
+        for name, (rank, alpha) in configured.items()
+    ):
         return config
     config = copy.copy(config)
-    for key, value in strength_settings(ranks, alphas).items():
-        setattr(config, key, value)
+    vars(config).update(strength_settings(ranks, alphas))
     return config
 
 

@@ -221,14 +221,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         output.pop("original_config", None)
         return output
 
-    def correct(self, path: str | os.PathLike, **hub: Any) -> None:
-        """Make good for what `AutoConfig` could not look up, see [`from_dict`].
-
-        Args:
-            path (`str`): The directory, or the Hub id, that the configuration comes from.
-            hub: Where files of the Hub are: `revision`, `token`, `cache_dir` and so on.
-        """
-        correct_config(self, path, **hub)
+    correct = correct_config
 
     @property
     def latent_stride(self) -> int:

@@ -26,7 +26,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 
-from .memory_bagel import spare_sensitive_layers
+from .quantization import spare_sensitive_layers
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -66,13 +66,8 @@ class InstalledCodeMixin:
 
 
 def hub_arguments(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """
-    Those of `kwargs` that say where files are, with the revision resolved, so that all files are of one commit.
-
-    Args:
-        path (`str`): Directory or Hub id.
-        kwargs (`dict[str, Any]`): Of any `from_pretrained`; it is left as it is.
-    """
+    """Those of the `kwargs` of any `from_pretrained` that say where files are, with the revision resolved, so that all
+    files are of one commit."""
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     access = {name: hub[name] for name in ("token", "local_files_only", "cache_dir") if name in hub}
     revision = resolve_revision(path, hub.get("revision"), **access)
@@ -81,15 +76,8 @@ def hub_arguments(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, 
 
 def find_file(path: str | os.PathLike, name: str, **hub: Any) -> str | None:
     """
-    A file of a directory, or of a repository of the Hub, from where it is downloaded.
-
-    Args:
-        path (`str`): Directory or Hub id.
-        name (`str`): Name of the file.
-        hub: See [`hub_arguments`].
-
-    Returns:
-        `str`: Its local path; or `None` if there is no such file, or none in the cache when offline.
+    The local path of a file of a directory, or of a repository of the Hub (see [`hub_arguments`]), from where it is
+    downloaded; `None` if there is no such file, or none in the cache when offline.
 
     Raises:
         OSError: if the Hub cannot tell.
@@ -99,10 +87,11 @@ def find_file(path: str | os.PathLike, name: str, **hub: Any) -> str | None:
         return file if os.path.isfile(file) else None
     try:
         return hf_hub_download(str(path), name, **hub)
-    except EntryNotFoundError as error:
-        unreachable = isinstance(error, LocalEntryNotFoundError) and not is_offline(hub)
-        if not unreachable or find_cached(path, name, hub) is _CACHED_NO_EXIST:
+    except LocalEntryNotFoundError:
+        if is_offline(hub) or find_cached(path, name, hub) is _CACHED_NO_EXIST:
             return None
+    except EntryNotFoundError:
+        return None
     except (OSError, ValueError):
         pass
     # Raises what users of the library know.
@@ -163,27 +152,18 @@ def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
 def weight_files(
     path: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[str, Any], hub: dict[str, Any]
 ) -> list[str]:
-    """Local paths of the safetensors files of a checkpoint, downloaded; none if its weights are in another format.
-
-    Args:
-        path (`str`): Directory or Hub id.
-        config (`BagelConfig`): Of the checkpoint.
-        kwargs (`dict[str, Any]`): `variant` and `use_safetensors` of `from_pretrained` count.
-        hub (`dict[str, Any]`): See [`hub_arguments`].
-    """
+    """Local paths of the safetensors files of a checkpoint, downloaded; none if its weights are in another format. Of the
+    `kwargs` of `from_pretrained`, `variant` and `use_safetensors` count."""
     if kwargs.get("use_safetensors") is False:
         return []
     explicit = getattr(config, "transformers_weights", None)
-    names = [explicit] if explicit else [_with_variant(name, kwargs.get("variant")) for name in WEIGHT_FILES]
+    names = [explicit] if explicit else WEIGHT_FILES
+    if kwargs.get("variant") and not explicit:
+        names = [re.sub(r"(\.\w+)$", rf".{kwargs['variant']}\1", name) for name in WEIGHT_FILES]
     file = next((file for name in names if (file := find_file(path, name, **hub)) is not None), None)
     if file is None or not file.endswith(".json"):
         return [] if file is None else [file]
     return cached_files(path, shard_names(file), **hub) or []
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return f"{stem}.{variant}{dot}{suffix}" if variant else name
 
 
 def shard_names(index: str) -> list[str]:
@@ -215,41 +195,28 @@ def check_shapes(
     model: Any, shapes: dict[str, tuple[int, ...]], name: str | os.PathLike, ignore_mismatched_sizes: bool = False
 ) -> None:
     """
-    Compare names and shapes of a whole checkpoint with a model.
-
-    Args:
-        model (`BagelPreTrainedModel`): The model, on any device.
-        shapes (`dict[str, tuple[int, ...]]`): Of the checkpoint's tensors, by name.
-        name (`str`): Of the checkpoint, for the error.
-        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): Whether other shapes are accepted.
+    Compare names and shapes of the tensors of the checkpoint `name` with a model on any device.
 
     Raises:
         ValueError: if a tensor is missing, unexpected or misshapen.
     """
     expected = {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    ignored, optional = (
-        _any_of(model._keys_to_ignore_on_load_unexpected),
-        _any_of(model._keys_to_ignore_on_load_missing),
-    )
-    found: dict[str, tuple[int, ...]] = {}
-    stored: dict[str, str] = {}
-    for key, shape in shapes.items():
-        own_name = module_name(key).removeprefix("model.")
-        stored[own_name] = key
-        if own_name in expected or not re.search(ignored, key):
-            found[own_name] = shape
+    stored = {module_name(key).removeprefix("model."): key for key in shapes}
+    ignored = _any_of(model._keys_to_ignore_on_load_unexpected)
+    optional = _any_of(model._keys_to_ignore_on_load_missing)
     if getattr(model.config, "tie_word_embeddings", False):
-        found.setdefault("lm_head.weight", expected.get("lm_head.weight", ()))
+        optional += r"|^lm_head\.weight$"
 
     problems = []
-    if missing := sorted(key for key in expected.keys() - found.keys() if not re.search(optional, key)):
+    if missing := sorted(key for key in expected.keys() - stored.keys() if not re.search(optional, key)):
         problems.append(f"lacks {_listed(missing)}")
-    if unexpected := sorted(found.keys() - expected.keys()):
-        problems.append(f"has the unknown {_listed([stored[key] for key in unexpected])}")
+    unknown = (stored[key] for key in sorted(stored.keys() - expected.keys()))
+    if unexpected := [key for key in unknown if not re.search(ignored, key)]:
+        problems.append(f"has the unknown {_listed(unexpected)}")
     misshapen = [
-        f"{stored[key]} {shape} instead of {expected[key]}"
-        for key, shape in found.items()
-        if key in expected and shape != expected[key]
+        f"{key} {shapes[key]} instead of {expected[own_name]}"
+        for own_name, key in stored.items()
+        if own_name in expected and shapes[key] != expected[own_name]
     ]
     if misshapen and not ignore_mismatched_sizes:
         problems.append(f"has the wrong shape of {_listed(misshapen)}")
@@ -303,8 +270,7 @@ class BagelLoadingMixin:
         tensors = open_tensors(files)
         empty = _empty_model(cls, config, model_args, kwargs)
         if tensors and not kwargs.get("key_mapping"):
-            shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
-            check_shapes(empty, shapes, source, kwargs.get("ignore_mismatched_sizes", False))
+            check_shapes(empty, read_shapes(files), source, kwargs.get("ignore_mismatched_sizes", False))
         if kwargs.get("quantization_config") is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:
@@ -393,14 +359,12 @@ def _stays_in_files(device_map: Any, files: list[str]) -> bool:
     """Whether weights may stay on the disk in the files of the checkpoint, from which they are mapped when needed."""
     choices = ("auto", "balanced", "balanced_low_0", "sequential")
     on_disk = "disk" in device_map.values() if isinstance(device_map, dict) else device_map in choices
-    if not on_disk:
-        return False
     try:
-        for file in files:
+        for file in files if on_disk else ():
             safe_open(file, framework="pt")
     except (OSError, RuntimeError, SafetensorError):
         return False
-    return True
+    return on_disk
 
 
 def _floating_dtype(tensors: dict[str, Any]) -> torch.dtype | None:

@@ -43,7 +43,6 @@ from .embeddings import (
 from .generation_bagel import BagelGenerationMixin
 from .layers import BagelAttention, BagelDecoderLayer
 from .loading import BagelLoadingMixin, ignored_weights, rename_weights
-from .memory_bagel import OFFLOAD_BLOCKS
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
     ExpertRouting,
@@ -124,7 +123,12 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
-    _group_offload_block_modules = OFFLOAD_BLOCKS
+    # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner:
+    # each of them has to be moved by itself.
+    _group_offload_block_modules = [
+        *("model", "language_model", "vision_tower", "encoder"),
+        *("embed_tokens", "rotary_emb", "norm_moe_gen", "connector", "vit_pos_embed"),
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

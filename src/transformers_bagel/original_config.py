@@ -75,9 +75,8 @@ def read_original_config(
 
     Args:
         config_dict (`dict`): The parsed `config.json`; it is left as it is.
-        path (`str`): The directory, or the Hub id, that it comes from.
+        path (`str`), hub: The directory, or the Hub id, that it comes from; see [`hub_arguments`].
         shapes (`dict[str, tuple[int, ...]]`, *optional*): Of the weights, by name; by default of those beside it.
-        hub: See [`hub_arguments`].
 
     Raises:
         OSError: if the Hub cannot be asked, or if a file of weights is truncated.
@@ -106,13 +105,8 @@ def read_original_config(
 
 
 def correct_config(config: Any, path: str | os.PathLike, **hub: Any) -> None:
-    """
-    Correct a configuration that `AutoConfig` made of an original `config.json` without knowing where its files are.
-
-    Args:
-        config (`BagelConfig`): Changed in place; values that somebody else has changed stay.
-        path (`str`), hub: See [`read_original_config`].
-    """
+    """Correct a configuration that `AutoConfig` made of an original `config.json` without knowing where its files are, as
+    [`read_original_config`] does. It is changed in place; values that somebody else has changed stay."""
     config_dict, config.original_config = config.original_config, None
     stated = {key: value for key, value in config_dict.items() if key not in ORIGINAL_KEYS}
     stated |= rename_original_keys(config_dict)

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What stays whole when a model is quantised, and what moves together when it is offloaded."""
+"""What stays whole when a model is quantised."""
 
 from __future__ import annotations
 
@@ -18,28 +18,16 @@ SENSITIVE_MODULES = tuple(
     rf".*{name}" for name in ("vae2llm", "llm2vae", "time_embedder", "connector", "patch_embedding")
 )
 
-# Modules that group offloading looks into for layers, and those that are used outside the forward of their owner: each
-# of them has to be moved by itself.
-OFFLOAD_BLOCKS = [
-    *("model", "language_model", "vision_tower", "encoder"),
-    *("embed_tokens", "rotary_emb", "norm_moe_gen", "connector", "vit_pos_embed"),
-]
-
 # What the quantisation configs of the library call the modules that stay as they are.
 _EXCEPTIONS = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
 
 
 def spare_sensitive_layers(quantization_config: Any, model: Any) -> Any:
-    """
-    A copy of a quantisation config with our exceptions on top of the user's, or of the library's if the user has none.
-
-    Args:
-        quantization_config (`QuantizationConfigMixin` or `dict`): Of a model that is about to be quantised.
-        model (`PreTrainedModel`): The model, on any device.
-    """
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(dict(quantization_config))
+    """A copy of the quantisation config (or its `dict`) of a model on any device, with our exceptions on top of the user's,
+    or of the library's if the user has none."""
     config = copy.deepcopy(quantization_config)
+    if isinstance(config, dict):
+        config = AutoQuantizationConfig.from_dict(config)
     name = next((name for name in _EXCEPTIONS if hasattr(config, name)), None)
     if name is not None:
         given = getattr(config, name)
