@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from transformers_bagel.image_processing_bagel import to_rgb
-from transformers_bagel.training.collator import ON_ERROR
+from transformers_bagel.training.collator import CHOICES
 from transformers_bagel.training.losses import LOSS_REDUCTIONS
 
 
@@ -85,7 +85,7 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--cache_latents", action="store_true", help="keep encoded images in OUTPUT_DIR/latents")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
-    group.add_argument("--on_error", choices=ON_ERROR, default="raise", help="what a sample that cannot be used does")
+    group.add_argument("--on_error", choices=CHOICES["on_error"], default="raise", help="what a sample that cannot be used does")
 
 
 def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:
