@@ -85,7 +85,9 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--cache_latents", action="store_true", help="keep encoded images in OUTPUT_DIR/latents")
     group.add_argument("--dataloader_num_workers", type=int, default=0)
-    group.add_argument("--on_error", choices=CHOICES["on_error"], default="raise", help="what a sample that cannot be used does")
+    group.add_argument(
+        "--on_error", choices=CHOICES["on_error"], default="raise", help="what a sample that cannot be used does"
+    )
 
 
 def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:

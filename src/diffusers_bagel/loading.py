@@ -27,12 +27,8 @@ _WITHOUT_EFFECT = ("low_cpu_mem_usage", "offload_state_dict", "disable_mmap", "t
 
 def is_original(path: str | os.PathLike, has_vae: bool, hub: dict[str, Any]) -> bool:
     """
-    Whether a repository has the original layout, and not diffusers'. The VAE of diffusers' layout is checked.
-
-    Args:
-        path (`str`): Directory or Hub id.
-        has_vae (`bool`): Whether the caller has a VAE, so that none is needed there.
-        hub (`dict[str, Any]`): See [`hub_arguments`].
+    Whether a repository has the original layout, and not diffusers'. Its VAE is looked for, and diffusers' is checked,
+    unless the caller has one.
 
     Raises:
         OSError: if it has neither.
@@ -54,12 +50,7 @@ def is_original(path: str | os.PathLike, has_vae: bool, hub: dict[str, Any]) -> 
 
 def load_original_components(path: str | os.PathLike, hub: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
     """
-    The components of a pipeline from the original layout.
-
-    Args:
-        path (`str`): Directory or Hub id.
-        hub (`dict[str, Any]`): See [`hub_arguments`].
-        kwargs: Those of [`DiffusionPipeline.from_pretrained`].
+    The components of a pipeline from the original layout; `kwargs` are those of [`DiffusionPipeline.from_pretrained`].
 
     Raises:
         OSError, TypeError, ValueError: before anything is loaded, if something is missing or an argument cannot work.
@@ -114,12 +105,8 @@ def _dtype(value: Any) -> torch.dtype | str:
 
 
 def load_original_vae(path: str | os.PathLike, dtype: torch.dtype | None = None, **hub: Any) -> AutoencoderKL:
-    """The VAE of the original layout as diffusers' [`AutoencoderKL`].
-
-    Args:
-        path (`str`): Directory or Hub id.
-        dtype (`torch.dtype`, *optional*): Of the weights; the file's by default.
-        hub: `revision`, `token`, `cache_dir` and so on, of the download.
+    """The VAE of the original layout in a directory or on the Hub (see [`hub_arguments`]) as diffusers' [`AutoencoderKL`],
+    by default in the file's types.
 
     Raises:
         OSError: if the file is missing or truncated.
@@ -149,10 +136,8 @@ def vae_from_file(file: str | os.PathLike, dtype: torch.dtype | None = None) -> 
 
 
 def check_saved_vae(folder: str | os.PathLike) -> None:
-    """Compare the VAE of diffusers' layout with its configuration: the library would make up what is missing.
-
-    Args:
-        folder (`str`): The `vae` folder of a local repository; nothing is done if it is not there.
+    """Compare the VAE in a local folder of diffusers' layout, if it is there, with its configuration: the library would
+    make up what is missing.
 
     Raises:
         OSError: if a file is truncated.
@@ -181,14 +166,11 @@ def name_own_modules(config_dict: dict[str, Any]) -> dict[str, Any]:
     by which our classes could be named there, so such a repository says `transformers`.
     """
     own = {cls.__name__: cls.__module__ for cls in (BagelForConditionalGeneration, BagelProcessor)}
-    return {
-        name: [own.get(value[1], value[0]), value[1]] if _is_of_transformers(value) else value
-        for name, value in config_dict.items()
-    }
-
-
-def _is_of_transformers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == "transformers"
+    named = dict(config_dict)
+    for name, value in config_dict.items():
+        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == "transformers":
+            named[name] = [own.get(value[1], value[0]), value[1]]
+    return named
 
 
 def vae_config(weights: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
-from diffusers.utils import is_peft_available, logging, require_peft_backend
+from diffusers.utils import is_peft_available, logging
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -26,7 +26,7 @@ from transformers_bagel.adapters import (
     remove_empty_layers,
     strength_settings,
 )
-from transformers_bagel.loading import module_name
+from transformers_bagel.loading import HUB_ARGUMENTS, module_name
 
 from .inputs import check_number
 
@@ -39,10 +39,6 @@ SOURCE = "`pretrained_model_name_or_path_or_dict`"
 SOURCES = (
     "a Hub id, a folder with pytorch_lora_weights.safetensors or adapter_model.safetensors, such a file, or a dict of "
     "tensors"
-)
-
-HUB_ARGUMENTS = dict.fromkeys(
-    ("subfolder", "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 )
 
 
@@ -72,9 +68,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             return_lora_metadata (`bool`, *optional*, defaults to `False`): Whether to return the settings, too.
             weight_name (`str`, *optional*): File in the folder.
             use_safetensors (`bool`, *optional*): `True` reads no pickled file, `False` no other; by default either.
-            hub:
-                `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`, as in
-                [`DiffusionPipeline.from_pretrained`].
+            hub: `subfolder`, `revision`, `token` and so on, as in [`DiffusionPipeline.from_pretrained`].
 
         Returns:
             `dict[str, torch.Tensor]`, names starting with `transformer.`; with `return_lora_metadata` also the
@@ -87,7 +81,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
             raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
-        hub = HUB_ARGUMENTS | hub
+        hub = dict.fromkeys(HUB_ARGUMENTS) | hub
         try:
             state_dict, metadata = _fetch_state_dict(
                 pretrained_model_name_or_path_or_dict,
@@ -104,7 +98,11 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             ) from error
         if metadata is None and any(name.startswith(PEFT_PREFIX) for name in state_dict):
             metadata = _read_peft_config(pretrained_model_name_or_path_or_dict, weight_name, hub)
-        named = {_module_key(name): tensor for name, tensor in state_dict.items()}
+        # Files trained with the original code have the original names.
+        named = {
+            module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX)): tensor
+            for name, tensor in state_dict.items()
+        }
         weights = _without_alphas(named, multiply=metadata is None)
         weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
         return (weights, metadata) if return_lora_metadata else weights
@@ -114,6 +112,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
+        low_cpu_mem_usage: bool = True,
         **kwargs: Any,
     ) -> None:
         """
@@ -125,8 +124,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             adapter_name (`str`, *optional*, defaults to `"default_0"` and so on): Name of the adapter.
             hotswap (`bool`, *optional*, defaults to `False`):
                 Whether to put the weights in the place of the adapter `adapter_name`.
-            kwargs:
-                `low_cpu_mem_usage`, and arguments of [`BagelLoraLoaderMixin.lora_state_dict`].
+            low_cpu_mem_usage (`bool`, *optional*, defaults to `True`): As in diffusers.
+            kwargs: Other arguments of [`BagelLoraLoaderMixin.lora_state_dict`].
 
         Raises:
             OSError: if there are no such weights.
@@ -134,7 +133,6 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         if not is_peft_available():
             raise ValueError("`load_lora_weights` needs peft: `pip install peft`.")
-        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
@@ -149,7 +147,6 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         )
 
     @classmethod
-    @require_peft_backend
     def load_lora_into_transformer(
         cls,
         state_dict: dict[str, torch.Tensor],
@@ -174,7 +171,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 f"`adapter_name` must be {'one' if hotswap else 'none'} of the loaded adapters {sorted(adapters)} with "
                 f"hotswap={hotswap}, got {adapter_name!r}."
             )
-        with _without_offloading(_pipeline, transformer), _undone_on_error(transformer, adapter_name):
+        undone_on_error = nullcontext() if hotswap else _undone_on_error(transformer, adapter_name)
+        with _without_offloading(_pipeline, transformer), undone_on_error:
             with _without_report():
                 info = transformer.load_adapter(
                     adapter_name=adapter_name,
@@ -334,11 +332,6 @@ def _check_is_model(transformer: Any) -> None:
         )
 
 
-def _module_key(name: str) -> str:
-    """Name of a tensor as the model knows it; files of the original code have names of its own."""
-    return module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX))
-
-
 def _module_of(name: str) -> str:
     return name.rsplit(".lora_", 1)[0]
 
@@ -382,6 +375,7 @@ def fitting_config(
             layer and the rank, or if there are no weights.
     """
     modules = dict(transformer.named_modules())
+    adapted = sorted({_module_of(name) for name in weights})
     unknown = sorted(
         name for name in weights if ".lora_" not in name or not hasattr(modules.get(_module_of(name)), "in_features")
     )
@@ -393,11 +387,10 @@ def fitting_config(
             "Other kinds of adapters, and LoRA with whole modules beside it, load with `pipe.transformer.load_adapter`."
         )
     config = lora_config(weights, metadata, transformer.name_or_path)
-    adapted = {_module_of(name) for name in weights}
     pattern = config.target_modules
     if isinstance(pattern, str) and not any(re.fullmatch(pattern, name) for name in adapted):
-        config.target_modules = sorted(adapted)  # The pattern is of the original names.
-    for module in sorted(adapted):
+        config.target_modules = adapted  # The pattern is of the original names.
+    for module in adapted:
         rank, _ = configured_strength(config, module)
         layer = modules[module]
         for part, expected in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
@@ -477,15 +470,12 @@ def _without_report() -> Iterator[None]:
 
 @contextmanager
 def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[None]:
-    """If something fails, take a new adapter out again."""
-    is_new = adapter_name not in getattr(transformer, "peft_config", {})
+    """If something fails, take the new adapter out again."""
     active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
     try:
         yield
     except BaseException:
-        if not is_new:
-            raise
         if adapter_name in getattr(transformer, "peft_config", {}):
             transformer.delete_adapter(adapter_name)
         else:

@@ -20,11 +20,8 @@ _CAST_LAYER = re.compile(r".*\blayers\.\d+\.(self_attn|mlp)\w*\.\w+(\.base_layer
 
 def cast_layers(transformer: Any, storage_dtype: torch.dtype) -> None:
     """
-    Keep linear layers in a small type, and cast each to the transformer's own type while it computes.
-
-    Args:
-        transformer (`PreTrainedModel`): Its attention and MLP layers are cast. Adapters and all other layers are not.
-        storage_dtype (`torch.dtype`): Of the layers at rest.
+    Keep the linear layers of attention and MLP in a small type while they rest, and cast each to the transformer's own
+    type while it computes. Adapters and all other layers stay as they are.
 
     Raises:
         ValueError: if the transformer is quantised.
@@ -41,10 +38,6 @@ def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:
     """
     The quantization config of a pipeline, from its own or that of its transformer.
 
-    Args:
-        config (`PipelineQuantizationConfig` or `transformers.utils.quantization_config.QuantizationConfigMixin`):
-            Of a pipeline, or of its transformer.
-
     Raises:
         ValueError: if it is neither, or asks for a quantised transformer in diffusers' words.
     """
@@ -60,10 +53,7 @@ def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:
 
 def transformer_quantization(config: PipelineQuantizationConfig) -> Any:
     """
-    What a pipeline's `quantization_config` says of the transformer of an original checkpoint.
-
-    Returns:
-        `transformers.utils.quantization_config.QuantizationConfigMixin`, or `None`.
+    What a pipeline's `quantization_config` says of the transformer of an original checkpoint; `None` if nothing.
 
     Raises:
         ValueError: if the VAE is to be quantised, which is no repository of diffusers there.
