@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -65,15 +66,21 @@ def test_a_finished_stage_is_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path, monkeypatch):
+def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path):
     steps = {"vae": 3, "vit": 3, "understanding": 2, "joint": 3}
-    arguments = ["--output_dir", str(tmp_path / "run"), "--joint_decay_steps", "1"]
-    arguments += ["--understanding_samples", "100", "--joint_samples", "40"]
+    command = [sys.executable, str(SHAPES / "train.py"), "--output_dir", str(tmp_path / "run")]
+    command += ["--joint_decay_steps", "1"]
+    command += ["--understanding_samples", "100", "--joint_samples", "40"]
     for name, count in steps.items():
-        arguments += [f"--{name}_steps", str(count)]
-    # The script's own processes read it.
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    main(arguments)
+        command += [f"--{name}_steps", str(count)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     repository = tmp_path / "run" / "repository"
     pipe = BagelPipeline.from_pretrained(repository)
     assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
