@@ -34,8 +34,11 @@ def installed(tmp_path_factory) -> Path:
 COMMAND = """
 import runpy, sys
 sys.argv[0] = "diffusers_bagel"
-runpy.run_module("diffusers_bagel", run_name="__main__", alter_sys=True)
-print("found in", sys.modules["diffusers_bagel"].__file__)
+try:
+    runpy.run_module("diffusers_bagel", run_name="__main__", alter_sys=True)
+finally:
+    # The command ends by `sys.exit`.
+    print("found in", sys.modules["diffusers_bagel"].__file__)
 """
 
 

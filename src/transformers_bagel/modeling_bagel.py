@@ -169,6 +169,7 @@ class BagelVisionModel(BagelPreTrainedModel):
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__(config)
+        self.patch_dim = config.num_channels * config.patch_size**2
         self.embeddings = BagelVisionEmbeddings(config)
         self.encoder = BagelVisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -862,7 +863,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             if self.training:
                 # Every rank must use all weights in every step, or the others wait for it (point 34).
                 if pixel_values is None and self.config.visual_und:
-                    pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.embeddings.patch_dim)
+                    pixel_values, image_grid_hw = self._no_images(self.model.vision_tower.patch_dim)
                 if latents is None and self.config.visual_gen:
                     latents, latent_grid_hw = self._no_images(self.config.latent_dim)
                     noise, timesteps = latents, torch.empty(0, device=self.device)

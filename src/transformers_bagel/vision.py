@@ -83,8 +83,7 @@ class BagelVisionEmbeddings(nn.Module):
 
     def __init__(self, config: BagelVisionConfig):
         super().__init__()
-        self.patch_dim = config.num_channels * config.patch_size**2
-        self.patch_embedding = nn.Linear(self.patch_dim, config.hidden_size)
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

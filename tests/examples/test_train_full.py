@@ -29,7 +29,7 @@ from tests.examples.conftest import (
     validation_picture,
 )
 from transformers_bagel import BagelProcessor
-from transformers_bagel.modeling_bagel import TOWERS
+from transformers_bagel.training.freezing import FREEZABLE_PARTS
 
 
 # Everything that a checkpoint has to carry; the validations in between must leave no trace.
@@ -218,10 +218,12 @@ def test_average_on_the_cpu_equals_sharded(train, tmp_path):
 def test_frozen_towers_stay(train, conversations, checkpoint, tmp_path, towers):
     train(train_full, tmp_path, train_data_file=conversations, freeze=towers, vit_dropout=0, adam_weight_decay=0)
     moved = changed(saved_weights(tmp_path), saved_weights(checkpoint))
-    moved_towers = {tower for tower, pattern in TOWERS.items() if any(re.match(pattern, name) for name in moved)}
+    moved_towers = {
+        tower for tower, pattern in FREEZABLE_PARTS.items() if any(re.match(pattern, name) for name in moved)
+    }
     # No gradient goes through a frozen understanding expert to what it sees.
     unmoved = {*towers, "vit", "connector"} if "und" in towers else {*towers}
-    assert moved_towers == set(TOWERS) - unmoved
+    assert moved_towers == set(FREEZABLE_PARTS) - unmoved
     assert not BagelPipeline.from_pretrained(tmp_path).transformer.config.freeze_und
 
 
