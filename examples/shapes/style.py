@@ -17,7 +17,7 @@ from typing import Any
 import language
 from dataset import write_rows
 from judge import DrawCase, draw_cases
-from parts import CHECKPOINT
+from parts import CHECKPOINT, MIXED_PRECISION
 from tasks import conversation, edit, image, text, think_and_draw
 from world import Scene, random_scene
 
@@ -51,7 +51,7 @@ SETTINGS = [
     "--sdpa_backend",
     "math",
     "--mixed_precision",
-    "bf16",
+    MIXED_PRECISION,
     "--learning_rate",
     "3e-3",
     "--lr_scheduler",

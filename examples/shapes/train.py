@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from dataset import write_dataset
 from diffusers import AutoencoderKL
-from parts import TIMESTEP_SHIFT, copy_expert, new_model, new_pipeline
+from parts import MIXED_PRECISION, TIMESTEP_SHIFT, copy_expert, new_model, new_pipeline
 from tasks import JOINT, UNDERSTANDING
 from tokenizer import train_tokenizer
 from train_vae import new_vae, train_vae
@@ -40,7 +40,7 @@ LAUNCHER = [
     "--num_machines",
     "1",
     "--mixed_precision",
-    "bf16",
+    MIXED_PRECISION,
     "--dynamo_backend",
     "no",
     "--main_process_port",
@@ -51,7 +51,7 @@ JOINT_FILES = 4
 SETTINGS = [
     "--cpu",
     "--mixed_precision",
-    "bf16",
+    MIXED_PRECISION,
     "--optimizer",
     "muon",
     "--learning_rate",
