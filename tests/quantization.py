@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
 def torchao_int8(**kwargs: Any) -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
     return TorchAoConfig(Int8WeightOnlyConfig(), **kwargs)
 
 
