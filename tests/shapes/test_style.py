@@ -33,7 +33,7 @@ def scores(pipe: BagelPipeline) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("style")
-    run_script(SHAPES / "style.py", "--output_dir", str(folder), timeout=600)
+    run_script(SHAPES / "style.py", "--output_dir", str(folder), timeout=1800)
     return folder
 
 
