@@ -128,6 +128,7 @@ def _answer(
             return_dict=True,
             return_tensors="pt",
             think=options.think,
+            sanitize_control_tokens=not options.raw_tokens,
         ).to(model.device)
         sequence = model.generate(
             **inputs,
@@ -238,6 +239,9 @@ def _parser() -> argparse.ArgumentParser:
 
     speech = argparse.ArgumentParser(add_help=False)
     speech.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer (default: 1024)")
+    speech.add_argument(
+        "--raw-tokens", action="store_true", help="read <|im_end|> and the like as tokens (default: as words)"
+    )
     speech.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word (default: 0)")
 
     for name, run, kind, summary in (

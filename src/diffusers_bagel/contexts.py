@@ -16,6 +16,7 @@ from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, Gr
 from transformers_bagel.segments import END, START, EncodedSegment, Segment, without_images, without_last_text
 from transformers_bagel.sequence import EncodedSequence, SequenceLayout, lay_out
 
+from .adapter_scale import scaled_adapters
 from .guidance import BagelGuidance
 
 
@@ -80,7 +81,7 @@ class ContextReader:
         transformer ([`BagelForConditionalGeneration`]): The model.
         processor ([`BagelProcessor`]): Whose tokenizer decodes what is written.
         device (`torch.device`): Where the model computes.
-        attention_kwargs (`dict`, *optional*): Passed on to the attention layers.
+        attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
     """
 
     def __init__(
@@ -148,16 +149,17 @@ class ContextReader:
         mask = None
         if any(padding):
             mask = (torch.arange(longest + ids.shape[1]) >= torch.tensor(padding)[:, None]).long().to(self.device)
-        self.transformer(
-            input_ids=ids.to(self.device),
-            attention_mask=mask,
-            position_ids=self._positions(contexts, sequences, ids.shape[1]).to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._images([segment for new in segments for segment in new], types),
-            **self.attention_kwargs,
-        )
+        with scaled_adapters(self.transformer, self.attention_kwargs) as kwargs:
+            self.transformer(
+                input_ids=ids.to(self.device),
+                attention_mask=mask,
+                position_ids=self._positions(contexts, sequences, ids.shape[1]).to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **self._images([segment for new in segments for segment in new], types),
+                **kwargs,
+            )
         lengths = [length + len(sequence.input_ids) for length, sequence in zip(past, sequences, strict=True)]
         caches = split_cache(cache, padding, lengths)
         return [context.grown(new, own) for context, new, own in zip(contexts, segments, caches, strict=True)]
@@ -226,14 +228,17 @@ class ContextReader:
             for context in contexts
         ]
         prompt = pad(ids, tokenizer.pad_token_id, side="left").to(self.device)
-        sequences = self.transformer.generate(
-            input_ids=prompt,
-            mm_token_type_ids=pad(types, 0, side="left").to(self.device),
-            attention_mask=pad([torch.ones_like(own) for own in ids], 0, side="left").to(self.device),
-            past_key_values=join_caches([context.own_cache for context in contexts if context.own_cache is not None]),
-            max_new_tokens=max_new_tokens,
-            **sampling,
-        )
+        with scaled_adapters(self.transformer, self.attention_kwargs):
+            sequences = self.transformer.generate(
+                input_ids=prompt,
+                mm_token_type_ids=pad(types, 0, side="left").to(self.device),
+                attention_mask=pad([torch.ones_like(own) for own in ids], 0, side="left").to(self.device),
+                past_key_values=join_caches(
+                    [context.own_cache for context in contexts if context.own_cache is not None]
+                ),
+                max_new_tokens=max_new_tokens,
+                **sampling,
+            )
         stops = self.transformer.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops])
         texts = [tokenizer.decode(_until_stop(tokens, stops)) for tokens in sequences[:, prompt.shape[1] :].tolist()]

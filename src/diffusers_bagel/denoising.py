@@ -17,6 +17,7 @@ from transformers_bagel import (
     SplitPrefixCache,
 )
 
+from .adapter_scale import scaled_adapters
 from .caching import TaylorSeerConfig, TaylorSeerState
 from .contexts import BagelContext
 from .guidance import BagelGuidance
@@ -58,7 +59,7 @@ class Denoiser:
         guidance (`Sequence[BagelGuidance]`): Of each image.
         taylorseer (`TaylorSeerConfig`, *optional*): Predict most steps.
         group (`torch.distributed.ProcessGroup`, *optional*): Processes that share each step.
-        attention_kwargs (`dict`, *optional*): Passed on to the attention layers.
+        attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
     """
 
     def __init__(
@@ -171,14 +172,15 @@ class Denoiser:
             self._selected[key] = self.prefix.select(branches)
         owners = [self._owners[branch] for branch in branches]
         counts = [self.drawings[owner].num_tokens for owner in owners]
-        outputs = self.transformer(
-            latents=torch.cat([latents[owner, :count] for owner, count in zip(owners, counts, strict=True)]),
-            latent_grid_hw=torch.tensor([self.drawings[owner].grid for owner in owners]),
-            timesteps=sigma.expand(len(branches)),
-            position_ids=self.positions[branches],
-            past_key_values=self._selected[key],
-            **self.attention_kwargs,
-        )
+        with scaled_adapters(self.transformer, self.attention_kwargs) as kwargs:
+            outputs = self.transformer(
+                latents=torch.cat([latents[owner, :count] for owner, count in zip(owners, counts, strict=True)]),
+                latent_grid_hw=torch.tensor([self.drawings[owner].grid for owner in owners]),
+                timesteps=sigma.expand(len(branches)),
+                position_ids=self.positions[branches],
+                past_key_values=self._selected[key],
+                **kwargs,
+            )
         if self.states is not None:
             for branch, features in zip(branches, outputs.latent_hidden_states.split(counts), strict=True):
                 self.states[branch].update(features)

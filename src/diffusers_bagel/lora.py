@@ -1,8 +1,6 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """LoRA in the pipeline: diffusers' interface over the model's own peft layers."""
 
-import functools
-import inspect
 import itertools
 import json
 import os
@@ -28,7 +26,7 @@ from transformers_bagel.adapters import (
 )
 from transformers_bagel.loading import HUB_ARGUMENTS, module_name
 
-from .inputs import check_number
+from .adapter_scale import lora_layers
 
 
 logger = logging.get_logger(__name__)
@@ -242,7 +240,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
     def fuse_lora(self, components: list[str] = ["transformer"], *args: Any, **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.fuse_lora`]."""
         _check_is_model(self.transformer)
-        scalings = {layer: dict(layer.scaling) for layer in _lora_layers(self.transformer)}
+        scalings = {layer: dict(layer.scaling) for layer in lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
         super().fuse_lora(components, *args, **kwargs)
@@ -283,45 +281,6 @@ def check_no_adapters(transformer: torch.nn.Module) -> None:
             "them with `fuse_lora()` and `unload_lora_weights()`, or drop them with `unload_lora_weights()` alone; "
             "`save_lora_weights` saves one apart. Of a PeftModel, take what `merge_and_unload()` returns."
         )
-
-
-def scales_lora(call: Callable) -> Callable:
-    """Make a pipeline's `__call__` honour `attention_kwargs["scale"]`, from its first forward to its last."""
-    signature = inspect.signature(call)
-
-    @functools.wraps(call)
-    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attention_kwargs = signature.bind(self, *args, **kwargs).arguments.get("attention_kwargs")
-        if not isinstance(attention_kwargs, dict) or "scale" not in attention_kwargs:
-            return call(self, *args, **kwargs)
-        check_number('attention_kwargs["scale"]', attention_kwargs["scale"], float("-inf"))
-        with lora_scale(self.transformer, attention_kwargs["scale"]):
-            return call(self, *args, **kwargs)
-
-    return scaled
-
-
-@contextmanager
-def lora_scale(model: torch.nn.Module, scale: float) -> Iterator[None]:
-    """Multiply the active adapters of a model by a number for a while."""
-    # Merged layers do not read their scaling, except to be unmerged.
-    layers = [layer for layer in _lora_layers(model) if not layer.merged]
-    if not layers:
-        logger.warning('`attention_kwargs["scale"]` has no effect: the transformer has no LoRA that is not fused.')
-    before = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer in layers:
-            for name in layer.active_adapters:
-                if name in layer.scaling:
-                    layer.scaling[name] = layer.scaling[name] * scale
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
-
-
-def _lora_layers(model: torch.nn.Module) -> list[Any]:
-    return [layer for layer in adapted_layers(model).values() if hasattr(layer, "scaling")]
 
 
 def _check_is_model(transformer: Any) -> None:

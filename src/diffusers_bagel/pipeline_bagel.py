@@ -22,6 +22,7 @@ from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_
 from transformers_bagel.loading import hub_arguments
 from transformers_bagel.segments import EncodedSegment, chat_segments
 
+from .adapter_scale import check_adapter_scale
 from .caching import TaylorSeerConfig
 from .contexts import BagelContext, ContextReader, guidance_contexts
 from .denoising import Denoiser
@@ -43,7 +44,7 @@ from .inputs import (
     takes_sigmas,
 )
 from .loading import is_original, load_original_components, name_own_modules
-from .lora import BagelLoraLoaderMixin, check_no_adapters, scales_lora
+from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
 
@@ -270,6 +271,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise TypeError(f"`attention_kwargs` must be a dict, got {attention_kwargs!r}.")
+        check_adapter_scale(self.transformer, attention_kwargs)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def encode_conversation(self, messages: list[dict[str, Any]], think: bool = False) -> list[EncodedSegment]:
@@ -381,7 +383,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             guidance (`Sequence[BagelGuidance]`): Of each prompt.
             think, max_think_tokens, do_sample, temperature: As in `__call__`.
             generators (`Sequence[torch.Generator | None]`, *optional*): Each gives the seed of a sampled plan.
-            attention_kwargs (`dict`, *optional*): Passed on to the attention layers.
+            attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
         """
         reader = ContextReader(self.transformer, self.processor, self._execution_device, attention_kwargs)
         full = reader.read([BagelContext()] * len(prompts), prompts)
@@ -394,7 +396,6 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
-    @scales_lora
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -548,9 +549,8 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
                 )
                 for segments in prompts
             ]
-            transformer_kwargs = {key: value for key, value in (attention_kwargs or {}).items() if key != "scale"}
             contexts, plans = self.prepare_contexts(
-                prompts, guidance, think, max_think_tokens, do_sample, temperature, own_generators, transformer_kwargs
+                prompts, guidance, think, max_think_tokens, do_sample, temperature, own_generators, attention_kwargs
             )
             denoiser = Denoiser(
                 self.transformer,
@@ -559,7 +559,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
                 [own for own in guidance for _ in range(num_images_per_prompt)],
                 self._taylorseer,
                 self._split_group,
-                transformer_kwargs,
+                attention_kwargs,
             )
             del contexts, prompts
             latents = self.prepare_latents(grids, generators, latents)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import get_session, httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401  diffusers looks it up here
@@ -22,6 +21,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+from .urls import fetch
 
 
 class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -91,9 +92,7 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         if isinstance(source, bytes):
             return Image.open(io.BytesIO(source))
         if name.startswith(("http://", "https://")):
-            response = get_session().get(name, follow_redirects=True)
-            response.raise_for_status()
-            return Image.open(io.BytesIO(response.content))
+            return Image.open(io.BytesIO(fetch(name)))
         if os.path.exists(name):
             return Image.open(name)
         encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
@@ -107,7 +106,7 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         raise ValueError(
             f"`images` holds {name[:100]!r}, which is no path, URL or base64 text of an image ({error})."
         ) from error
-    except (OSError, SyntaxError, httpx.HTTPError) as error:
+    except (OSError, SyntaxError) as error:
         raise OSError(f"`images` holds {name[:100]!r}, which cannot be read: {error}") from error
 
 

@@ -33,13 +33,18 @@ def encode_posterior(vae: Any, pixels: torch.Tensor, device: torch.device | None
         `DiagonalGaussianDistribution`: In float32 and of shape `(1, channels, height, width)`, whatever the VAE's dtype.
 
     Raises:
-        ValueError: if a pixel is not finite.
+        ValueError: if a pixel, or a number of the posterior, is not finite.
     """
     if not pixels.isfinite().all():
         raise ValueError("The pixels of an image hold NaN or infinity.")
     upcast_vae(vae)
     posterior = vae.encode(pixels.unsqueeze(0).to(device or vae.device, vae.dtype)).latent_dist
-    return type(posterior)(posterior.parameters.float())
+    parameters = posterior.parameters.float()
+    if not parameters.isfinite().all():
+        raise ValueError(
+            f"The VAE encoded an image to NaN or infinity in {vae.dtype}. Load it in float32 or bfloat16."
+        )
+    return type(posterior)(parameters)
 
 
 def decode_latents(vae: Any, latents: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:

@@ -114,21 +114,27 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
             raise TypeError(f"`text` must be a string or a list of strings, got {text!r}.")
         for index, sample in enumerate(texts):
+            if not kwargs.get("sanitize_control_tokens"):
+                self._check_markers(sample)
             self._check_placeholders(sample, images, index, len(texts))
-        num_latents = sum(sample.count(self.latent_token) for sample in texts)
-        if num_latents:
+        if any(self._wrapped(self.latent_token) in sample for sample in texts):
             kwargs["return_vae_pixel_values"] = True
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _check_placeholders(self, text: str, images: Any, index: int, num_texts: int) -> None:
+    def _wrapped(self, token: str) -> str:
+        """A placeholder between its markers: what stands for an image."""
+        return self.vision_start_token + token + self.vision_end_token
+
+    def _check_markers(self, text: str) -> None:
         for token in (self.image_token, self.latent_token):
-            wrapped = text.count(self.vision_start_token + token + self.vision_end_token)
-            if wrapped != text.count(token):
+            if text.count(self._wrapped(token)) != text.count(token):
                 raise ValueError(
-                    f"`text` has a {token} without its markers. Write it as "
-                    f"{self.vision_start_token}{token}{self.vision_end_token}."
+                    f"`text` has a {token} without its markers. Write it as {self._wrapped(token)}, or pass "
+                    "`sanitize_control_tokens=True` to `apply_chat_template` if it is somebody's own words."
                 )
-        num_images, num_latents = text.count(self.image_token), text.count(self.latent_token)
+
+    def _check_placeholders(self, text: str, images: Any, index: int, num_texts: int) -> None:
+        num_images, num_latents = (text.count(self._wrapped(token)) for token in (self.image_token, self.latent_token))
         if num_latents not in (0, num_images):
             raise ValueError(
                 f"`text` has {num_latents} {self.latent_token} and {num_images} {self.image_token}: an image that is "
@@ -171,7 +177,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         vae = [replacement.replace(self.image_token, "") for replacement in replacements]
         if not any(vae):
             return text, offsets
-        pattern = re.escape(self.latent_token)
+        pattern = "(?<=%s)%s(?=%s)" % tuple(
+            map(re.escape, (self.vision_start_token, self.latent_token, self.vision_end_token))
+        )
         places, latents = iter(vae), iter(vae)
         for original, own in zip(originals, offsets, strict=True):
             for match in re.finditer(pattern, original):
@@ -203,7 +211,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
             think (`bool`, *optional*, defaults to `False`): Ask for a reasoning, or a plan, first.
             generation_mode (`str`, *optional*, defaults to `"text"`):
                 `"text"` to answer; `"image"` to draw, which gives every image also as latents.
-            kwargs: Arguments of [`ProcessorMixin.apply_chat_template`].
+            kwargs: Arguments of [`ProcessorMixin.apply_chat_template`]. With `sanitize_control_tokens=True` special
+                tokens in the messages are words like others: for what strangers write.
 
         Raises:
             ValueError: if a message has no content, or an unknown role or part.

@@ -1,0 +1,132 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Downloads from URLs that may come from anybody: bounded in time, size and redirects, and in the hosts that they reach."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub.utils import get_session, httpx
+
+
+# A part of IPv6 whose addresses end in one of IPv4 (RFC 6052).
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+@dataclass(frozen=True)
+class UrlLimits:
+    """
+    What a download may take.
+
+    Attributes:
+        seconds (`float`, defaults to 30): Of a download with its redirects.
+        max_bytes (`int`, defaults to 100 MiB): Of what is downloaded.
+        max_redirects (`int`, defaults to 5): Followed one after the other.
+        private_hosts (`str`, defaults to `"named"`):
+            Whether hosts with private, loopback or link-local addresses may be asked: `"allow"`; `"named"` only by the
+            URL itself, not by a redirect to another host; `"refuse"`, where the URLs are those of strangers. A host that is
+            not to be private is asked at the address that was looked at.
+    """
+
+    seconds: float = 30.0
+    max_bytes: int = 100 * 2**20
+    max_redirects: int = 5
+    private_hosts: Literal["allow", "named", "refuse"] = "named"
+
+
+# Of images that are given as URLs. Another value holds for the process, like `PIL.Image.MAX_IMAGE_PIXELS`.
+LIMITS = UrlLimits()
+
+
+def fetch(url: str, limits: UrlLimits | None = None) -> bytes:
+    """
+    What lies at an http(s) URL.
+
+    Args:
+        url (`str`): Where it lies.
+        limits (`UrlLimits`, *optional*): By default `LIMITS`.
+
+    Raises:
+        ValueError: if it is no such URL.
+        OSError: if it cannot be read, or goes beyond the limits.
+    """
+    limits = limits or LIMITS
+    deadline = time.monotonic() + limits.seconds
+    client = get_session()
+    try:
+        place = _parsed(url)
+        named = None if limits.private_hosts == "refuse" else place.host
+        for _ in range(limits.max_redirects + 1):
+            is_trusted = limits.private_hosts == "allow" or place.host == named
+            target = {"url": place} if is_trusted else _at_public_address(place)
+            request = client.build_request("GET", **target, timeout=max(deadline - time.monotonic(), 1e-3))
+            response = client.send(request, stream=True, follow_redirects=False)
+            try:
+                if not response.has_redirect_location:
+                    response.raise_for_status()
+                    return _body(response, limits, deadline)
+                place = _parsed(str(place.join(response.headers["location"])))
+            finally:
+                response.close()
+    except httpx.TimeoutException as error:
+        raise _too_slow(limits) from error
+    except httpx.HTTPError as error:
+        raise OSError(str(error)) from error
+    raise OSError(f"more than {limits.max_redirects} redirects")
+
+
+def _parsed(url: str) -> Any:
+    try:
+        place = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(str(error)) from error
+    if place.scheme not in ("http", "https") or not place.host:
+        raise ValueError("only http and https URLs with a host are read")
+    return place
+
+
+def _at_public_address(place: Any) -> dict[str, Any]:
+    """Arguments of a request to a host by one of its addresses; another question for the address could be answered otherwise."""
+    try:
+        answers = socket.getaddrinfo(place.host, place.port or place.scheme, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise OSError(f"the host {place.host!r} cannot be found ({error})") from error
+    addresses = [str(answer[4][0]) for answer in answers]
+    if not addresses or not all(map(is_public, addresses)):
+        raise OSError(f"the host {place.host!r} has a private address, which is not asked")
+    host = place.netloc.decode("ascii").rpartition("@")[2]
+    return {
+        "url": place.copy_with(host=addresses[0]),
+        "headers": {"host": host},
+        "extensions": {"sni_hostname": place.host},
+    }
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, those that it wraps included."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    wrapped = [getattr(ip, kind, None) for kind in ("ipv4_mapped", "sixtofour")]
+    if ip in _NAT64:
+        wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return all(part.is_global and not part.is_multicast for part in (ip, *filter(None, wrapped)))
+
+
+def _body(response: Any, limits: UrlLimits, deadline: float) -> bytes:
+    body = bytearray()
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > limits.max_bytes:
+            raise OSError(f"more than {limits.max_bytes} bytes")
+        if time.monotonic() > deadline:
+            raise _too_slow(limits)
+    return bytes(body)
+
+
+def _too_slow(limits: UrlLimits) -> OSError:
+    return OSError(f"more than {limits.seconds:g} seconds")
+
+
+__all__ = ["LIMITS", "UrlLimits", "fetch"]
