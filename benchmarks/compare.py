@@ -47,6 +47,7 @@ class Tree:
     """A process that runs the benchmarks of a source tree."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         environment = os.environ | {"PYTHONPATH": str(folder / "src")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
@@ -64,7 +65,7 @@ class Tree:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"The process of {self.process.args[0]} ended at {case}; its error is above.")  # type: ignore[index]
+            raise RuntimeError(f"The process of '{self.folder}' ended; its error is above.")
         return float(answer)
 
     def close(self) -> None:

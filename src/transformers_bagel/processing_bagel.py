@@ -177,9 +177,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         vae = [replacement.replace(self.image_token, "") for replacement in replacements]
         if not any(vae):
             return text, offsets
-        pattern = "(?<=%s)%s(?=%s)" % tuple(
-            map(re.escape, (self.vision_start_token, self.latent_token, self.vision_end_token))
-        )
+        start, pattern, end = map(re.escape, (self.vision_start_token, self.latent_token, self.vision_end_token))
+        pattern = f"(?<={start}){pattern}(?={end})"
         places, latents = iter(vae), iter(vae)
         for original, own in zip(originals, offsets, strict=True):
             for match in re.finditer(pattern, original):

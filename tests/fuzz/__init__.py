@@ -1,0 +1,1 @@
+"""Broken files, configurations, adapters, images, messages and arguments, made from a seed."""

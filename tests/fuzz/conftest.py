@@ -1,0 +1,7 @@
+"""The scripts of conversion/ are no package."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "conversion"))
