@@ -30,7 +30,7 @@ def check_adapter_scale(model: torch.nn.Module, attention_kwargs: dict[str, Any]
         TypeError, ValueError: if `attention_kwargs["scale"]` is no finite number.
     """
     if attention_kwargs and "scale" in attention_kwargs:
-        check_number('attention_kwargs["scale"]', attention_kwargs["scale"], float("-inf"))
+        check_number('attention_kwargs["scale"]', attention_kwargs["scale"], -1e9)
         if all(layer.merged for layer in lora_layers(model)):
             logger.warning('`attention_kwargs["scale"]` has no effect: the transformer has no LoRA that is not fused.')
 

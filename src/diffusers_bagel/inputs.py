@@ -7,40 +7,45 @@ from typing import Any
 
 import torch
 
+from transformers_bagel.errors import shown
 from transformers_bagel.segments import check_conversation
 
 from .guidance import RENORM_TYPES
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Far above what makes sense, and far below what fills the memory before anything is drawn.
+MAX_STEPS = 10_000
+MAX_IMAGES_PER_PROMPT = 1_000
 
 
-def check_whole_number(name: str, value: Any, least: int) -> None:
+def check_whole_number(name: str, value: Any, least: int, most: int | None = None) -> None:
     """
-    Refuse what is no whole number, or too small.
+    Refuse what is no whole number, too small or too large.
 
     Raises:
         TypeError: if `value` is no whole number.
-        ValueError: if it is below `least`.
+        ValueError: if it is below `least` or above `most`.
     """
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        raise TypeError(f"`{name}` must be a whole number, got {shown(value)}.")
+    if value < least or (most is not None and value > most):
+        bound = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"`{name}` must be {bound}, got {shown(value)}.")
 
 
-def check_number(name: str, value: Any, low: float, high: float = float("inf"), what: str = "") -> None:
+def check_number(name: str, value: Any, low: float, high: float = 1e9, what: str = "") -> None:
     """
-    Refuse what is no finite number within bounds.
+    Refuse what is no number within bounds.
 
     Raises:
         TypeError: if `value` is no number.
-        ValueError: if it lies outside [low, high], or is infinite.
+        ValueError: if it lies outside [low, high].
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number{what}, got {value!r}.")
-    if not low <= value <= high or value == float("inf"):
-        raise ValueError(f"`{name}` must be a number{what} of at least {low} and at most {high}, got {value!r}.")
+        raise TypeError(f"`{name}` must be a number{what}, got {shown(value)}.")
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must be a number{what} of at least {low} and at most {high}, got {shown(value)}.")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -51,7 +56,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         ValueError: if `value` is none of the choices.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {shown(value)}.")
 
 
 def check_size(name: str, value: Any, stride: int, limit: int | None) -> None:
@@ -86,7 +91,7 @@ def check_guidance(
         check_number("image_guidance_scale", image_guidance_scale, 0)
     if cfg_interval is not None:
         if not isinstance(cfg_interval, (list, tuple)) or len(cfg_interval) != 2:
-            raise TypeError(f"`cfg_interval` must be a pair (low, high), got {cfg_interval!r}.")
+            raise TypeError(f"`cfg_interval` must be a pair (low, high), got {shown(cfg_interval)}.")
         for bound in cfg_interval:
             check_number("cfg_interval", bound, 0, what=" in each of its two places")
         if cfg_interval[0] > cfg_interval[1]:
@@ -111,11 +116,11 @@ def check_sigmas(sigmas: Any) -> None:
         return
     values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
     if not isinstance(values, (list, tuple)):
-        raise TypeError(f"`sigmas` must be a list of noise levels, got {sigmas!r}.")
+        raise TypeError(f"`sigmas` must be a list of noise levels, got {shown(sigmas)}.")
     for value in values:
         check_number("sigmas", value, 0, 1, what=" in each of its places")
     if not values or 0 in values or any(later >= sooner for sooner, later in zip(values, values[1:], strict=False)):
-        raise ValueError(f"`sigmas` must be decreasing noise levels in (0, 1], before the shift, got {sigmas!r}.")
+        raise ValueError(f"`sigmas` must be decreasing noise levels in (0, 1], before the shift, got {shown(sigmas)}.")
 
 
 def takes_sigmas(scheduler: Any) -> bool:
@@ -179,7 +184,7 @@ def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
         return
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
-        raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+        raise TypeError(f"`prompt` must be a string or a list of strings, got {shown(prompt)}.")
     if not prompts:
         raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
 
@@ -193,9 +198,23 @@ def check_callback(callback: Callable | None, names: Any, known: list[str]) -> N
         ValueError: if it asks for a tensor that the pipeline does not pass on.
     """
     if callback is not None and not callable(callback):
-        raise TypeError(f"`callback_on_step_end` must be a function, got {callback!r}.")
+        raise TypeError(f"`callback_on_step_end` must be a function, got {shown(callback)}.")
     if not isinstance(names, (list, tuple)) or not all(name in known for name in names):
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, but found {names!r}")
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has to be in {known}, but found {shown(names)}")
+
+
+def check_callback_outputs(outputs: Any) -> dict[str, Any]:
+    """
+    What a callback has returned.
+
+    Raises:
+        TypeError: if it is no dict of tensors.
+    """
+    if not isinstance(outputs, dict):
+        raise TypeError(
+            f"`callback_on_step_end` must return a dict, such as that of its tensors, got {shown(outputs)}."
+        )
+    return outputs
 
 
 def as_generators(generator: Any, batch_size: int) -> list[torch.Generator | None]:
@@ -209,7 +228,7 @@ def as_generators(generator: Any, batch_size: int) -> list[torch.Generator | Non
         generator = [generator] * batch_size
     for item in generator:
         if item is not None and not isinstance(item, torch.Generator):
-            raise TypeError(f"`generator` must be a `torch.Generator` or a list of them, got {item!r}.")
+            raise TypeError(f"`generator` must be a `torch.Generator` or a list of them, got {shown(item)}.")
     if len(generator) != batch_size:
         raise ValueError(
             f"`generator` is a list of {len(generator)}, but {batch_size} images were asked for. Pass one for each."
@@ -242,7 +261,7 @@ def as_conversations(prompt: Any, image: Any, messages: Any) -> list[list[dict[s
         raise ValueError(f"`image` holds images of {len(images)} prompts, but `prompt` holds {len(prompts)}.")
     for item in (nested for items in images for nested in items):
         if item is None or isinstance(item, (list, tuple)):
-            raise ValueError(f"`image` must hold images, one or a list or a list of lists, got {item!r} for one.")
+            raise ValueError(f"`image` must hold images, one or a list or a list of lists, got {shown(item)} for one.")
     return [
         [
             {

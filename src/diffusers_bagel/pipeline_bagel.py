@@ -17,6 +17,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.errors import shown
 from transformers_bagel.image_processing_bagel import patchify, unpatchify
 from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_posterior, scale_latents
 from transformers_bagel.loading import hub_arguments
@@ -28,10 +29,13 @@ from .contexts import BagelContext, ContextReader, guidance_contexts
 from .denoising import Denoiser
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
+    MAX_IMAGES_PER_PROMPT,
+    MAX_STEPS,
     OUTPUT_TYPES,
     as_conversations,
     as_generators,
     check_callback,
+    check_callback_outputs,
     check_choice,
     check_guidance,
     check_latents,
@@ -260,8 +264,8 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         limit = None if self.interpolate_pos else self.max_latent_size * self.vae_scale_factor
         check_size("height", height, self.vae_scale_factor, limit)
         check_size("width", width, self.vae_scale_factor, limit)
-        check_whole_number("num_inference_steps", num_inference_steps, 1)
-        check_whole_number("num_images_per_prompt", num_images_per_prompt, 1)
+        check_whole_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_whole_number("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES_PER_PROMPT)
         # One step feeds the start token; the last step's token is not kept.
         check_whole_number("max_think_tokens", max_think_tokens, 2)
         check_sigmas(sigmas)
@@ -270,7 +274,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
         check_choice("vae_sample_mode", vae_sample_mode, VAE_SAMPLE_MODES)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
-            raise TypeError(f"`attention_kwargs` must be a dict, got {attention_kwargs!r}.")
+            raise TypeError(f"`attention_kwargs` must be a dict, got {shown(attention_kwargs)}.")
         check_adapter_scale(self.transformer, attention_kwargs)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
@@ -584,7 +588,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
                         for name in callback_on_step_end_tensor_inputs:
                             callback_kwargs[name] = locals()[name]
                         callback_outputs = callback_on_step_end(call, i, t, callback_kwargs)
-                        latents = callback_outputs.pop("latents", latents)
+                        latents = check_callback_outputs(callback_outputs).pop("latents", latents)
 
                     finite.append(torch.isfinite(latents).all())
                     if latents.device.type == "cpu":

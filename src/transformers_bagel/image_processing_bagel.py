@@ -22,6 +22,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .errors import shown
 from .urls import fetch
 
 
@@ -101,13 +102,13 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
     except UnidentifiedImageError as error:
         # Pillow's message would name a file object in memory.
-        raise ValueError(f"`images` holds {name[:100]!r}, in which Pillow can identify no image.") from error
+        raise ValueError(f"`images` holds {shown(name)}, in which Pillow can identify no image.") from error
     except (ValueError, IndexError) as error:
         raise ValueError(
-            f"`images` holds {name[:100]!r}, which is no path, URL or base64 text of an image ({error})."
+            f"`images` holds {shown(name)}, which is no path, URL or base64 text of an image ({error})."
         ) from error
     except (OSError, SyntaxError) as error:
-        raise OSError(f"`images` holds {name[:100]!r}, which cannot be read: {error}") from error
+        raise OSError(f"`images` holds {shown(name)}, which cannot be read: {error}") from error
 
 
 def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -364,14 +365,14 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for name in ("patch_size", "vae_stride", "max_pixels"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+            raise ValueError(f"`{name}` must be a whole number of at least 1, got {shown(value)}.")
     for name in ("size", "vae_size"):
         if settings.get(name) is None:
             continue
         edges = [_edge(settings[name], edge) for edge in ("shortest_edge", "longest_edge")]
         if not all(isinstance(edge, int) and edge >= 1 for edge in edges):
             raise ValueError(
-                f"`{name}` must be like {{'shortest_edge': 224, 'longest_edge': 980}}, got {settings[name]!r}."
+                f"`{name}` must be like {{'shortest_edge': 224, 'longest_edge': 980}}, got {shown(settings[name])}."
             )
 
 

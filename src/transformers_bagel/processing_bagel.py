@@ -13,6 +13,7 @@ from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
 from .configuration_bagel import BagelConfig
+from .errors import shown
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
 from .loading import InstalledCodeMixin, find_file, hub_arguments
 from .segments import (
@@ -112,7 +113,7 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
-            raise TypeError(f"`text` must be a string or a list of strings, got {text!r}.")
+            raise TypeError(f"`text` must be a string or a list of strings, got {shown(text)}.")
         for index, sample in enumerate(texts):
             if not kwargs.get("sanitize_control_tokens"):
                 self._check_markers(sample)
@@ -218,7 +219,7 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         """
         generation_mode = kwargs.get("generation_mode", "text")
         if generation_mode not in ("text", "image"):
-            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
+            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {shown(generation_mode)}.")
         check_conversation(conversation)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 

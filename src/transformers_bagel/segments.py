@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import shown
 from .image_processing_bagel import open_image, to_rgb
 
 
@@ -174,9 +175,10 @@ def encode_segments(processor: BagelProcessor, segments: Sequence[Segment]) -> l
 
 def _encode_text(processor: BagelProcessor, segment: Segment) -> EncodedSegment:
     text = segment.content
+    _check_unicode(text)
     if IMAGE_PLACEHOLDER in text or LATENT_PLACEHOLDER in text:
         raise ValueError(
-            f"A text holds {IMAGE_PLACEHOLDER} or {LATENT_PLACEHOLDER}, which stand for images: {text[:100]!r}."
+            f"A text holds {IMAGE_PLACEHOLDER} or {LATENT_PLACEHOLDER}, which stand for images: {shown(text)}."
         )
     return EncodedSegment(segment, torch.tensor(processor.tokenizer(f"{START}{text}{END}")["input_ids"]))
 
@@ -261,10 +263,14 @@ def check_conversation(conversation: Any, name: str = "conversation") -> None:
 def _check_message(message: Any, name: str) -> None:
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, (str, list, tuple)) or len(content) == 0:
-        raise ValueError(f"`{name}` holds a message without content: {message!r}. Pass `role` and `content`.")
+        raise ValueError(f"`{name}` holds a message without content: {shown(message)}. Pass `role` and `content`.")
     if message.get("role") not in ROLES:
-        raise ValueError(f"`{name}` holds the unknown role {message.get('role')!r}; known are {', '.join(ROLES)}.")
+        raise ValueError(
+            f"`{name}` holds the unknown role {shown(message.get('role'))}; known are {', '.join(ROLES)}."
+        )
     for part in content_parts(message):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            _check_unicode(part["text"])
         kind = part.get("type") if isinstance(part, dict) else None
         given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if kind is not None else []
         is_text = kind == "text" and isinstance(part.get("text"), str)
@@ -272,8 +278,15 @@ def _check_message(message: Any, name: str) -> None:
         if not is_text and not is_image:
             raise ValueError(
                 f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
-                f"'image': ...}}: {part!r}."
+                f"'image': ...}}: {shown(part)}."
             )
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"A text holds half a character, which is no Unicode ({error}): {shown(text)}.") from error
 
 
 def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
@@ -315,16 +328,16 @@ def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
 
 def _from_spelled_out(parts: Any) -> list[Segment]:
     if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
-        raise TypeError(f"`segments` must be a list of dicts, got {parts!r}.")
+        raise TypeError(f"`segments` must be a list of dicts, got {shown(parts)}.")
     segments = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in SEGMENT_TYPES:
-            raise ValueError(f"`segments` holds {part!r}; its `type` must be one of {', '.join(SEGMENT_TYPES)}.")
+            raise ValueError(f"`segments` holds {shown(part)}; its `type` must be one of {', '.join(SEGMENT_TYPES)}.")
         key = "text" if kind == "text" else "image"
         content = part.get(key)
         if content is None or (kind == "text" and not isinstance(content, str)):
-            raise ValueError(f"`segments` holds a {kind} without its {key}: {part!r}.")
+            raise ValueError(f"`segments` holds a {kind} without its {key}: {shown(part)}.")
         if kind == "vit_image" and part.get("loss"):
             raise ValueError("`segments` holds a vit_image with `loss`: only texts and latents are learned.")
         segments.append(Segment(kind, content, bool(part.get("loss")), part.get("dropout")))

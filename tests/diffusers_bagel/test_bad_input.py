@@ -36,6 +36,8 @@ BAD_ARGUMENTS = [
     *((name, value) for name in WHOLE_NUMBERS for value in (True, "32", 32.0, [32], NAN)),
     *((name, value) for name in WHOLE_NUMBERS[2:] for value in (0, -1, None)),
     ("max_think_tokens", 5000),
+    *((name, 2**31) for name in ("num_inference_steps", "num_images_per_prompt")),
+    *((name, 10**30) for name in NUMBERS),
     *((name, value) for name in NUMBERS for value in (-0.1, "1", [1.0], 1j, NAN)),
     *((name, INF) for name in NUMBERS[:3]),
     *((name, None) for name in ("guidance_scale", "cfg_renorm_min", "temperature")),
@@ -111,6 +113,9 @@ BAD_LISTS = {
     "long_second_prompt": ({"prompt": ["a", "abc " * 6000]}, "(?i)prompt.*max_position_embeddings"),
     "bad_second_image": (TWO | {"image": [[SQUARE], [Image.new("RGB", (0, 5))]]}, "`images?`"),
 }
+
+
+HALF_A_CHARACTER = "\ud83d"
 
 
 def draw(pipe: BagelPipeline, **kwargs) -> torch.Tensor:
@@ -316,3 +321,24 @@ def test_folder_without_checkpoint_is_refused(content, tmp_path, offline):
 def test_unknown_repository_is_refused(name, offline):
     with pytest.raises(REFUSED, match=re.escape(str(name))):
         BagelPipeline.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    "given", [{"prompt": HALF_A_CHARACTER}, {"prompt": None, "messages": conversation([HALF_A_CHARACTER])}]
+)
+def test_text_that_is_no_unicode_is_refused(given, pipe, idle):
+    with idle, pytest.raises(ValueError, match="A text holds half a character"):
+        draw(pipe, **given)
+
+
+@pytest.mark.parametrize("returned", [None, [], "latents"])
+def test_what_a_callback_returns_is_checked(returned, pipe):
+    with pytest.raises(TypeError, match="`callback_on_step_end` must return a dict"):
+        draw(pipe, callback_on_step_end=lambda *args: returned)
+
+
+@pytest.mark.parametrize("name", ["num_inference_steps", "attention_kwargs", "callback_on_step_end", "output_type"])
+def test_errors_are_not_filled_with_data(name, pipe):
+    with pytest.raises((TypeError, ValueError), match=name) as raised:
+        draw(pipe, **{name: "a" * 5000})
+    assert len(str(raised.value)) < 300

@@ -269,6 +269,18 @@ def test_bad_conversation_is_refused(kind, processor):
         processor.apply_chat_template(BAD_MESSAGES[kind], tokenize=True, return_dict=True, return_tensors="pt")
 
 
+@pytest.mark.parametrize("part", [{"type": "a" * 5000}, {"type": "text", "text": ["a" * 5000]}, "a" * 5000])
+def test_errors_show_the_beginning_of_what_they_were_given(part, processor):
+    with pytest.raises(REFUSED, match="`conversation`") as raised:
+        processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True)
+    assert len(str(raised.value)) < 400
+
+
+def test_text_that_is_no_unicode_is_refused(encode):
+    with pytest.raises(ValueError, match="A text holds half a character"):
+        encode(["\ud83d"])
+
+
 @pytest.mark.parametrize("mode", ["video", "", None, ["text"]], ids=repr)
 def test_unknown_generation_mode_is_refused(mode, encode):
     with pytest.raises(ValueError, match="`generation_mode`"):

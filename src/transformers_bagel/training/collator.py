@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 from transformers.utils import logging
 
+from ..errors import shown
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
 from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, sample_segments
@@ -114,17 +115,17 @@ class BagelDataCollator:
         for name in ("text_dropout", "vit_dropout", "vae_dropout"):
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-                raise ValueError(f"`{name}` must be a number from 0 to 1, got {rate!r}.")
+                raise ValueError(f"`{name}` must be a number from 0 to 1, got {shown(rate)}.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {shown(getattr(self, name))}.")
         for name in ("timestep_shift", "logit_std"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be above 0, got {shown(getattr(self, name))}.")
         for name, count in (("max_tokens", self.max_tokens), ("noised_copies", self.noised_copies)):
             is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
             if not is_count and not (name == "max_tokens" and count is None):
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {count!r}.")
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {shown(count)}.")
         self.skipped: list[SkippedSample] = []
         self.encode_latents: LatentEncoder | None = None
         self.latent_dim: int | None = None
@@ -175,7 +176,7 @@ class BagelDataCollator:
         try:
             sample = read()
             if isinstance(sample, Mapping) and sample.get("id") is not None:
-                name = f"{name} (id {sample['id']!r})"
+                name = f"{name} (id {shown(sample['id'])})"
             encoded = self.encode(sample, seed)
             # Whole: a sample that fits only when something was dropped would always be learned without it.
             if self.max_tokens is not None and encoded.whole_length > self.max_tokens:

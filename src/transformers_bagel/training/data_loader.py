@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
+from ..errors import shown
 from .collator import BagelDataCollator
 from .samples import EncodedSample, SkippedSample, mixed_seed
 
@@ -67,7 +68,7 @@ class BagelDataLoader:
         if self.batch_size is None and self.collator.max_tokens is None:
             raise ValueError("Pass `batch_size`, or give the collator `max_tokens`: something must bound a batch.")
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise ValueError(f"`batch_size` must be a whole number of at least 1, got {self.batch_size!r}.")
+            raise ValueError(f"`batch_size` must be a whole number of at least 1, got {shown(self.batch_size)}.")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"`rank` must be from 0 to {self.world_size - 1} (`world_size` - 1), got {self.rank}.")
         if len(self.dataset) < self.world_size:
@@ -93,7 +94,9 @@ class BagelDataLoader:
         """
         for name, value in self._identity().items():
             if state[name] != value:
-                raise ValueError(f"`state` was saved with {name}={state[name]!r}, but this loader has {value!r}.")
+                raise ValueError(
+                    f"`state` was saved with {name}={shown(state[name])}, but this loader has {shown(value)}."
+                )
         self._place = (state["epoch"], state["offset"])
         self.collator.skipped = [SkippedSample(*item) for item in state["skipped"]]
 
