@@ -173,6 +173,8 @@ def _load(options: argparse.Namespace, loader: Any, component: str | None = None
 
 
 def _open(path: str) -> PIL.Image.Image:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CommandError(f"the picture '{path}' cannot be read: it is no file.")
     try:
         return to_rgb(PIL.Image.open(path))
     except PIL.Image.DecompressionBombError as error:

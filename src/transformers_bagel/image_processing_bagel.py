@@ -26,6 +26,10 @@ from .errors import shown
 from .urls import fetch
 
 
+# Pixels of a side. Pillow has no memory to resize lines much longer than this.
+MAX_SIDE = 1_000_000
+
+
 class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """
     patch_size (`int`, *optional*, defaults to 14):
@@ -95,6 +99,8 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         if name.startswith(("http://", "https://")):
             return Image.open(io.BytesIO(fetch(name)))
         if os.path.exists(name):
+            if not os.path.isfile(name):
+                raise OSError("it is no file")
             return Image.open(name)
         encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
         return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
@@ -190,6 +196,11 @@ def to_rgb(image: Any) -> Image.Image:
         raise ValueError(
             f"`images` holds an image of {image.width} x {image.height} pixels, more than Pillow's limit of {limit}. "
             "Shrink it, or raise `PIL.Image.MAX_IMAGE_PIXELS` if you trust its source."
+        )
+    if max(image.size) > MAX_SIDE:
+        raise ValueError(
+            f"`images` holds an image of {image.width} x {image.height} pixels, whose longer side is above {MAX_SIDE}. "
+            "Cut it into parts."
         )
     filename = getattr(image, "filename", "")
     name = repr(filename) if filename else "an image"

@@ -142,6 +142,10 @@ def test_chat_ends_with_its_input(checkpoint, capsys, monkeypatch):
         (["draw", "x", "--model", "{checkpoint}", "--steps", "0"], "`num_inference_steps` must be at least 1"),
         (["draw", "x", "--model", "{checkpoint}", "--device", "abacus"], "--device 'abacus' cannot be used here"),
         (["edit", "nowhere.png", "x", "--model", "{checkpoint}"], "the picture 'nowhere.png' cannot be read"),
+        (
+            ["edit", "/dev/zero", "x", "--model", "{checkpoint}"],
+            "the picture '/dev/zero' cannot be read: it is no file",
+        ),
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments, message, checkpoint, picture, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -46,6 +47,12 @@ def closed_image() -> Image.Image:
 
 
 # Each makes one bad image, given an empty folder.
+def fifo(folder: Path) -> str:
+    """What nobody writes into: a reader would wait for ever."""
+    os.mkfifo(folder / "fifo.png")
+    return str(folder / "fifo.png")
+
+
 BAD_IMAGES = {
     "number": lambda folder: 1,
     "dict": lambda folder: {"pixels": 1},
@@ -53,6 +60,9 @@ BAD_IMAGES = {
     "words": lambda folder: "a red circle",
     "path_to_nothing": lambda folder: str(folder / "absent.png"),
     "path_to_folder": lambda folder: str(folder),
+    "path_to_fifo": lambda folder: fifo(folder),
+    "endless_line": lambda folder: Image.new("L", (1_000_001, 1)),
+    "endless_column": lambda folder: np.zeros((89_000_000, 1), np.uint8),
     "path_to_text": lambda folder: written(folder, b"not an image"),
     "path_object_to_text": lambda folder: Path(written(folder, b"not an image")),
     "path_to_empty_file": lambda folder: written(folder, b""),
