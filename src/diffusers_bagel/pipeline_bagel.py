@@ -3,6 +3,7 @@
 
 import copy
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -94,7 +95,9 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
     _attention_kwargs: dict[str, Any] | None = None
     _num_timesteps: int = 0
     _current_timestep: torch.Tensor | None = None
-    _interrupt: bool = False
+    # `time.monotonic()`: a call stops when it is asked to after it began, whatever call begins in between.
+    _started_at: float = 0.0
+    _interrupted_at: float = -1.0
 
     def __init__(
         self,
@@ -234,7 +237,12 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
     @property
     def interrupt(self) -> bool:
         """Whether the remaining steps are left out; set `_interrupt` in a callback, or from another thread."""
-        return self._interrupt
+        return self._interrupted_at >= self._started_at
+
+    def _set_interrupt(self, value: bool) -> None:
+        self._interrupted_at = time.monotonic() if value else -1.0
+
+    _interrupt = property(lambda self: self.interrupt, _set_interrupt)
 
     def check_inputs(
         self,
@@ -577,7 +585,7 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
             # 4. Denoising loop: on an accelerator the host reads nothing back
             with self.progress_bar(total=num_inference_steps if sigmas is None else len(sigmas)) as progress_bar:
                 for i, t in enumerate(timesteps):
-                    if call.interrupt or self.interrupt:
+                    if call.interrupt or self._interrupted_at >= call._started_at:
                         continue
                     call._current_timestep = t
                     velocity = denoiser.velocity(latents, noise_levels[i], device_levels[i], call.guidance_scale)
@@ -612,8 +620,8 @@ class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
 
     def _new_call(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> "BagelPipeline":
         """A copy of the pipeline that holds what belongs to one call."""
-        self._interrupt = False
         call = copy.copy(self)
+        call._started_at = time.monotonic()
         call.scheduler = copy.deepcopy(self.scheduler)
         call._guidance_scale = guidance_scale
         call._attention_kwargs = attention_kwargs

@@ -101,6 +101,25 @@ class TestThreads:
         drawn(pipe)
         assert len(seen.denoising) == 3
 
+    def test_a_call_that_begins_in_between_does_not_go_on_for_the_others(self, pipe, forwards):
+        seen = forwards(pipe)
+        started, stopped = threading.Event(), threading.Event()
+
+        def wait(pipeline, step, timestep, tensors):
+            started.set()
+            assert stopped.wait(60)
+            return tensors
+
+        with ThreadPoolExecutor(1) as threads:
+            running = threads.submit(drawn, pipe, callback_on_step_end=wait)
+            assert started.wait(60)
+            pipe._interrupt = True
+            drawn(pipe)
+            assert len(seen.denoising) == 1 + 3
+            stopped.set()
+            running.result()
+        assert len(seen.denoising) == 1 + 3
+
 
 class TestAfterACall:
     def test_the_scheduler_is_as_it_was(self, own_pipe):
