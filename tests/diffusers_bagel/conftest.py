@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -71,6 +72,21 @@ def assert_equals_single_runs(pipe: BagelPipeline, messages: list, **settings) -
         assert close(batch.images[index], single.images[0])
         if settings.get("think"):
             assert batch.texts[index] == single.texts[0]
+
+
+class Pause:
+    """A callback in which a call of another thread waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, pipeline, step, timestep, tensors):
+        self.begun.set()
+        assert self.ended.wait(60)
+        return tensors
+
+    def wait(self) -> None:
+        assert self.begun.wait(60)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,7 @@ from peft import LoraConfig
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.guidance import TEXT_TO_IMAGE
 from tests.conftest import CHECKPOINT, golden_image, load_processor
-from tests.diffusers_bagel.conftest import SMALL, seeded
+from tests.diffusers_bagel.conftest import SMALL, Pause, seeded
 from transformers_bagel import LORA_TARGETS
 
 
@@ -136,18 +135,13 @@ class TestScaleOfACall:
 
     def test_a_call_inside_another_has_its_own_scale(self, adapted):
         alone, quarter = drawn(adapted), drawn(adapted, attention_kwargs={"scale": 0.25})
-        started, ended = threading.Event(), threading.Event()
-
-        def wait(pipeline, step, timestep, tensors):
-            started.set()
-            assert ended.wait(60)
-            return tensors
+        pause = Pause()
 
         with ThreadPoolExecutor(1) as threads:
-            outer = threads.submit(drawn, adapted, attention_kwargs={"scale": 0.25}, callback_on_step_end=wait)
-            assert started.wait(60)
+            outer = threads.submit(drawn, adapted, attention_kwargs={"scale": 0.25}, callback_on_step_end=pause)
+            pause.wait()
             assert torch.equal(drawn(adapted), alone)
-            ended.set()
+            pause.ended.set()
             assert torch.equal(outer.result(), quarter)
         assert torch.equal(drawn(adapted), alone)
 

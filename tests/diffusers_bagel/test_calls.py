@@ -13,7 +13,7 @@ from diffusers import UniPCMultistepScheduler
 from diffusers_bagel import BagelPipeline, pipeline_bagel
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from tests.conftest import conversation, golden_image, load_processor, max_error
-from tests.diffusers_bagel.conftest import EDIT, SMALL, encoded, seeded
+from tests.diffusers_bagel.conftest import EDIT, SMALL, Pause, encoded, seeded
 
 
 SAMPLED = {"think": True, "max_think_tokens": 6, "do_sample": True, "temperature": 1.0}
@@ -83,18 +83,13 @@ class TestThreads:
 
     def test_another_thread_stops_the_running_call(self, pipe, forwards):
         seen = forwards(pipe)
-        started, stopped = threading.Event(), threading.Event()
-
-        def wait(pipeline, step, timestep, tensors):
-            started.set()
-            assert stopped.wait(60)
-            return tensors
+        pause = Pause()
 
         with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(drawn, pipe, callback_on_step_end=wait)
-            assert started.wait(60)
+            running = threads.submit(drawn, pipe, callback_on_step_end=pause)
+            pause.wait()
             pipe._interrupt = True
-            stopped.set()
+            pause.ended.set()
             running.result()
         assert len(seen.denoising) == 1
         seen.denoising.clear()
@@ -103,20 +98,15 @@ class TestThreads:
 
     def test_a_call_that_begins_in_between_does_not_go_on_for_the_others(self, pipe, forwards):
         seen = forwards(pipe)
-        started, stopped = threading.Event(), threading.Event()
-
-        def wait(pipeline, step, timestep, tensors):
-            started.set()
-            assert stopped.wait(60)
-            return tensors
+        pause = Pause()
 
         with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(drawn, pipe, callback_on_step_end=wait)
-            assert started.wait(60)
+            running = threads.submit(drawn, pipe, callback_on_step_end=pause)
+            pause.wait()
             pipe._interrupt = True
             drawn(pipe)
             assert len(seen.denoising) == 1 + 3
-            stopped.set()
+            pause.ended.set()
             running.result()
         assert len(seen.denoising) == 1 + 3
 
