@@ -7,14 +7,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
+from .checkpoints import check_folder, read_json
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
 from .loading import InstalledCodeMixin, find_file, hub_arguments
+from .original_config import check_stated_ids
 from .segments import (
     CHAT_TEMPLATE,
     GENERATION_THINK_PROMPT,
@@ -73,8 +75,11 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
 
         Raises:
             OSError: if the tokenizer is missing.
+            ValueError: naming the file, if one cannot be used, or if the `config.json` beside them contradicts them.
         """
+        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         kwargs |= hub_arguments(pretrained_model_name_or_path, kwargs)
+        _check_files(pretrained_model_name_or_path, hub_arguments(pretrained_model_name_or_path, kwargs))
         processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         image_settings = {
             key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
@@ -236,12 +241,31 @@ def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
+# All that the libraries read here, and what must be beside it if anything is.
+_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
+
+
+def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
+    for name in _FILES:
+        if (file := find_file(path, name, **hub)) is not None:
+            read_json(file)
+    if (file := find_file(path, "config.json", **hub)) is None:
+        return
+    model_type = read_json(file).get("model_type", BagelConfig.model_type)
+    if model_type not in CONFIG_MAPPING or not issubclass(CONFIG_MAPPING[model_type], BagelConfig):
+        raise ValueError(f"`model_type` in '{file}' is {model_type!r}, expected {BagelConfig.model_type!r}.")
+    check_stated_ids(file, path, **hub)
+
+
 def _load_image_processor(
     path: str | os.PathLike, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> BagelImageProcessor:
     hub = hub_arguments(path, kwargs)
     if any(find_file(path, name, **hub) for name in ("processor_config.json", "preprocessor_config.json")):
-        return BagelImageProcessor.from_pretrained(path, **kwargs, **settings)
+        try:
+            return BagelImageProcessor.from_pretrained(path, **kwargs, **settings)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"The settings of images in '{path}' cannot be used: {error}") from error
     # The original layout has no image settings: the original sizes, and the patches of its config.json.
     config = BagelConfig.from_pretrained(path, **hub)
     original = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
@@ -252,7 +276,12 @@ def _load_tokenizer(path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrain
     hub = hub_arguments(path, kwargs)
     if not any(find_file(path, name, **hub) for name in ("tokenizer.json", "vocab.json")):
         raise OSError(f"'{path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing.")
-    return AutoTokenizer.from_pretrained(path, **kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+    except OSError:
+        raise
+    except Exception as error:  # The library that reads tokenizer.json raises no other.
+        raise ValueError(f"The tokenizer in '{path}' cannot be used: {error}") from error
 
 
 __all__ = ["GENERATION_THINK_PROMPT", "UNDERSTANDING_THINK_PROMPT", "BagelProcessor", "BagelProcessorKwargs"]
