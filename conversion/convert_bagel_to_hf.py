@@ -37,7 +37,8 @@ from repositories import (
     write_weights,
 )
 from sources import opened
-from streaming import Shard, plan_shards
+from streaming import Shard, check_finite, plan_shards
+from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import vae_from_file
@@ -100,7 +101,12 @@ def convert(
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
     check_tensors(model, {tensor.name: tensor for tensor in tensors}, src)
-    if not files.pickled:
+    if verify:
+        with tqdm(
+            total=sum(shard.num_bytes for shard in shards), desc="Checked", unit="B", unit_scale=True
+        ) as progress:
+            check_finite(tensors, progress)
+    elif not files.pickled:
         check_values(open_tensors([str(file) for file in files.weights]), src)
     pipe = BagelPipeline(
         transformer=model,

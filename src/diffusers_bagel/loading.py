@@ -19,8 +19,7 @@ from transformers_bagel.checkpoints import (
     open_tensors,
     read_json,
 )
-from transformers_bagel.loading import HUB_ARGUMENTS, find_file
-from transformers_bagel.original_config import check_stated_ids
+from transformers_bagel.loading import HUB_ARGUMENTS, check_stated_ids, find_file
 
 from .memory import transformer_quantization
 
@@ -177,6 +176,8 @@ def check_saved_parts(folder: str | os.PathLike, has_vae: bool) -> None:
     """
     check_folder(folder, *COMPONENTS)
     index = os.path.join(folder, "model_index.json")
+    if "_class_name" not in read_json(index):
+        raise ValueError(f"`_class_name` in '{index}' is missing: it describes no pipeline.")
     for name, value in read_json(index).items():
         is_class = isinstance(value, list) and [type(part) for part in value] in ([str, str], [type(None)] * 2)
         if name in COMPONENTS and not is_class:
@@ -188,7 +189,7 @@ def check_saved_parts(folder: str | os.PathLike, has_vae: bool) -> None:
     config = next((file for file in Path(folder).glob("transformer/config.json")), Path(folder, "config.json"))
     if config.exists():
         processor = Path(folder, "processor")
-        check_stated_ids(config, processor if processor.exists() else folder)
+        check_stated_ids(read_json(config), f"'{config}'", processor if processor.exists() else folder)
     if not has_vae:
         check_saved_vae(os.path.join(folder, "vae"))
 

@@ -172,9 +172,7 @@ def check_token_ids(config: Any, name: str | os.PathLike) -> None:
         ValueError: naming the key of `config.json`.
     """
     text_config = config.get_text_config()
-    markers = {
-        key: getattr(config, key) for key in SPECIAL_TOKENS if hasattr(config, key) and not hasattr(text_config, key)
-    }
+    markers = marker_ids(config)
     stated = markers | {f"text_config.{key}": getattr(text_config, key, None) for key in SPECIAL_TOKENS}
     for key, value in stated.items():
         for token_id in value if isinstance(value, list) else [value]:
@@ -189,6 +187,14 @@ def check_token_ids(config: Any, name: str | os.PathLike) -> None:
                 f"`{key}` and `{twins[0]}` in the config.json of '{name}' are both {token_id}. Take the ids from the "
                 "tokenizer."
             )
+
+
+def marker_ids(config: Any) -> dict[str, int]:
+    """Ids of the tokens around and in the place of images, by key of `config.json`."""
+    text_config = config.get_text_config()
+    return {
+        key: getattr(config, key) for key in SPECIAL_TOKENS if hasattr(config, key) and not hasattr(text_config, key)
+    }
 
 
 def check_layers(config: Any, names: Any, name: str | os.PathLike) -> None:
@@ -310,7 +316,7 @@ def _looked_at(key: str, tensor: Any, shape: Any) -> Iterator[torch.Tensor]:
     if rows <= _SAMPLED_ROWS:
         yield tensor[...]
     elif key.endswith("lm_head.weight"):
-        yield from (tensor[start : start + _ROWS_AT_ONCE] for start in range(0, rows, _ROWS_AT_ONCE))
+        yield from (tensor[start : min(start + _ROWS_AT_ONCE, rows)] for start in range(0, rows, _ROWS_AT_ONCE))
     else:
         places = (index * (rows - 1) // (_SAMPLED_ROWS - 1) for index in range(_SAMPLED_ROWS))
         yield from (tensor[place : place + 1] for place in places)

@@ -4,9 +4,11 @@
 import os
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2Config
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .checkpoints import check_folder, read_json
@@ -37,7 +39,7 @@ _LARGEST_SIZES = {
 
 def _check_sizes(config: PreTrainedConfig) -> None:
     """
-    Refuse sizes that no model has, before anything of that size is made.
+    Refuse sizes that no model has, before anything of that size is made, and activations that nobody knows.
 
     Raises:
         ValueError: naming the argument.
@@ -46,6 +48,9 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         size = getattr(config, name, None)
         if size is not None and not 1 <= size <= largest:
             raise ValueError(f"`{name}` must be between 1 and {largest}, got {size}.")
+    for name in ("hidden_act", "connector_act"):
+        if getattr(config, name, "silu") not in ACT2FN:
+            raise ValueError(f"`{name}` must be an activation of transformers, got {getattr(config, name)!r}.")
 
 
 @strict
@@ -337,13 +342,30 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
                 if isinstance(settings, dict):
                     if settings.get("model_type", part.model_type) != part.model_type:
                         raise ValueError(f"`model_type` is {settings['model_type']!r}, expected {part.model_type!r}.")
+                    _check_library_settings(settings)
                     part(**settings)
                 elif settings is not None and not isinstance(settings, part):
                     raise ValueError(f"there is {settings!r:.80} instead of an object.")
             place = ""
+            _check_library_settings(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"The {file} cannot be used: {place}{_reason(error)}") from error
+
+
+def _check_library_settings(settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` for values that the library reads and does not check."""
+    for key in ("dtype", "torch_dtype"):
+        value = settings.get(key)
+        found = getattr(torch, value, None) if isinstance(value, str) else value
+        if value not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"`{key}` must be a floating type, got {value!r}.")
+    for key, kind in (("transformers_weights", str), ("attn_implementation", (str, dict)), ("auto_map", dict)):
+        if not isinstance(settings.get(key), (kind, type(None))):
+            raise ValueError(f"`{key}` must be of another type than {settings[key]!r}.")
+    theta = settings.get("rope_theta")
+    if theta is not None and not (isinstance(theta, (int, float)) and theta > 0):
+        raise ValueError(f"`rope_theta` must be a positive number, got {theta!r}.")
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import copy
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ from .checkpoints import (
     check_token_ids,
     check_values,
     headers_of,
+    json_value,
     listed,
+    marker_ids,
     module_name,
     open_tensors,
     read_json,
@@ -40,6 +43,7 @@ from .checkpoints import (
     used_names,
 )
 from .quantization import spare_sensitive_layers
+from .segments import SPECIAL_TOKENS
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -119,6 +123,43 @@ def in_subfolder(name: str, hub: dict[str, Any]) -> str:
     return f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
 
 
+def special_token_ids(path: str | os.PathLike, **hub: Any) -> dict[str, int]:
+    """Ids of BAGEL's special tokens, found by name in the tokenizer's files. Absent tokens are left out."""
+    ids: dict[str, int] = {}
+    file = find_file(path, "tokenizer_config.json", **hub)
+    try:
+        if file is not None:
+            for token_id, token in json_value(read_json(file), "added_tokens_decoder", dict, file).items():
+                ids[token["content"]] = int(token_id)
+        if (file := find_file(path, "tokenizer.json", **hub)) is not None:
+            for token in json_value(read_json(file), "added_tokens", list, file):
+                ids[token["content"]] = int(token["id"])
+        elif (file := find_file(path, "vocab.json", **hub)) is not None:
+            ids = read_json(file) | ids
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"The added tokens in '{file}' must each have a `content` and an id.") from error
+    return {key: ids[token] for key, token in SPECIAL_TOKENS.items() if token in ids}
+
+
+def check_stated_ids(stated: Mapping[str, Any], name: str, path: str | os.PathLike, **hub: Any) -> None:
+    """
+    Refuse settings that give a special token another id than the tokenizer in `path` does.
+
+    Args:
+        stated (`Mapping[str, Any]`): Settings of this package.
+        name (`str`): What the error calls them.
+        path (`str` or `os.PathLike`), hub: See [`find_file`].
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, token_id in special_token_ids(path, **hub).items():
+        if stated.get(key, token_id) != token_id:
+            raise ValueError(
+                f"`{key}` in {name} is {stated[key]}, and {SPECIAL_TOKENS[key]} is {token_id} in the tokenizer. Correct it."
+            )
+
+
 def weight_files(
     path: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[str, Any], hub: dict[str, Any]
 ) -> list[str]:
@@ -184,6 +225,8 @@ class BagelLoadingMixin:
         is_quantized = getattr(config, "quantization_config", None) is not None
         files = [] if is_quantized else weight_files(source, config, kwargs, source_hub)
         check_token_ids(config, source)
+        if os.path.isdir(source):
+            check_stated_ids(marker_ids(config), f"the config.json of '{source}'", source, **source_hub)
         tensors = open_tensors(files)
         headers = headers_of(tensors)
         is_compared = bool(tensors) and not kwargs.get("key_mapping")
@@ -257,8 +300,11 @@ def _settle_config(
 
 def _empty_model(cls: Any, config: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
     accepted = inspect.signature(cls.__init__).parameters
-    with torch.device("meta"), init.no_init_weights():
-        return cls(copy.deepcopy(config), *model_args, **{key: kwargs[key] for key in accepted if key in kwargs})
+    try:
+        with torch.device("meta"), init.no_init_weights():
+            return cls(copy.deepcopy(config), *model_args, **{key: kwargs[key] for key in accepted if key in kwargs})
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"No {cls.__name__} can be made of the configuration: {error!r}.") from error
 
 
 def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]) -> GenerationConfig:

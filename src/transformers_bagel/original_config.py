@@ -13,8 +13,7 @@ from typing import Any
 import huggingface_hub
 
 from .checkpoints import count_matches, json_value, read_json, read_shapes, shard_names
-from .loading import WEIGHT_FILES, find_cached, find_file, in_subfolder, is_offline
-from .segments import SPECIAL_TOKENS
+from .loading import WEIGHT_FILES, find_cached, find_file, in_subfolder, is_offline, special_token_ids
 
 
 # Keys of the original config.json that this package spells differently.
@@ -85,7 +84,7 @@ def read_original_config(
     text_config = config_dict.setdefault("text_config", {})
     vision_config = config_dict.setdefault("vision_config", {})
 
-    token_ids = _special_token_ids(path, hub)
+    token_ids = special_token_ids(path, **hub)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key in token_ids:
             text_config[key] = token_ids.pop(key)
@@ -118,42 +117,6 @@ def _set_changed(config: Any, stated: dict[str, Any], right: dict[str, Any]) -> 
             setattr(config, key, value)
             if key == "num_hidden_layers" and hasattr(config, "layer_types"):
                 config.layer_types = ["full_attention"] * value
-
-
-def check_stated_ids(config_file: str | os.PathLike, path: str | os.PathLike, **hub: Any) -> None:
-    """
-    Refuse a `config.json` of this package that gives a special token another id than the tokenizer in `path` does.
-
-    Raises:
-        ValueError: naming the file and the key.
-    """
-    stated = read_json(config_file)
-    if is_original_config(stated):
-        return
-    for key, token_id in _special_token_ids(path, hub).items():
-        if stated.get(key, token_id) != token_id:
-            raise ValueError(
-                f"`{key}` in '{config_file}' is {stated[key]}, and {SPECIAL_TOKENS[key]} is {token_id} in the tokenizer. "
-                "Correct it."
-            )
-
-
-def _special_token_ids(path: str | os.PathLike, hub: dict[str, Any]) -> dict[str, int]:
-    """Ids of BAGEL's special tokens, found by name in the tokenizer's files. Absent tokens are left out."""
-    ids: dict[str, int] = {}
-    file = find_file(path, "tokenizer_config.json", **hub)
-    try:
-        if file is not None:
-            for token_id, token in json_value(read_json(file), "added_tokens_decoder", dict, file).items():
-                ids[token["content"]] = int(token_id)
-        if (file := find_file(path, "tokenizer.json", **hub)) is not None:
-            for token in json_value(read_json(file), "added_tokens", list, file):
-                ids[token["content"]] = int(token["id"])
-        elif (file := find_file(path, "vocab.json", **hub)) is not None:
-            ids = read_json(file) | ids
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"The added tokens in '{file}' must each have a `content` and an id.") from error
-    return {key: ids[token] for key, token in SPECIAL_TOKENS.items() if token in ids}
 
 
 def _find_shapes(path: str | os.PathLike, hub: dict[str, Any]) -> tuple[str | None, dict[str, tuple[int, ...]]]:

@@ -15,8 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextIn
 from .checkpoints import check_folder, read_json
 from .configuration_bagel import BagelConfig
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
-from .loading import InstalledCodeMixin, find_file, hub_arguments
-from .original_config import check_stated_ids
+from .loading import InstalledCodeMixin, check_stated_ids, find_file, hub_arguments
+from .original_config import is_original_config
 from .segments import (
     CHAT_TEMPLATE,
     GENERATION_THINK_PROMPT,
@@ -80,7 +80,10 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         kwargs |= hub_arguments(pretrained_model_name_or_path, kwargs)
         _check_files(pretrained_model_name_or_path, hub_arguments(pretrained_model_name_or_path, kwargs))
-        processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"The processor in '{pretrained_model_name_or_path}' cannot be used: {error}") from error
         image_settings = {
             key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
         }
@@ -251,10 +254,12 @@ def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
             read_json(file)
     if (file := find_file(path, "config.json", **hub)) is None:
         return
-    model_type = read_json(file).get("model_type", BagelConfig.model_type)
+    settings = read_json(file)
+    model_type = settings.get("model_type", BagelConfig.model_type)
     if model_type not in CONFIG_MAPPING or not issubclass(CONFIG_MAPPING[model_type], BagelConfig):
         raise ValueError(f"`model_type` in '{file}' is {model_type!r}, expected {BagelConfig.model_type!r}.")
-    check_stated_ids(file, path, **hub)
+    if not is_original_config(settings):
+        check_stated_ids(settings, f"'{file}'", path, **hub)
 
 
 def _load_image_processor(
