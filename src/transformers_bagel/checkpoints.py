@@ -236,6 +236,7 @@ def check_shapes(
         ValueError: if a tensor is missing, unexpected or misshapen.
     """
     expected, stored = _expected_shapes(model), _stored_names(shapes)
+    ignored = any_of(model._keys_to_ignore_on_load_unexpected)
     optional = any_of(model._keys_to_ignore_on_load_missing)
     if getattr(model.config, "tie_word_embeddings", False):
         optional += r"|^lm_head\.weight$"
@@ -243,8 +244,8 @@ def check_shapes(
     problems = []
     if missing := sorted(key for key in expected.keys() - stored.keys() if not re.search(optional, key)):
         problems.append(f"lacks {listed(missing)}")
-    unknown = [stored[key] for key in sorted(stored.keys() - expected.keys())]
-    if unexpected := used_names(model, unknown):
+    unknown = (stored[key] for key in sorted(stored.keys() - expected.keys()))
+    if unexpected := [key for key in unknown if not re.search(ignored, key)]:
         problems.append(f"has the unknown {listed(unexpected)}")
     misshapen = [
         f"{key} {shapes[key]} instead of {expected[own_name]}"
@@ -275,19 +276,17 @@ def check_tensors(
         ValueError: if a tensor is missing, unexpected, misshapen, or of another kind of numbers.
     """
     check_shapes(model, {key: header.shape for key, header in headers.items()}, name, ignore_mismatched_sizes)
-    stored = _stored_names(headers)
-    for key, header in ((key, headers[stored[key]]) for key in _expected_shapes(model) if key in stored):
-        if not header.dtype.is_floating_point:
+    for key in own_names(model, headers):
+        if not headers[key].dtype.is_floating_point:
             raise ValueError(
-                f"The checkpoint '{name}' holds {header.dtype} instead of floating numbers in {stored[key]}. Download it "
-                "again."
+                f"The checkpoint '{name}' holds {headers[key].dtype} instead of floating numbers in {key}. Download it again."
             )
 
 
-def used_names(model: Any, names: Any) -> list[str]:
-    """Those of the names of a checkpoint's tensors that a model does not leave in the files by design."""
-    ignored = any_of(model._keys_to_ignore_on_load_unexpected)
-    return [name for name in names if not re.search(ignored, name)]
+def own_names(model: Any, names: Any) -> list[str]:
+    """Those of the names of a checkpoint's tensors that a model has a place for."""
+    expected = _expected_shapes(model)
+    return [name for own_name, name in _stored_names(names).items() if own_name in expected]
 
 
 def check_values(tensors: dict[str, Any], name: str | os.PathLike) -> None:

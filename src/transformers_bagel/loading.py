@@ -38,9 +38,9 @@ from .checkpoints import (
     marker_ids,
     module_name,
     open_tensors,
+    own_names,
     read_json,
     shard_names,
-    used_names,
 )
 from .quantization import spare_sensitive_layers
 from .segments import SPECIAL_TOKENS
@@ -235,7 +235,7 @@ class BagelLoadingMixin:
         empty = _empty_model(cls, config, model_args, kwargs)
         if is_compared:
             check_tensors(empty, headers, source, kwargs.get("ignore_mismatched_sizes", False))
-        check_values({name: tensors[name] for name in used_names(empty, tensors)}, source)
+        check_values({name: tensors[name] for name in own_names(empty, tensors)}, source)
         if kwargs.get("quantization_config") is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:
@@ -325,7 +325,11 @@ def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]
 
 def _read_generation_config(path: str | os.PathLike, hub: dict[str, Any]) -> GenerationConfig:
     try:
-        return GenerationConfig.from_pretrained(path, **hub)
+        generation_config = GenerationConfig.from_pretrained(path, **hub)
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length"):
+            if not isinstance(value := getattr(generation_config, name, None), (int, float, type(None))):
+                raise ValueError(f"`{name}` must be a number, got {value!r}")
+        return generation_config
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"The generation_config.json of '{path}' cannot be used: {error}") from error
 

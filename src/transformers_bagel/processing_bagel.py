@@ -4,7 +4,10 @@
 import copy
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorMixin
@@ -28,6 +31,10 @@ from .segments import (
     check_conversation,
     encode_segments,
 )
+
+
+# Seconds of work, and some hundred thousand messages.
+MAX_TEMPLATE_LINES = 5_000_000
 
 
 class BagelProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -214,13 +221,16 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
             kwargs: Arguments of [`ProcessorMixin.apply_chat_template`].
 
         Raises:
-            ValueError: if a message has no content, or an unknown role or part.
+            ValueError: if a message has no content, or an unknown role or part; or if another template than BAGEL's own
+                never seems to end.
         """
         generation_mode = kwargs.get("generation_mode", "text")
         if generation_mode not in ("text", "image"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
         check_conversation(conversation)
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        is_own = (chat_template or self.chat_template) == CHAT_TEMPLATE
+        with nullcontext() if is_own else bounded_template(MAX_TEMPLATE_LINES):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
@@ -229,6 +239,36 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]
+
+
+@contextmanager
+def bounded_template(lines: int) -> Iterator[None]:
+    """
+    Stop a chat template that runs more `lines` than any conversation needs: it is a program, perhaps of a stranger, and
+    what jinja bounds is a single loop. Under a debugger, which needs the same hook, nothing is stopped.
+
+    Raises:
+        ValueError: from within the template.
+    """
+    left = lines
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":
+            return None
+        left -= 1
+        if left < 0:
+            raise ValueError(f"The chat template ran {lines} lines, and was stopped. Pass another `chat_template`.")
+        return trace
+
+    if sys.gettrace() is not None:
+        yield
+        return
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
