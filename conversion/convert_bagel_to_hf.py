@@ -37,12 +37,13 @@ from repositories import (
     write_weights,
 )
 from sources import opened
-from streaming import Shard, plan_shards
+from streaming import Shard, check_finite, plan_shards
+from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.loading import check_shapes
+from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, open_tensors
 from transformers_bagel.original_config import read_original_config
 
 
@@ -96,9 +97,17 @@ def convert(
     shards, index = plan_shards(tensors, dtype, max_shard_size, WEIGHTS_PATTERN)
     original = read_original(files.descriptions)
     config, processor = described(files, original, shapes)
+    check_layers(config, shapes, src)
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    check_shapes(model, shapes, src)
+    check_tensors(model, {tensor.name: tensor for tensor in tensors}, src)
+    if verify:
+        with tqdm(
+            total=sum(shard.num_bytes for shard in shards), desc="Checked", unit="B", unit_scale=True
+        ) as progress:
+            check_finite(tensors, progress)
+    elif not files.pickled:
+        check_values(open_tensors([str(file) for file in files.weights]), src)
     pipe = BagelPipeline(
         transformer=model,
         vae=vae_from_file(files.vae, dtype),

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from diffusers_bagel.loading import VAE_FILE
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
-from transformers_bagel.loading import check_shapes
+from transformers_bagel.checkpoints import check_layers, check_tensors
 
 
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
@@ -57,9 +57,10 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     config_file = source.present(f"{model_folder}config.json")
     config = BagelConfig.from_pretrained(config_file.parent)
     tensors = tensors_of(model_files(source, model_folder))
+    check_layers(config, tensors, src)
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    check_shapes(model, {name: tensor.shape for name, tensor in tensors.items()}, src)
+    check_tensors(model, tensors, src)
     weights = Shard(WHICH["ema"], tuple(tensors.values()))
     vae = Shard(VAE_FILE, tuple(vae_tensors(source.present(VAE_WEIGHTS))))
     descriptions = {name: source.find(f"{processor_folder}{name}") for name in (*SETTINGS, *TOKENIZER)}

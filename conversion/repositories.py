@@ -40,7 +40,9 @@ def add_output_arguments(parser: argparse.ArgumentParser, dtype: str) -> None:
     )
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
-    parser.add_argument("--verify", action="store_true", help="read what was written again and compare")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all values before, and what was written again after"
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

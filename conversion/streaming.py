@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from tqdm.auto import tqdm
+
+from transformers_bagel.checkpoints import is_finite
 
 
 # Bytes in memory at a time. A whole number of elements of any type.
@@ -111,6 +113,25 @@ def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[bytes]:
             yield piece
     if tensor.continuation is not None:
         yield from pieces(tensor.continuation, dtype)
+
+
+def check_finite(tensors: Sequence[StoredTensor], progress: tqdm) -> None:
+    """
+    Read tensors whole, a piece at a time.
+
+    Raises:
+        ValueError: naming the first that holds a number that is not finite.
+    """
+    for tensor in tensors:
+        for piece in pieces(tensor, tensor.dtype):
+            progress.update(len(piece))
+            if tensor.dtype.is_floating_point and not is_finite(
+                torch.frombuffer(bytearray(piece), dtype=tensor.dtype)
+            ):
+                raise ValueError(
+                    f"'{tensor.name}' in '{tensor.file}' holds numbers that are not finite: its training went wrong, or "
+                    "the file is broken."
+                )
 
 
 def read_tensor(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,8 +10,16 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.loading import HUB_ARGUMENTS, find_file, open_tensors, read_shapes
-from transformers_bagel.original_config import count_matches
+from transformers_bagel.checkpoints import (
+    check_folder,
+    check_values,
+    count_matches,
+    headers_of,
+    is_finite,
+    open_tensors,
+    read_json,
+)
+from transformers_bagel.loading import HUB_ARGUMENTS, check_stated_ids, find_file
 
 from .memory import transformer_quantization
 
@@ -19,6 +27,9 @@ from .memory import transformer_quantization
 VAE_FILE = "ae.safetensors"
 
 COMPONENTS = ("transformer", "vae", "scheduler", "processor")
+
+# A scheduler makes a table of as many.
+MAX_TRAIN_TIMESTEPS = 1_000_000
 
 # Of `DiffusionPipeline.from_pretrained`, beside the components, `dtype` and where files are.
 _FOR_TRANSFORMER = ("device_map", "max_memory", "offload_folder")
@@ -36,9 +47,10 @@ def is_original(path: str | os.PathLike, has_vae: bool, hub: dict[str, Any]) -> 
     """
     if os.path.isdir(path) and not os.listdir(path):
         raise OSError(f"The directory '{path}' is empty: it holds no checkpoint.")
+    check_folder(path)
     if find_file(path, "model_index.json", **hub) is not None:
-        if not has_vae:
-            check_saved_vae(os.path.join(path, "vae"))
+        if os.path.isdir(path):
+            check_saved_parts(path, has_vae)
         return False
     if not has_vae and find_file(path, VAE_FILE, **hub) is None:
         raise OSError(
@@ -121,6 +133,10 @@ def vae_from_file(file: str | os.PathLike, dtype: torch.dtype | None = None) -> 
     """See [`load_original_vae`]."""
     weights = {name: tensor[...] for name, tensor in open_tensors([str(file)]).items()}
     try:
+        if wrong := [
+            name for name, tensor in weights.items() if not tensor.is_floating_point() or not is_finite(tensor)
+        ]:
+            raise ValueError(f"not all of {wrong[0]} are finite floating numbers")
         config = vae_config(weights)
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(config)
@@ -135,20 +151,84 @@ def vae_from_file(file: str | os.PathLike, dtype: torch.dtype | None = None) -> 
     return vae.eval()
 
 
+class CheckedDownloadMixin:
+    """Of a pipeline in diffusers' layout: what comes from the Hub is checked as that of a folder is."""
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> Any:
+        """Like the parent's.
+
+        Raises:
+            OSError, ValueError: see [`check_saved_parts`].
+        """
+        folder = super().download(pretrained_model_name, **kwargs)  # type: ignore[misc]  # of the class beside this mixin
+        check_saved_parts(folder, "vae" in kwargs)
+        return folder
+
+
+def check_saved_parts(folder: str | os.PathLike, has_vae: bool) -> None:
+    """
+    Check what is small in a local folder of diffusers' layout, and the VAE, unless the caller has one.
+
+    Raises:
+        OSError: if a file is truncated, or is none.
+        ValueError: naming the file and the key, if they cannot be used.
+    """
+    check_folder(folder, *COMPONENTS)
+    index = os.path.join(folder, "model_index.json")
+    if "_class_name" not in read_json(index):
+        raise ValueError(f"`_class_name` in '{index}' is missing: it describes no pipeline.")
+    for name, value in read_json(index).items():
+        is_class = isinstance(value, list) and [type(part) for part in value] in ([str, str], [type(None)] * 2)
+        if name in COMPONENTS and not is_class:
+            raise ValueError(f"`{name}` in '{index}' must be a library and a class, got {value!r:.80}.")
+    scheduler = Path(folder, "scheduler", "scheduler_config.json")
+    steps = read_json(scheduler).get("num_train_timesteps", 1) if scheduler.exists() else 1
+    if not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"`num_train_timesteps` in '{scheduler}' must be 1 to {MAX_TRAIN_TIMESTEPS}, got {steps!r}.")
+    config = next((file for file in Path(folder).glob("transformer/config.json")), Path(folder, "config.json"))
+    if config.exists():
+        processor = Path(folder, "processor")
+        check_stated_ids(read_json(config), f"'{config}'", processor if processor.exists() else folder)
+    if not has_vae:
+        check_saved_vae(os.path.join(folder, "vae"))
+
+
 def check_saved_vae(folder: str | os.PathLike) -> None:
     """Compare the VAE in a local folder of diffusers' layout, if it is there, with its configuration: the library would
     make up what is missing.
 
     Raises:
         OSError: if a file is truncated.
-        ValueError: if a tensor is missing, unexpected or misshapen.
+        ValueError: if a setting cannot be used, or if a tensor is missing, unexpected or misshapen, or not finite.
     """
     files = sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors"))
     if not files:
         return
-    found = read_shapes([str(file) for file in files])
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    tensors = open_tensors([str(file) for file in files])
+    found = {name: header.shape for name, header in headers_of(tensors).items() if header.dtype.is_floating_point}
+    file = Path(folder, "config.json")
+    config = read_json(file)
+    layers = count_matches(found, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    # What would be built is as long as these.
+    sizes = {"layers_per_block": layers} | dict.fromkeys(
+        ("block_out_channels", "down_block_types", "up_block_types"),
+        count_matches(found, r"encoder\.down_blocks\.(\d+)\."),
+    )
+    for key, size in sizes.items():
+        value = config.get(key, size)
+        if (len(value) if isinstance(value, list) else value) != size:
+            raise ValueError(
+                f"`{key}` in '{file}' must be of {size}, as the weights beside it are, got {value!r:.80}."
+            )
+    for key in ("scaling_factor", "shift_factor"):
+        if not isinstance(config.get(key) or 0.0, (int, float)):
+            raise ValueError(f"`{key}` in '{file}' must be a number, got {config[key]!r:.80}.")
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(config)
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"'{file}' describes no VAE that can be built: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if wrong:
@@ -156,6 +236,7 @@ def check_saved_vae(folder: str | os.PathLike) -> None:
             f"The VAE in '{folder}' does not fit its config.json: {min(wrong)} is {found.get(min(wrong), 'missing')}, "
             f"expected {expected.get(min(wrong), 'no such tensor')}. Download it again."
         )
+    check_values(tensors, folder)
 
 
 def name_own_modules(config_dict: dict[str, Any]) -> dict[str, Any]:

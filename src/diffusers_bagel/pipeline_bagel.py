@@ -48,7 +48,7 @@ from .inputs import (
     check_whole_number,
     takes_sigmas,
 )
-from .loading import is_original, load_original_components, name_own_modules
+from .loading import CheckedDownloadMixin, is_original, load_original_components, name_own_modules
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
@@ -72,7 +72,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class BagelPipeline(DiffusionPipeline, BagelLoraLoaderMixin):
+class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixin):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 

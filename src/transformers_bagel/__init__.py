@@ -14,10 +14,10 @@ from transformers.core_model_loading import WeightRenaming
 
 from .adapters import LORA_TARGETS, register_lora_targets
 from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
+from .checkpoints import WEIGHT_RENAMINGS
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
 from .context_parallel import SplitPrefixCache
 from .image_processing_bagel import BagelImageProcessor
-from .loading import WEIGHT_RENAMINGS
 from .modeling_bagel import (
     BagelForConditionalGeneration,
     BagelModel,

@@ -4,11 +4,15 @@
 import os
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2Config
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
-from .loading import InstalledCodeMixin, find_file, hub_arguments, read_json
+from .checkpoints import check_folder, read_json
+from .loading import InstalledCodeMixin, find_file, hub_arguments
 from .original_config import (
     ORIGINAL_KEYS,
     correct_config,
@@ -20,6 +24,33 @@ from .training.losses import LOSS_REDUCTIONS
 
 
 logger = logging.get_logger(__name__)
+
+# The largest sizes of a model that anybody could mean, some 40 times those of the original. They keep a typing error from
+# filling the memory: tables have the square of a side in rows, and no tensor gets more numbers than torch can count.
+_LARGEST_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1024),
+    **dict.fromkeys(("patch_size", "latent_patch_size", "latent_downsample"), 256),
+    **dict.fromkeys(("max_latent_size", "vit_max_num_patch_per_side"), 4096),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "image_size"), 2**20),
+    **dict.fromkeys(("num_channels", "latent_channels", "frequency_embedding_size"), 2**20),
+    "max_position_embeddings": 2**30,
+}
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """
+    Refuse sizes that no model has, before anything of that size is made, and activations that nobody knows.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, largest in _LARGEST_SIZES.items():
+        size = getattr(config, name, None)
+        if size is not None and not 1 <= size <= largest:
+            raise ValueError(f"`{name}` must be between 1 and {largest}, got {size}.")
+    for name in ("hidden_act", "connector_act"):
+        if getattr(config, name, "silu") not in ACT2FN:
+            raise ValueError(f"`{name}` must be an activation of transformers, got {getattr(config, name)!r}.")
 
 
 @strict
@@ -69,6 +100,11 @@ class BagelTextConfig(Qwen2Config):
     qk_norm: bool = True
     visual_gen: bool = True
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The parent makes a list with an entry for each layer.
+        _check_sizes(self)
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation."""
         super().validate_architecture()
@@ -109,6 +145,7 @@ class BagelVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation."""
+        _check_sizes(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) of the vision tower must be a multiple of `num_attention_heads` "
@@ -205,6 +242,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the `@strict` validation."""
+        _check_sizes(self)
         if self.frequency_embedding_size % 2:
             raise ValueError(f"`frequency_embedding_size` must be even, got {self.frequency_embedding_size}.")
         if self.loss_reduction not in LOSS_REDUCTIONS:
@@ -238,7 +276,16 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Like the parent's; an original `config.json` is corrected from the weights and the tokenizer beside it."""
+        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         hub = hub_arguments(pretrained_model_name_or_path, kwargs)
+        is_file = os.path.isfile(pretrained_model_name_or_path)
+        file = (
+            pretrained_model_name_or_path
+            if is_file
+            else find_file(pretrained_model_name_or_path, "config.json", **hub)
+        )
+        if file is not None:
+            read_json(file)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **(kwargs | hub))
         if not config_dict:
             # The first repositories have llm_config.json and vit_config.json, and no config.json.
@@ -255,7 +302,8 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
             )
         if is_original_config(config_dict):
             config_dict = read_original_config(config_dict, _place(pretrained_model_name_or_path), **hub)
-        return config_dict, kwargs
+        # `from_dict` is told nothing of where it comes from.
+        return config_dict, kwargs | {"_read_from": str(pretrained_model_name_or_path)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -265,12 +313,12 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         """
         name = kwargs.get("name_or_path")
         if not name or not is_original_config(config_dict):
-            return super().from_dict(config_dict, **kwargs)
+            return cls._named_from_dict(config_dict, **kwargs)
         file = os.path.join(name, "config.json") if os.path.isdir(name) else name
         # A `subfolder` is dropped, too.
         if os.path.isfile(file) and read_json(file) == config_dict:
-            return super().from_dict(read_original_config(config_dict, _place(name)), **kwargs)
-        made = super().from_dict(dict(config_dict), **kwargs)
+            return cls._named_from_dict(read_original_config(config_dict, _place(name)), **kwargs)
+        made = cls._named_from_dict(dict(config_dict), **kwargs)
         (made[0] if isinstance(made, tuple) else made).original_config = config_dict
         if isinstance(made, tuple):
             # Asked by a class that loads a model next.
@@ -281,6 +329,50 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
             "`BagelConfig.from_pretrained`."
         )
         return made
+
+    @classmethod
+    def _named_from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The parent's `from_dict`, whose errors name the file and the key."""
+        name = kwargs.pop("_read_from", None) or kwargs.get("name_or_path")
+        file = f"config.json of '{name}'" if name else "configuration"
+        place = ""
+        try:
+            for key, part in cls.sub_configs.items():
+                settings, place = config_dict.get(key), f"in `{key}`, "
+                if isinstance(settings, dict):
+                    if settings.get("model_type", part.model_type) != part.model_type:
+                        raise ValueError(f"`model_type` is {settings['model_type']!r}, expected {part.model_type!r}.")
+                    _check_library_settings(settings)
+                    part(**settings)
+                elif settings is not None and not isinstance(settings, part):
+                    raise ValueError(f"there is {settings!r:.80} instead of an object.")
+            place = ""
+            _check_library_settings(config_dict)
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"The {file} cannot be used: {place}{_reason(error)}") from error
+
+
+def _check_library_settings(settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` for values that the library reads and does not check."""
+    for key in ("dtype", "torch_dtype"):
+        value = settings.get(key)
+        found = getattr(torch, value, None) if isinstance(value, str) else value
+        if value not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"`{key}` must be a floating type, got {value!r}.")
+    for key, kind in (("transformers_weights", str), ("attn_implementation", (str, dict)), ("auto_map", dict)):
+        if not isinstance(settings.get(key), (kind, type(None))):
+            raise ValueError(f"`{key}` must be of another type than {settings[key]!r}.")
+    theta = settings.get("rope_theta")
+    if theta is not None and not (isinstance(theta, (int, float)) and theta > 0):
+        raise ValueError(f"`rope_theta` must be a positive number, got {theta!r}.")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the libraries' names of their checks."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
 
 
 def _place(path: str | os.PathLike) -> str | os.PathLike:

@@ -36,6 +36,10 @@ class BagelGenerationMixin(GenerationMixin):
             name: kwargs.get(name, getattr(config, name, None))
             for name in ("prefill_chunk_size", "cache_implementation", "use_cache", "is_assistant")
         }
+        use_cache = settings["use_cache"]
+        if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):
+            # What is false and not `False` has a cache made, into which everything is fed again at every token.
+            settings["use_cache"] = kwargs["use_cache"] = use_cache is None or bool(use_cache)
         self._check_images(kwargs, settings["prefill_chunk_size"])
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,24 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 
+from .checkpoints import (
+    check_folder,
+    check_layers,
+    check_tensors,
+    check_token_ids,
+    check_values,
+    headers_of,
+    json_value,
+    listed,
+    marker_ids,
+    module_name,
+    open_tensors,
+    own_names,
+    read_json,
+    shard_names,
+)
 from .quantization import spare_sensitive_layers
+from .segments import SPECIAL_TOKENS
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -39,16 +56,6 @@ _OF_THE_MODEL = (
 
 # In the order in which the library looks for them; the last is the original layout's without an index.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "ema.safetensors")
-
-# Name in a file -> name in the module tree. Saving applies the inverse, so that one file serves every reader.
-WEIGHT_RENAMINGS = [
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^vit_model\.vision_model\.", "model.vision_tower."),
-    (r"^time_embedder\.mlp\.0\.", "model.time_embedder.linear_1."),
-    (r"^time_embedder\.mlp\.2\.", "model.time_embedder.linear_2."),
-    (r"^(connector|vae2llm|llm2vae|latent_pos_embed|vit_pos_embed)\.", r"model.\1."),
-]
 
 # Weights that only drawing needs, and those that only seeing needs.
 GENERATION_WEIGHTS = r"_moe_gen\.|vae2llm\.|llm2vae\.|time_embedder\.|latent_pos_embed\."
@@ -116,37 +123,41 @@ def in_subfolder(name: str, hub: dict[str, Any]) -> str:
     return f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
 
 
-def read_json(file: str | os.PathLike) -> dict[str, Any]:
-    with open(file, encoding="utf-8") as text:
-        return json.load(text)
+def special_token_ids(path: str | os.PathLike, **hub: Any) -> dict[str, int]:
+    """Ids of BAGEL's special tokens, found by name in the tokenizer's files. Absent tokens are left out."""
+    ids: dict[str, int] = {}
+    file = find_file(path, "tokenizer_config.json", **hub)
+    try:
+        if file is not None:
+            for token_id, token in json_value(read_json(file), "added_tokens_decoder", dict, file).items():
+                ids[token["content"]] = int(token_id)
+        if (file := find_file(path, "tokenizer.json", **hub)) is not None:
+            for token in json_value(read_json(file), "added_tokens", list, file):
+                ids[token["content"]] = int(token["id"])
+        elif (file := find_file(path, "vocab.json", **hub)) is not None:
+            ids = read_json(file) | ids
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"The added tokens in '{file}' must each have a `content` and an id.") from error
+    return {key: ids[token] for key, token in SPECIAL_TOKENS.items() if token in ids}
 
 
-def open_tensors(files: list[str]) -> dict[str, Any]:
+def check_stated_ids(stated: Mapping[str, Any], name: str, path: str | os.PathLike, **hub: Any) -> None:
     """
-    The tensors of safetensors files, by name. Nothing is read but the headers, and nothing is mapped: a system may refuse
-    to map a file larger than its memory.
+    Refuse settings that give a special token another id than the tokenizer in `path` does.
 
-    Returns:
-        `dict[str, PySafeSlice]`: Each has a `get_shape()`, and is read at `[...]`.
+    Args:
+        stated (`Mapping[str, Any]`): Settings of this package.
+        name (`str`): What the error calls them.
+        path (`str` or `os.PathLike`), hub: See [`find_file`].
 
     Raises:
-        OSError: if a file is no whole safetensors file.
+        ValueError: naming the key.
     """
-    tensors: dict[str, Any] = {}
-    for file in files:
-        try:
-            opened = safe_open(file, framework="pt", backend="pread")
-            tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise OSError(
-                f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
-            ) from error
-    return tensors
-
-
-def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of safetensors files by name, see [`open_tensors`]."""
-    return {name: tuple(tensor.get_shape()) for name, tensor in open_tensors(files).items()}
+    for key, token_id in special_token_ids(path, **hub).items():
+        if stated.get(key, token_id) != token_id:
+            raise ValueError(
+                f"`{key}` in {name} is {stated[key]}, and {SPECIAL_TOKENS[key]} is {token_id} in the tokenizer. Correct it."
+            )
 
 
 def weight_files(
@@ -166,17 +177,6 @@ def weight_files(
     return cached_files(path, shard_names(file), **hub) or []
 
 
-def shard_names(index: str) -> list[str]:
-    return sorted(set(read_json(index)["weight_map"].values()))
-
-
-def module_name(name: str) -> str:
-    """A weight's name in the module tree, from its name in a file; others stay as they are."""
-    for pattern, replacement in WEIGHT_RENAMINGS:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def rename_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Hook of `load_state_dict`: give the names of files in a state dict the module's own."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
@@ -189,51 +189,6 @@ def ignored_weights(visual_gen: bool, visual_und: bool) -> list[str]:
     """Patterns of the weights that a model without `visual_gen` or `visual_und` leaves in the files."""
     patterns = [] if visual_gen else [GENERATION_WEIGHTS]
     return patterns if visual_und else [*patterns, UNDERSTANDING_WEIGHTS]
-
-
-def check_shapes(
-    model: Any, shapes: dict[str, tuple[int, ...]], name: str | os.PathLike, ignore_mismatched_sizes: bool = False
-) -> None:
-    """
-    Compare names and shapes of the tensors of the checkpoint `name` with a model on any device.
-
-    Raises:
-        ValueError: if a tensor is missing, unexpected or misshapen.
-    """
-    expected = {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    stored = {module_name(key).removeprefix("model."): key for key in shapes}
-    ignored = _any_of(model._keys_to_ignore_on_load_unexpected)
-    optional = _any_of(model._keys_to_ignore_on_load_missing)
-    if getattr(model.config, "tie_word_embeddings", False):
-        optional += r"|^lm_head\.weight$"
-
-    problems = []
-    if missing := sorted(key for key in expected.keys() - stored.keys() if not re.search(optional, key)):
-        problems.append(f"lacks {_listed(missing)}")
-    unknown = (stored[key] for key in sorted(stored.keys() - expected.keys()))
-    if unexpected := [key for key in unknown if not re.search(ignored, key)]:
-        problems.append(f"has the unknown {_listed(unexpected)}")
-    misshapen = [
-        f"{key} {shapes[key]} instead of {expected[own_name]}"
-        for own_name, key in stored.items()
-        if own_name in expected and shapes[key] != expected[own_name]
-    ]
-    if misshapen and not ignore_mismatched_sizes:
-        problems.append(f"has the wrong shape of {_listed(misshapen)}")
-    if problems:
-        raise ValueError(
-            f"The checkpoint '{name}' does not fit its configuration: it {'; it '.join(problems)}. Download it again, or "
-            "correct `config.json`."
-        )
-
-
-def _any_of(patterns: Any) -> str:
-    return "|".join(patterns or []) or r"(?!)"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 
 class BagelLoadingMixin:
@@ -256,21 +211,31 @@ class BagelLoadingMixin:
 
         Raises:
             OSError: if a file is missing or truncated.
-            ValueError: if a tensor is missing, unexpected or misshapen, before any is read.
+            ValueError: if a setting cannot be right, if a tensor is missing, unexpected, misshapen or no floating
+                numbers, before any is read; or if one holds numbers that are not finite, see [`check_values`].
         """
         path, load = pretrained_model_name_or_path, super().from_pretrained  # type: ignore[misc]  # of the class beside
         if path is None or kwargs.get("gguf_file") or kwargs.get("state_dict") is not None:
             return load(path, *model_args, config=config, **kwargs)
+        check_folder(path, kwargs.get("subfolder") or "")
         hub = hub_arguments(path, kwargs)
         source, has_adapter = _base_model(path, kwargs.get("adapter_kwargs"), hub)
         source_hub = hub_arguments(source, hub)
         config, kwargs = _settle_config(cls.config_class, source, config, kwargs, source_hub)  # type: ignore[attr-defined]
         is_quantized = getattr(config, "quantization_config", None) is not None
         files = [] if is_quantized else weight_files(source, config, kwargs, source_hub)
+        check_token_ids(config, source)
+        if os.path.isdir(source):
+            check_stated_ids(marker_ids(config), f"the config.json of '{source}'", source, **source_hub)
         tensors = open_tensors(files)
+        headers = headers_of(tensors)
+        is_compared = bool(tensors) and not kwargs.get("key_mapping")
+        if is_compared:
+            check_layers(config, tensors, source)
         empty = _empty_model(cls, config, model_args, kwargs)
-        if tensors and not kwargs.get("key_mapping"):
-            check_shapes(empty, read_shapes(files), source, kwargs.get("ignore_mismatched_sizes", False))
+        if is_compared:
+            check_tensors(empty, headers, source, kwargs.get("ignore_mismatched_sizes", False))
+        check_values({name: tensors[name] for name in own_names(empty, tensors)}, source)
         if kwargs.get("quantization_config") is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:
@@ -287,14 +252,14 @@ class BagelLoadingMixin:
             model, info = load(path, *model_args, config=config, **hub, **kwargs)
         else:
             if kwargs.get("dtype", "auto") in (None, "auto") and config.dtype is None:
-                kwargs["dtype"] = _floating_dtype(tensors)
+                kwargs["dtype"] = next((header.dtype for header in headers.values()), None)
             model, info = load(None, *model_args, config=config, state_dict=tensors, **kwargs)
             for module in model.modules():
                 if getattr(module, "config", None) is model.config:
                     module.config.name_or_path = module.name_or_path = str(path)
         if info["missing_keys"] and not has_adapter:
             raise ValueError(
-                f"The checkpoint '{source}' lacks {_listed(sorted(info['missing_keys']))}. Download it again."
+                f"The checkpoint '{source}' lacks {listed(sorted(info['missing_keys']))}. Download it again."
             )
         return (model, info) if wants_info else model
 
@@ -335,8 +300,11 @@ def _settle_config(
 
 def _empty_model(cls: Any, config: Any, model_args: tuple, kwargs: dict[str, Any]) -> Any:
     accepted = inspect.signature(cls.__init__).parameters
-    with torch.device("meta"), init.no_init_weights():
-        return cls(copy.deepcopy(config), *model_args, **{key: kwargs[key] for key in accepted if key in kwargs})
+    try:
+        with torch.device("meta"), init.no_init_weights():
+            return cls(copy.deepcopy(config), *model_args, **{key: kwargs[key] for key in accepted if key in kwargs})
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"No {cls.__name__} can be made of the configuration: {error!r}.") from error
 
 
 def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]) -> GenerationConfig:
@@ -345,7 +313,7 @@ def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]
     if find_file(path, "generation_config.json", **hub) is None:
         generation_config = GenerationConfig.from_model_config(config)
     else:
-        generation_config = GenerationConfig.from_pretrained(path, **hub)
+        generation_config = _read_generation_config(path, hub)
     text_config = config.get_text_config()
     generation_config.bos_token_id = text_config.bos_token_id
     generation_config.pad_token_id = text_config.pad_token_id
@@ -353,6 +321,17 @@ def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]
     if text_config.eos_token_id not in (stops if isinstance(stops, list) else [stops]):
         generation_config.eos_token_id = text_config.eos_token_id
     return generation_config
+
+
+def _read_generation_config(path: str | os.PathLike, hub: dict[str, Any]) -> GenerationConfig:
+    try:
+        generation_config = GenerationConfig.from_pretrained(path, **hub)
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length"):
+            if not isinstance(value := getattr(generation_config, name, None), (int, float, type(None))):
+                raise ValueError(f"`{name}` must be a number, got {value!r}")
+        return generation_config
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"The generation_config.json of '{path}' cannot be used: {error}") from error
 
 
 def _stays_in_files(device_map: Any, files: list[str]) -> bool:
@@ -365,9 +344,3 @@ def _stays_in_files(device_map: Any, files: list[str]) -> bool:
     except (OSError, RuntimeError, SafetensorError):
         return False
     return on_disk
-
-
-def _floating_dtype(tensors: dict[str, Any]) -> torch.dtype | None:
-    """Type of the first tensor of floating numbers, of which nothing is read."""
-    empty = (tensor[:0] for tensor in tensors.values() if tensor.get_shape())
-    return next((tensor.dtype for tensor in empty if tensor.is_floating_point()), None)

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import Any
 
 import huggingface_hub
 
-from .loading import (
-    WEIGHT_FILES,
-    find_cached,
-    find_file,
-    in_subfolder,
-    is_offline,
-    read_json,
-    read_shapes,
-    shard_names,
-)
-from .segments import SPECIAL_TOKENS
+from .checkpoints import count_matches, json_value, read_json, read_shapes, shard_names
+from .loading import WEIGHT_FILES, find_cached, find_file, in_subfolder, is_offline, special_token_ids
 
 
 # Keys of the original config.json that this package spells differently.
@@ -44,6 +34,9 @@ def rename_original_keys(original: dict[str, Any]) -> dict[str, Any]:
     The original loader drops the last ViT layer that `vit_config` counts, and so does this function.
     """
     renamed: dict[str, Any] = {}
+    for key in ORIGINAL_KEYS:
+        if not isinstance(original.get(key) or {}, dict):
+            raise ValueError(f"`{key}` must be an object, got {original[key]!r}.")
     if (llm_config := original.get("llm_config")) is not None:
         layer_module = llm_config.get("layer_module", "Qwen2MoTDecoderLayer")
         if layer_module != "Qwen2MoTDecoderLayer":
@@ -54,8 +47,8 @@ def rename_original_keys(original: dict[str, Any]) -> dict[str, Any]:
         renamed["text_config"] = _own_keys(llm_config)
     if (vit_config := original.get("vit_config")) is not None:
         vision_config = _own_keys(vit_config)
-        if "num_hidden_layers" in vision_config:
-            vision_config["num_hidden_layers"] -= 1
+        if isinstance(layers := vision_config.get("num_hidden_layers"), int):
+            vision_config["num_hidden_layers"] = layers - 1
         renamed["vision_config"] = vision_config
     vae_config = original.get("vae_config") or {}
     for original_key, key in (("z_channels", "latent_channels"), ("downsample", "latent_downsample")):
@@ -84,13 +77,14 @@ def read_original_config(
     config_dict = dict(config_dict)
     original = {key: config_dict.pop(key, None) for key in ORIGINAL_KEYS}
     for key in ("llm_config", "vit_config"):
+        json_value(original, key, dict, os.path.join(path, "config.json"))
         if original[key] is None and (file := find_file(path, f"{key}.json", **hub)) is not None:
             original[key] = read_json(file)
     config_dict |= rename_original_keys(original)
     text_config = config_dict.setdefault("text_config", {})
     vision_config = config_dict.setdefault("vision_config", {})
 
-    token_ids = _read_special_token_ids(path, hub)
+    token_ids = special_token_ids(path, **hub)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key in token_ids:
             text_config[key] = token_ids.pop(key)
@@ -123,20 +117,6 @@ def _set_changed(config: Any, stated: dict[str, Any], right: dict[str, Any]) -> 
             setattr(config, key, value)
             if key == "num_hidden_layers" and hasattr(config, "layer_types"):
                 config.layer_types = ["full_attention"] * value
-
-
-def _read_special_token_ids(path: str | os.PathLike, hub: dict[str, Any]) -> dict[str, int]:
-    """Ids of BAGEL's special tokens, found by name in the tokenizer's files. Absent tokens are left out."""
-    ids: dict[str, int] = {}
-    if (file := find_file(path, "tokenizer_config.json", **hub)) is not None:
-        for token_id, token in read_json(file).get("added_tokens_decoder", {}).items():
-            ids[token["content"]] = int(token_id)
-    if (file := find_file(path, "tokenizer.json", **hub)) is not None:
-        for token in read_json(file).get("added_tokens", []):
-            ids[token["content"]] = token["id"]
-    elif (file := find_file(path, "vocab.json", **hub)) is not None:
-        ids = read_json(file) | ids
-    return {key: ids[token] for key, token in SPECIAL_TOKENS.items() if token in ids}
 
 
 def _find_shapes(path: str | os.PathLike, hub: dict[str, Any]) -> tuple[str | None, dict[str, tuple[int, ...]]]:
@@ -190,19 +170,17 @@ def _correct_from_shapes(
     if vision_layers := count_matches(shapes, r"vit_model\.vision_model\.encoder\.layers\.(\d+)\."):
         vision_config["num_hidden_layers"] = vision_layers
     if positions := side("vit_model.vision_model.embeddings.position_embedding.weight"):
-        vision_config["image_size"] = math.isqrt(positions) * vision_config.get("patch_size", 14)
+        patch_size = vision_config.get("patch_size", 14)
+        vision_config["image_size"] = math.isqrt(positions) * (patch_size if isinstance(patch_size, int) else 14)
     for name, key in (("latent_pos_embed", "max_latent_size"), ("vit_pos_embed", "vit_max_num_patch_per_side")):
         if positions := side(f"{name}.pos_embed"):
             config_dict[key] = math.isqrt(positions)
     if latent_dim := side("vae2llm.weight", axis=1):
-        config_dict["latent_channels"] = latent_dim // config_dict.get("latent_patch_size", 2) ** 2
+        patch_size = config_dict.get("latent_patch_size", 2)
+        if isinstance(patch_size, int) and patch_size:
+            config_dict["latent_channels"] = latent_dim // patch_size**2
     if frequencies := side("time_embedder.mlp.0.weight", axis=1):
         config_dict["frequency_embedding_size"] = frequencies
-
-
-def count_matches(names: Any, pattern: str) -> int:
-    """How many different values the group of a pattern has at the beginning of names."""
-    return len({match.group(1) for name in names if (match := re.match(pattern, name))})
 
 
 def _own_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,23 @@
 import copy
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
+from .checkpoints import check_folder, read_json
 from .configuration_bagel import BagelConfig
 from .errors import shown
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
-from .loading import InstalledCodeMixin, find_file, hub_arguments
+from .loading import InstalledCodeMixin, check_stated_ids, find_file, hub_arguments
+from .original_config import is_original_config
 from .segments import (
     CHAT_TEMPLATE,
     GENERATION_THINK_PROMPT,
@@ -27,6 +32,10 @@ from .segments import (
     check_conversation,
     encode_segments,
 )
+
+
+# Seconds of work, and some hundred thousand messages.
+MAX_TEMPLATE_LINES = 5_000_000
 
 
 class BagelProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -74,9 +83,15 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
 
         Raises:
             OSError: if the tokenizer is missing.
+            ValueError: naming the file, if one cannot be used, or if the `config.json` beside them contradicts them.
         """
+        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         kwargs |= hub_arguments(pretrained_model_name_or_path, kwargs)
-        processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        _check_files(pretrained_model_name_or_path, hub_arguments(pretrained_model_name_or_path, kwargs))
+        try:
+            processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"The processor in '{pretrained_model_name_or_path}' cannot be used: {error}") from error
         image_settings = {
             key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
         }
@@ -215,13 +230,16 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
                 tokens in the messages are words like others: for what strangers write.
 
         Raises:
-            ValueError: if a message has no content, or an unknown role or part.
+            ValueError: if a message has no content, or an unknown role or part; or if another template than BAGEL's own
+                never seems to end.
         """
         generation_mode = kwargs.get("generation_mode", "text")
         if generation_mode not in ("text", "image"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {shown(generation_mode)}.")
         check_conversation(conversation)
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        is_own = (chat_template or self.chat_template) == CHAT_TEMPLATE
+        with nullcontext() if is_own else bounded_template(MAX_TEMPLATE_LINES):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
@@ -230,6 +248,36 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]
+
+
+@contextmanager
+def bounded_template(lines: int) -> Iterator[None]:
+    """
+    Stop a chat template that runs more `lines` than any conversation needs: it is a program, perhaps of a stranger, and
+    what jinja bounds is a single loop. Under a debugger, which needs the same hook, nothing is stopped.
+
+    Raises:
+        ValueError: from within the template.
+    """
+    left = lines
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":
+            return None
+        left -= 1
+        if left < 0:
+            raise ValueError(f"The chat template ran {lines} lines, and was stopped. Pass another `chat_template`.")
+        return trace
+
+    if sys.gettrace() is not None:
+        yield
+        return
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -245,12 +293,33 @@ def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
+# All that the libraries read here, and what must be beside it if anything is.
+_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
+
+
+def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
+    for name in _FILES:
+        if (file := find_file(path, name, **hub)) is not None:
+            read_json(file)
+    if (file := find_file(path, "config.json", **hub)) is None:
+        return
+    settings = read_json(file)
+    model_type = settings.get("model_type", BagelConfig.model_type)
+    if model_type not in CONFIG_MAPPING or not issubclass(CONFIG_MAPPING[model_type], BagelConfig):
+        raise ValueError(f"`model_type` in '{file}' is {model_type!r}, expected {BagelConfig.model_type!r}.")
+    if not is_original_config(settings):
+        check_stated_ids(settings, f"'{file}'", path, **hub)
+
+
 def _load_image_processor(
     path: str | os.PathLike, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> BagelImageProcessor:
     hub = hub_arguments(path, kwargs)
     if any(find_file(path, name, **hub) for name in ("processor_config.json", "preprocessor_config.json")):
-        return BagelImageProcessor.from_pretrained(path, **kwargs, **settings)
+        try:
+            return BagelImageProcessor.from_pretrained(path, **kwargs, **settings)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"The settings of images in '{path}' cannot be used: {error}") from error
     # The original layout has no image settings: the original sizes, and the patches of its config.json.
     config = BagelConfig.from_pretrained(path, **hub)
     original = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
@@ -261,7 +330,12 @@ def _load_tokenizer(path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrain
     hub = hub_arguments(path, kwargs)
     if not any(find_file(path, name, **hub) for name in ("tokenizer.json", "vocab.json")):
         raise OSError(f"'{path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing.")
-    return AutoTokenizer.from_pretrained(path, **kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(path, **kwargs)
+    except OSError:
+        raise
+    except Exception as error:  # The library that reads tokenizer.json raises no other.
+        raise ValueError(f"The tokenizer in '{path}' cannot be used: {error}") from error
 
 
 __all__ = ["GENERATION_THINK_PROMPT", "UNDERSTANDING_THINK_PROMPT", "BagelProcessor", "BagelProcessorKwargs"]
