@@ -27,7 +27,7 @@ from repositories import run, write_card
 from safe_files import PICKLES, check_links
 from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
 from stored_tensors import StoredTensor
-from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, read_tensor, whole_folder, write_shard
+from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, free_folder, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -75,6 +75,7 @@ def merge(
         OSError, ValueError: before anything is written, if SRC or a LoRA is broken or does not fit, or if DST is taken
             or the disk is full.
     """
+    dst = free_folder(dst)
     for lora in loras:
         if Path(lora).is_dir():
             check_links(Path(lora))
