@@ -74,7 +74,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         Raises:
             OSError: if there are no such weights.
             TypeError: if the argument is of another type.
-            ValueError: if an `.alpha` is no number, or stands alone.
+            ValueError: if an `.alpha` is no number or stands alone, or if a tensor is there twice.
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
             raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
@@ -100,6 +100,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX)): tensor
             for name, tensor in state_dict.items()
         }
+        if len(named) < len(state_dict):
+            raise ValueError(f"{SOURCE} holds a tensor twice, by its original name and by that of this package.")
         weights = _without_alphas(named, multiply=metadata is None)
         weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
         return (weights, metadata) if return_lora_metadata else weights

@@ -210,8 +210,8 @@ def fitting_adapter(
     if len(own) < len(weights):
         raise ValueError(f"{label} holds a tensor twice, by its original name and by that of this package.")
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or []) or r"(?!)"
-    own = {name: tensor for name, tensor in own.items() if not re.search(ignored, name)}
-    given = {layer for name in own if (layer := _layer_of(name, layers)) is not None}
+    own = {name: own[name] for name in own if _layer_of(name, layers) or not re.search(ignored, name)}
+    given = {layer for name in own if (layer := _layer_of(name, layers))}
     if not given:
         raise ValueError(
             f"{label} must hold weights of the transformer's layers, the linear ones, named like "
@@ -355,7 +355,9 @@ def _wrong_pairs(config: Any, weights: dict[str, torch.Tensor], layers: dict[str
     problems = []
     if missing := expected.keys() - weights.keys():
         problems.append(f"it lacks {_some(missing)}")
-    if stray := weights.keys() - expected.keys():
+    # peft saves a table beside what it adds to it.
+    tables = {f"{name}.base_layer.weight" for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    if stray := weights.keys() - expected.keys() - tables:
         problems.append(f"it holds {_some(stray)}, which its settings do not name or the transformer does not have")
     misshapen = [
         f"{name} is {tuple(weights[name].shape)}, expected {shape}"

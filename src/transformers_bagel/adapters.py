@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.integrations import PeftAdapterMixin
 from transformers.utils import is_peft_available, logging
 
+from .destinations import destination
 from .loading import hub_arguments
 
 
@@ -162,8 +163,11 @@ class BagelAdapterMixin(PeftAdapterMixin):
         is written, at its present strength, and a warning tells what is not.
 
         Raises:
+            OSError: if the folder is a file, or cannot be written to.
             ValueError: if several adapters are active, or if they are a `PeftModel`'s, before anything is written.
         """
+        save_directory = os.path.expanduser(save_directory)
+        destination(save_directory, "`save_directory`")
         if not adapted_layers(self):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
