@@ -119,18 +119,17 @@ def described_model(weights: dict[str, torch.Tensor]) -> BagelForConditionalGene
     vision.num_hidden_layers = num_layers(weights, "vision_tower.encoder")
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    modules = dict(model.named_modules())
+    sides: dict[tuple[str, str], int] = {}
     for name, tensor in weights.items():
-        module, _, part = name.rpartition(".lora_")
-        if (
-            part in ("A.weight", "B.weight")
-            and tensor.ndim == 2
-            and isinstance(layer := modules.get(module), nn.Linear)
-        ):
-            if part == "A.weight":
-                layer.in_features = tensor.shape[1]
-            else:
-                layer.out_features = tensor.shape[0]
+        adapted, _, part = name.rpartition(".lora_")
+        if part in ("A.weight", "B.weight") and tensor.ndim == 2:
+            # The same in all layers.
+            sides.setdefault((re.sub(r"\d+", "", adapted), part), tensor.shape[1 if part == "A.weight" else 0])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            kind = re.sub(r"\d+", "", name)
+            module.in_features = sides.get((kind, "A.weight"), module.in_features)
+            module.out_features = sides.get((kind, "B.weight"), module.out_features)
     return model
 
 

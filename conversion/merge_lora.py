@@ -145,9 +145,10 @@ def adapted_layers(
     """
     for index, lora in enumerate(loras):
         state_dict, metadata = BagelPipeline.lora_state_dict(lora, return_lora_metadata=True, use_safetensors=True)
-        weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor.float() for name, tensor in state_dict.items()}
+        weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
         config = lora_config(weights, metadata, None, f"'{lora}'")
         settings, weights = fitting_adapter(model, config, weights, f"'{lora}'", allow_missing_layers)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
         inject_adapter_in_model(settings, model, f"lora_{index}", state_dict=weights, low_cpu_mem_usage=True)
         model.load_state_dict(lora_parameters(weights, f"lora_{index}"), strict=False, assign=True)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
