@@ -37,6 +37,7 @@ from repositories import (
     identity,
     prepare,
     run,
+    taken_up,
     write_card,
     write_small_files,
     write_weights,
@@ -164,6 +165,7 @@ def build(
         OSError, ValueError: before anything is written, if a part is broken, incomplete or of another kind, if an
             argument does not fit it, or if DST is taken or the disk is full.
     """
+    dst = taken_up(dst)
     check_at_least_one("max-latent-size", max_latent_size)
     check_at_least_one("vit-max-num-patch-per-side", vit_max_num_patch_per_side)
     check_at_least_one("num-vision-layers", num_vision_layers)

@@ -32,6 +32,7 @@ from repositories import (
     identity,
     prepare,
     run,
+    taken_up,
     write_card,
     write_small_files,
     write_weights,
@@ -91,6 +92,7 @@ def convert(
         OSError, ValueError: before anything is written, if the checkpoint is broken or incomplete, does not fit its
             own settings, or if DST is taken or the disk is full.
     """
+    dst = taken_up(dst)
     files = find_original_files(opened(src, revision), None if base is None else opened(base), which, pickles)
     tensors = files.tensors()
     shapes = {tensor.name: tensor.shape for tensor in tensors}

@@ -13,22 +13,24 @@ import argparse
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import init_empty_weights
+from lost import lost_processor, lost_scheduler, lost_settings, lost_vae, lost_weights
 from original_config import original_settings
-from original_files import NEEDED_TOKENIZER, SETTINGS, TOKENIZER, WHICH
+from original_files import NEEDED_TOKENIZER, TOKENIZER, WHICH
 from repositories import run
 from safe_files import read_json_object
-from sources import INDEX, in_parts_or_flat, model_files, opened, tensors_of
+from sources import INDEX, Source, in_parts_or_flat, model_files, opened, tensors_of
 from stored_tensors import StoredTensor
-from streaming import SPARE_BYTES, Shard, check_disk_space, whole_folder, write_json, write_shard
+from streaming import SPARE_BYTES, Shard, check_disk_space, free_folder, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from diffusers_bagel.loading import VAE_FILE
-from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.adapter_checks import SETTINGS_FILE
 from transformers_bagel.checkpoints import check_layers, check_tensors
 
 
@@ -49,9 +51,10 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     See the module's docstring.
 
     Raises:
-        OSError, ValueError: before anything is written, if the repository is broken or incomplete, or if DST is taken
-            or the disk is full.
+        OSError, ValueError: before anything is written, if the repository is broken or incomplete, says what the
+            original layout cannot hold, or if DST is taken or the disk is full.
     """
+    dst = free_folder(dst)
     source = opened(src, revision)
     model_folder, processor_folder = in_parts_or_flat(source.folder)
     config_file = source.present(f"{model_folder}config.json")
@@ -63,28 +66,66 @@ def convert_back(src: str, dst: Path, revision: str | None = None) -> None:
     check_tensors(model, tensors, src)
     weights = Shard(WHICH["ema"], tuple(tensors.values()))
     vae = Shard(VAE_FILE, tuple(vae_tensors(source.present(VAE_WEIGHTS))))
-    descriptions = {name: source.find(f"{processor_folder}{name}") for name in (*SETTINGS, *TOKENIZER)}
-    if not any(descriptions[name] for name in NEEDED_TOKENIZER):
+    if not any(source.find(f"{processor_folder}{name}") for name in NEEDED_TOKENIZER):
         raise FileNotFoundError(f"'{src}' has neither {' nor '.join(NEEDED_TOKENIZER)}: its tokenizer is missing.")
-    tokenizer = AutoTokenizer.from_pretrained(source.folder / processor_folder, trust_remote_code=False)
-    check_disk_space(dst, weights.num_bytes + vae.num_bytes + SPARE_BYTES)
-    with whole_folder(dst) as unfinished:
-        with tqdm(total=weights.num_bytes + vae.num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
-            for shard in (weights, vae):
-                write_shard(shard, unfinished, progress)
+    if source.find(f"{model_folder}{SETTINGS_FILE}") is not None:
+        raise ValueError(
+            f"'{src}' has an adapter, for which the original layout has no place. Merge it: merge_lora.py."
+        )
+    with tempfile.TemporaryDirectory() as name:
+        small = Path(name)
         weight_map = dict.fromkeys(tensors, weights.name)
-        write_json(unfinished / INDEX, {"metadata": {"total_size": weights.num_bytes}, "weight_map": weight_map})
+        write_json(small / INDEX, {"metadata": {"total_size": weights.num_bytes}, "weight_map": weight_map})
         settings = original_settings(read_json_object(config_file), config)
-        write_json(unfinished / "config.json", settings)
         for key in ("llm_config", "vit_config"):
-            write_json(unfinished / f"{key}.json", settings[key])
-        for name, file in descriptions.items():
-            # What the original layout spells in its own way is written above.
-            if file is not None and not (unfinished / name).exists():
-                shutil.copyfile(file, unfinished / name)
-        if not (unfinished / "vocab.json").exists():
-            # The original code takes the tokenizer from these two.
-            tokenizer.backend_tokenizer.model.save(str(unfinished))
+            write_json(small / f"{key}.json", settings[key])
+        write_json(small / "config.json", settings)
+        processor = write_processor(source, processor_folder, small)
+        # In diffusers' layout it is the model's.
+        if (generation := source.find(f"{model_folder}generation_config.json")) is not None:
+            shutil.copyfile(generation, small / generation.name)
+        lost = [
+            *lost_settings(config, small, {name: tensor.shape for name, tensor in tensors.items()}),
+            *lost_weights(tensors),
+            *lost_processor(processor, BagelProcessor.from_pretrained(small, trust_remote_code=False)),
+            *lost_scheduler(source.find("scheduler/scheduler_config.json")),
+            *lost_vae(source.present(VAE_WEIGHTS).parent, vae.tensors),
+        ]
+        if lost:
+            raise ValueError(f"The original layout cannot hold what '{src}' says: {'; '.join(lost)}.")
+        check_disk_space(dst, weights.num_bytes + vae.num_bytes + SPARE_BYTES)
+        with whole_folder(dst) as unfinished:
+            with tqdm(total=weights.num_bytes + vae.num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
+                for shard in (weights, vae):
+                    write_shard(shard, unfinished, progress)
+            shutil.copytree(small, unfinished, dirs_exist_ok=True)
+
+
+def write_processor(source: Source, folder: str, small: Path) -> BagelProcessor:
+    """
+    Write the tokenizer of a repository, and, if they are not those that the original code has in itself, its settings of
+    images.
+
+    Args:
+        source (`Source`)
+        folder (`str`): In it, such as `"processor/"`.
+        small (`Path`): Folder to write to, with a `config.json` of the original layout.
+
+    Returns:
+        [`BagelProcessor`]: The repository's.
+    """
+    for name in ("preprocessor_config.json", *TOKENIZER):
+        if (file := source.find(f"{folder}{name}")) is not None:
+            shutil.copyfile(file, small / name)
+    processor = BagelProcessor.from_pretrained(source.folder / folder, trust_remote_code=False)
+    if not (small / "vocab.json").exists():
+        # The original code takes the tokenizer from these two.
+        processor.tokenizer.backend_tokenizer.model.save(str(small))
+    written = BagelProcessor.from_pretrained(small, trust_remote_code=False)
+    if written.image_processor.to_dict() != processor.image_processor.to_dict():
+        processor.image_processor.save_pretrained(small)
+        print("The images are of other sizes than those in the original code: preprocessor_config.json has them.")
+    return processor
 
 
 # diffusers' names of the VAE's layers, and the original ones.

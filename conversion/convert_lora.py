@@ -12,20 +12,26 @@ multiplied in.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, ModelCardData
 from repositories import run
 from safe_files import check_links
 from safetensors.torch import save_file
-from streaming import FORMAT, whole_folder
+from streaming import FORMAT, free_folder, whole_folder
+from torch import nn
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.lora import DIFFUSERS_PREFIX, PEFT_PREFIX, lora_config
+from diffusers_bagel.lora import DIFFUSERS_PREFIX, lora_config
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.adapter_checks import PEFT_PREFIX, fitting_adapter
 
 
 CARD = Path(__file__).with_name("lora_card.md")
@@ -38,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dst", type=Path, help="folder to write")
     parser.add_argument("--to", choices=("peft", "diffusers"), required=True, help="format")
     parser.add_argument("--base-model", help="what the LoRA adapts; by default what its settings say")
+    parser.add_argument(
+        "--allow-missing-layers", action="store_true", help="whether SRC may lack layers that its settings name"
+    )
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
     parser.add_argument(
         "--sample",
@@ -60,6 +69,7 @@ def convert_lora(
     base_model: str | None = None,
     repo_id: str | None = None,
     samples: Sequence[tuple[str, Path]] = (),
+    allow_missing_layers: bool = False,
 ) -> None:
     """
     See the module's docstring.
@@ -68,6 +78,7 @@ def convert_lora(
         OSError, ValueError: before anything is written, if SRC is no LoRA, a picture is missing, the name of the base
             model is unknown, or DST is taken.
     """
+    dst = free_folder(dst)
     for _, picture in samples:
         if not picture.is_file():
             raise FileNotFoundError(f"--sample: there is no picture '{picture}'.")
@@ -78,7 +89,9 @@ def convert_lora(
     base_model = base_model or (metadata or {}).get(f"{DIFFUSERS_PREFIX}base_model_name_or_path")
     if not base_model:
         raise ValueError(f"'{src}' does not say what it adapts. Name it with --base-model: a Hub id, or a folder.")
-    config = lora_config(weights, metadata, base_model)
+    config = lora_config(weights, metadata, base_model, f"'{src}'")
+    # For its errors alone: settings and tensors stay as they are.
+    fitting_adapter(described_model(weights), config, weights, f"'{src}'", allow_missing_layers)
     with whole_folder(dst) as unfinished:
         if to == "peft":
             named = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
@@ -94,6 +107,36 @@ def convert_lora(
             shutil.copyfile(picture, unfinished / picture_name(number, picture))
         lora_card(repo_id or dst.resolve().name, to, config, samples).save(unfinished / "README.md")
     print(f"{dst}: {len(weights)} tensors, rank {config.r}, in {to}'s format.")
+
+
+def described_model(weights: dict[str, torch.Tensor]) -> BagelForConditionalGeneration:
+    """A model without weights that a LoRA could be of: it has the layers that the LoRA counts, with the sides of its
+    matrices. The base itself may be anywhere."""
+    config = BagelConfig(visual_und=any(".vision_tower." in name for name in weights))
+    text, vision = config.get_text_config(), config.vision_config
+    text.num_hidden_layers = num_layers(weights, "language_model")
+    text.layer_types = ["full_attention"] * text.num_hidden_layers
+    vision.num_hidden_layers = num_layers(weights, "vision_tower.encoder")
+    with init_empty_weights():
+        model = BagelForConditionalGeneration(config)
+    sides: dict[tuple[str, str], int] = {}
+    for name, tensor in weights.items():
+        adapted, _, part = name.rpartition(".lora_")
+        if part in ("A.weight", "B.weight") and tensor.ndim == 2:
+            # The same in all layers.
+            sides.setdefault((re.sub(r"\d+", "", adapted), part), tensor.shape[1 if part == "A.weight" else 0])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            kind = re.sub(r"\d+", "", name)
+            module.in_features = sides.get((kind, "A.weight"), module.in_features)
+            module.out_features = sides.get((kind, "B.weight"), module.out_features)
+    return model
+
+
+def num_layers(names: Iterable[str], part: str) -> int:
+    """One more than the highest index, at least one; a number beyond those of any model is no index."""
+    found = (re.search(rf"{part}\.layers\.(\d{{1,3}})\.", name) for name in names)
+    return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
 def picture_name(number: int, picture: Path) -> str:

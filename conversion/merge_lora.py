@@ -10,6 +10,7 @@ peft's. Weights go from file to file, a layer at a time; sums are made in float3
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,15 +27,16 @@ from repositories import run, write_card
 from safe_files import PICKLES, check_links
 from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
 from stored_tensors import StoredTensor
-from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, read_tensor, whole_folder, write_shard
+from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, free_folder, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.lora import DIFFUSERS_PREFIX, fitting_config
+from diffusers_bagel.lora import DIFFUSERS_PREFIX, lora_config
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.adapter_checks import fitting_adapter
 from transformers_bagel.adapters import lora_parameters
-from transformers_bagel.loading import module_name
+from transformers_bagel.loading import check_shapes, module_name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,10 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dst", type=Path, help="folder to write")
     parser.add_argument("--loras", nargs="+", required=True, help="folders, files or Hub ids")
     parser.add_argument("--scales", nargs="+", type=float, help="strength of each LoRA; by default 1")
+    parser.add_argument(
+        "--allow-missing-layers", action="store_true", help="whether LoRAs may lack layers that their settings name"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
     parser.add_argument("--repo-id", help="what the card calls the repository; by default the name of DST")
     args = parser.parse_args(arguments)
     args.scales = args.scales or [1.0] * len(args.loras)
+    if not all(map(math.isfinite, args.scales)):
+        parser.error(f"--scales must be finite, got {args.scales}.")
     if len(args.scales) != len(args.loras):
         parser.error(f"--scales must be one number for each LoRA: {len(args.loras)}, got {len(args.scales)}.")
     return run(merge, args)
@@ -59,6 +66,7 @@ def merge(
     scales: Sequence[float],
     revision: str | None = None,
     repo_id: str | None = None,
+    allow_missing_layers: bool = False,
 ) -> None:
     """
     See the module's docstring.
@@ -67,6 +75,7 @@ def merge(
         OSError, ValueError: before anything is written, if SRC or a LoRA is broken or does not fit, or if DST is taken
             or the disk is full.
     """
+    dst = free_folder(dst)
     for lora in loras:
         if Path(lora).is_dir():
             check_links(Path(lora))
@@ -86,7 +95,10 @@ def merge(
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file not in weights and file.suffix not in PICKLES
     ]
-    layers = adapted_layers(config, loras, scales)
+    with init_empty_weights():
+        model = BagelForConditionalGeneration(config)
+    check_shapes(model, {tensor.name: tensor.shape for shard in shards for tensor in shard.tensors}, src)
+    layers = adapted_layers(model, loras, scales, allow_missing_layers)
     num_bytes = sum(shard.num_bytes for shard in shards)
     check_disk_space(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)
 
@@ -95,7 +107,10 @@ def merge(
         layer = layers.get(module)
         if layer is None or (parameter == "bias" and not any(layer.lora_bias.values())):
             return None
-        return merged_parameter(layer, module, parameter, tensors)
+        merged = merged_parameter(layer, module, parameter, tensors)
+        if not merged.to(tensor.dtype).isfinite().all():
+            raise ValueError(f"'{tensor.name}' with the LoRAs is beyond the numbers of {tensor.dtype}.")
+        return merged
 
     with whole_folder(dst) as unfinished:
         for file in others:
@@ -120,18 +135,20 @@ def merge(
     print(f"{dst}: {len(layers)} layers with {', '.join(loras)}.")
 
 
-def adapted_layers(config: BagelConfig, loras: Sequence[str], scales: Sequence[float]) -> dict[str, Any]:
+def adapted_layers(
+    model: BagelForConditionalGeneration, loras: Sequence[str], scales: Sequence[float], allow_missing_layers: bool
+) -> dict[str, Any]:
     """The layers of peft of a model without weights, by name: they have the LoRAs' weights, and wait for their own.
 
     Raises:
         OSError, ValueError: if a LoRA is not there, or does not fit the model.
     """
-    with init_empty_weights():
-        model = BagelForConditionalGeneration(config)
     for index, lora in enumerate(loras):
         state_dict, metadata = BagelPipeline.lora_state_dict(lora, return_lora_metadata=True, use_safetensors=True)
-        weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor.float() for name, tensor in state_dict.items()}
-        settings = fitting_config(weights, metadata, model)
+        weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
+        config = lora_config(weights, metadata, None, f"'{lora}'")
+        settings, weights = fitting_adapter(model, config, weights, f"'{lora}'", allow_missing_layers)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
         inject_adapter_in_model(settings, model, f"lora_{index}", state_dict=weights, low_cpu_mem_usage=True)
         model.load_state_dict(lora_parameters(weights, f"lora_{index}"), strict=False, assign=True)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

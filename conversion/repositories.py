@@ -24,6 +24,7 @@ from streaming import SPARE_BYTES, UNFINISHED, Shard, check_disk_space, verify_s
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
+from transformers_bagel.destinations import destination
 
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +55,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def run(work: Callable[..., None], args: argparse.Namespace) -> int:
     """Do the work of a command with its arguments, and tell its errors as a command does: in a line, and by its exit code."""
     try:
+        args.dst = destination(args.dst, "DST")
         work(**vars(args))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,22 +70,35 @@ def identity(file: Path) -> list[str | int]:
     return [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
 
 
+def taken_up(dst: Path) -> Path:
+    """DST as [`destination`] finds it, if it is free or holds a run that is not finished.
+
+    Raises:
+        OSError: if it holds anything else, or cannot be made.
+    """
+    dst = destination(dst, "DST")
+    state = dst / STATE
+    unborn = state.with_name(STATE + UNFINISHED)
+    if dst.exists() and not state.exists() and any(file != unborn for file in dst.iterdir()):
+        raise FileExistsError(f"'{dst}' is not empty. Name a new folder.")
+    return dst
+
+
 def prepare(dst: Path, sources: list[Any], vae: torch.nn.Module, shards: list[Shard]) -> None:
     """Make DST, or take up the run that it holds.
 
     Args:
-        dst (`Path`)
+        dst (`Path`): See [`taken_up`].
         sources (`list[Any]`): What the weights are made of, as JSON can hold it.
         vae (`torch.nn.Module`): What is written beside the weights.
         shards (`list[Shard]`)
 
     Raises:
-        FileExistsError: if it holds anything else.
+        FileExistsError: if it holds another run.
         OSError: if the disk has too little space for what is missing.
     """
     plan = {"sources": sources, "files": [[shard.name, shard.num_bytes, str(shard.dtype)] for shard in shards]}
     state = dst / STATE
-    unborn = state.with_name(STATE + UNFINISHED)
     if state.exists():
         if read_json_object(state) != plan:
             raise FileExistsError(
@@ -92,8 +107,6 @@ def prepare(dst: Path, sources: list[Any], vae: torch.nn.Module, shards: list[Sh
             )
         for leftover in dst.glob(f"*{UNFINISHED}"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    elif dst.exists() and any(file != unborn for file in dst.iterdir()):
-        raise FileExistsError(f"'{dst}' is not empty. Name a new folder.")
     needed = sum(shard.num_bytes for shard in missing(dst, shards))
     needed += sum(weight.nbytes for weight in vae.parameters()) + SPARE_BYTES
     check_disk_space(dst, needed)

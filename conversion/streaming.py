@@ -18,6 +18,7 @@ from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from tqdm.auto import tqdm
 
 from transformers_bagel.checkpoints import is_finite
+from transformers_bagel.destinations import destination
 
 
 # Bytes in memory at a time. A whole number of elements of any type.
@@ -217,16 +218,30 @@ def write_json(path: Path, content: object) -> None:
     os.replace(unfinished, path)
 
 
+def free_folder(folder: Path) -> Path:
+    """
+    A folder that [`whole_folder`] can make, as [`destination`] finds it.
+
+    Raises:
+        OSError: if it is taken, or cannot be made.
+    """
+    folder = destination(folder, "DST")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"'{folder}' is not empty. Name a new folder.")
+    if folder.exists() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK)):
+        raise PermissionError(f"'{folder}' cannot be put in its place when it is whole. Name a new folder in it.")
+    return folder
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A place to fill, which becomes `folder` when all is written. An error leaves nothing, and a kill no folder of that name.
 
     Raises:
-        FileExistsError: if there is a folder, and it is not empty.
+        OSError: see [`free_folder`].
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"'{folder}' is not empty. Name a new folder.")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = free_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     # No other run's, whose rest or whose work it might be.
     unfinished = folder.with_name(f"{folder.name}-{os.getpid()}{UNFINISHED}")
     unfinished.mkdir()

@@ -45,11 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
     image = [_open(path) for path in options.images] or None
-    output = Path(options.output)
+    # Links are followed here: what is written takes the place of its name.
+    output = Path(os.path.realpath(os.path.expanduser(options.output)))
     if output.suffix.lower() not in PIL.Image.registered_extensions():
         raise CommandError(f"--output must end in the name of an image format, such as .png, got '{output}'.")
-    if not output.absolute().parent.is_dir():
+    if not output.parent.is_dir():
         raise CommandError(f"--output lies in the folder '{output.parent}', which does not exist.")
+    if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise CommandError(f"--output '{output}' cannot be written: name another file.")
     device = _device(options)
     pipe = _load(options, BagelPipeline, dtype=_dtype(options, device)).to(device)
     settings = {
@@ -71,7 +74,7 @@ def draw(options: argparse.Namespace) -> None:
     if out.texts:
         print(out.texts[0])
     _save(out.images[0], output)
-    print(f"{output}: {out.images[0].width} x {out.images[0].height}")
+    print(f"{options.output}: {out.images[0].width} x {out.images[0].height}")
 
 
 def ask(options: argparse.Namespace) -> None:

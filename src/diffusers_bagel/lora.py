@@ -2,11 +2,9 @@
 """LoRA in the pipeline: diffusers' interface over the model's own peft layers."""
 
 import itertools
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from transformers_bagel.adapters import (
-    adapted_layers,
-    configured_strength,
-    remove_empty_layers,
-    strength_settings,
-)
+from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, read_settings
+from transformers_bagel.adapters import adapted_layers, strength_settings
+from transformers_bagel.destinations import destination
 from transformers_bagel.loading import HUB_ARGUMENTS, module_name
 
 from .adapter_scale import lora_layers
@@ -32,8 +27,9 @@ from .adapter_scale import lora_layers
 logger = logging.get_logger(__name__)
 
 DIFFUSERS_PREFIX = "transformer."
-PEFT_PREFIX = "base_model.model."
 SOURCE = "`pretrained_model_name_or_path_or_dict`"
+# Initialisations that take out of the base model what they put into the LoRA.
+CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SOURCES = (
     "a Hub id, a folder with pytorch_lora_weights.safetensors or adapter_model.safetensors, such a file, or a dict of "
     "tensors"
@@ -76,6 +72,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         Raises:
             OSError: if there are no such weights.
             TypeError: if the argument is of another type.
+            ValueError: if an `.alpha` is no number or stands alone, or if a tensor is there twice.
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
             raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
@@ -89,7 +86,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
                 **hub,
             )
-        except (OSError, ValueError, IndexError, SafetensorError) as error:
+        except (OSError, ValueError, IndexError, RecursionError, SafetensorError) as error:
             raise OSError(
                 f"{SOURCE}: no LoRA weights at {str(pretrained_model_name_or_path_or_dict)!r} ({error}). It must be "
                 f"{SOURCES}."
@@ -101,6 +98,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX)): tensor
             for name, tensor in state_dict.items()
         }
+        if len(named) < len(state_dict):
+            raise ValueError(f"{SOURCE} holds a tensor twice, by its original name and by that of this package.")
         weights = _without_alphas(named, multiply=metadata is None)
         weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
         return (weights, metadata) if return_lora_metadata else weights
@@ -111,6 +110,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         adapter_name: str | None = None,
         hotswap: bool = False,
         low_cpu_mem_usage: bool = True,
+        allow_missing_layers: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -123,6 +123,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             hotswap (`bool`, *optional*, defaults to `False`):
                 Whether to put the weights in the place of the adapter `adapter_name`.
             low_cpu_mem_usage (`bool`, *optional*, defaults to `True`): As in diffusers.
+            allow_missing_layers (`bool`, *optional*, defaults to `False`):
+                Whether the LoRA may lack layers that its settings name. These stay as they are.
             kwargs: Other arguments of [`BagelLoraLoaderMixin.lora_state_dict`].
 
         Raises:
@@ -142,6 +144,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             _pipeline=self,
             low_cpu_mem_usage=low_cpu_mem_usage,
             hotswap=hotswap,
+            allow_missing_layers=allow_missing_layers,
         )
 
     @classmethod
@@ -154,12 +157,13 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         low_cpu_mem_usage: bool = False,
         hotswap: bool = False,
         metadata: dict[str, Any] | None = None,
+        allow_missing_layers: bool = False,
     ) -> None:
         """See [`BagelLoraLoaderMixin.load_lora_weights`]; takes what `lora_state_dict` returns."""
         transformer = getattr(transformer, "_orig_mod", transformer)  # of a compiled one
         _check_is_model(transformer)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
-        config = fitting_config(weights, metadata, transformer)
+        config = lora_config(weights, metadata, transformer.name_or_path)
         adapters = getattr(transformer, "peft_config", {})
         if adapter_name is None and not hotswap:
             names = (f"default_{index}" for index in itertools.count(len(adapters)))
@@ -169,26 +173,19 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 f"`adapter_name` must be {'one' if hotswap else 'none'} of the loaded adapters {sorted(adapters)} with "
                 f"hotswap={hotswap}, got {adapter_name!r}."
             )
-        undone_on_error = nullcontext() if hotswap else _undone_on_error(transformer, adapter_name)
-        with _without_offloading(_pipeline, transformer), undone_on_error:
-            with _without_report():
-                info = transformer.load_adapter(
+        with _without_offloading(_pipeline, transformer), _without_report():
+            try:
+                transformer.load_adapter(
                     adapter_name=adapter_name,
                     adapter_state_dict=weights,
                     peft_config=config,
                     hotswap=hotswap,
                     low_cpu_mem_usage=low_cpu_mem_usage,
                     is_trainable=not config.inference_mode,
+                    allow_missing_layers=allow_missing_layers,
                 )
-            if hotswap:
-                return
-            # What other adapters hold is missing, too, and their names may begin alike.
-            missing = {name for name in info.missing_keys if f".{adapter_name}." in name}
-            if missing or info.unexpected_keys:
-                raise ValueError(
-                    f"{SOURCE} and its own settings name different layers: {sorted(missing)[:3]} are missing, "
-                    f"{sorted(info.unexpected_keys)[:3]} unknown. Nothing was loaded."
-                )
+            except ValueError as error:
+                raise ValueError(f"{SOURCE}: {error} Nothing was loaded.") from error
 
     @classmethod
     def save_lora_weights(
@@ -214,6 +211,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 `LoraConfig.to_dict()`. Without it the file does not hold alpha, and readers take the rank for it.
 
         Raises:
+            OSError: if the folder is a file, or cannot be written to.
             ValueError: if there are no layers.
         """
         if not transformer_lora_layers:
@@ -229,7 +227,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         metadata = transformer_lora_adapter_metadata or {}
         cls.write_lora_layers(
             state_dict=cls.pack_weights(transformer_lora_layers, cls.transformer_name),
-            save_directory=save_directory,
+            save_directory=destination(save_directory, "`save_directory`"),
             is_main_process=is_main_process,
             weight_name=weight_name,
             save_function=save_function,
@@ -309,87 +307,73 @@ def _read_peft_config(source: Any, weight_name: str | None, hub: dict[str, Any])
             "taken to be the rank. Pass the folder that holds both."
         )
         return None
-    with open(file, encoding="utf-8") as opened:
-        return {f"{DIFFUSERS_PREFIX}{key}": value for key, value in json.load(opened).items()}
+    settings = read_settings(file)
+    check_settings(settings, SOURCE)
+    return {f"{DIFFUSERS_PREFIX}{key}": value for key, value in settings.items()}
 
 
 def _without_alphas(weights: dict[str, torch.Tensor], multiply: bool) -> dict[str, torch.Tensor]:
     """Weights without `.alpha` tensors. These are multiplied in where nothing else tells alpha: it is the rank then."""
-    plain = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
-    for name in weights.keys() - plain.keys() if multiply else ():
+    alphas = {name: tensor for name, tensor in weights.items() if name.endswith(".alpha")}
+    plain = {name: tensor for name, tensor in weights.items() if name not in alphas}
+    for name, alpha in alphas.items():
         output = name.removesuffix("alpha") + "lora_B.weight"
-        if output in plain:
-            plain[output] = plain[output].float() * (float(weights[name]) / plain[output].shape[1])
+        if alpha.numel() != 1 or output not in plain or plain[output].ndim != 2 or not plain[output].numel():
+            raise ValueError(f"{SOURCE}: {name} must be a number, beside a matrix {output}.")
+        if multiply:
+            plain[output] = plain[output].float() * (float(alpha) / plain[output].shape[1])
     return plain
 
 
-def fitting_config(
-    weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, transformer: PreTrainedModel
+def lora_config(
+    weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, base_model: str | None, label: str = SOURCE
 ) -> Any:
-    """
-    [`lora_config`] of weights that fit a transformer.
-
-    Raises:
-        ValueError: if a name is not of a LoRA of one of the transformer's linear layers, if a shape does not fit the
-            layer and the rank, or if there are no weights.
-    """
-    modules = dict(transformer.named_modules())
-    adapted = sorted({_module_of(name) for name in weights})
-    unknown = sorted(
-        name for name in weights if ".lora_" not in name or not hasattr(modules.get(_module_of(name)), "in_features")
-    )
-    if unknown or not weights:
-        raise ValueError(
-            f"{SOURCE} must hold LoRA weights of the transformer's layers, the linear ones, named like "
-            "`transformer.model.language_model.layers.0.self_attn.q_proj_moe_gen.lora_A.weight`, but it holds "
-            f"{', '.join(unknown[:3]) or 'nothing'}{', ...' if len(unknown) > 3 else ''}. Nothing was loaded. "
-            "Other kinds of adapters, and LoRA with whole modules beside it, load with `pipe.transformer.load_adapter`."
-        )
-    config = lora_config(weights, metadata, transformer.name_or_path)
-    pattern = config.target_modules
-    if isinstance(pattern, str) and not any(re.fullmatch(pattern, name) for name in adapted):
-        config.target_modules = adapted  # The pattern is of the original names.
-    for module in adapted:
-        rank, _ = configured_strength(config, module)
-        layer = modules[module]
-        for part, expected in (("lora_A", (rank, layer.in_features)), ("lora_B", (layer.out_features, rank))):
-            name = f"{module}.{part}.weight"
-            shape = tuple(weights[name].shape) if name in weights else "missing"
-            if shape != expected:
-                raise ValueError(
-                    f"{SOURCE} does not fit the transformer or its own settings: {name} is {shape}, expected "
-                    f"{expected}. Nothing was loaded."
-                )
-    return config
-
-
-def lora_config(weights: dict[str, torch.Tensor], metadata: dict[str, Any] | None, base_model: str | None) -> Any:
     """
     `peft.LoraConfig` of LoRA weights, by the name of their module, and of the settings that
     [`BagelLoraLoaderMixin.lora_state_dict`] returns beside them: without these, alpha is the rank.
 
     Raises:
-        ValueError: if the settings are of another kind of adapter, or say that there are whole modules beside.
+        ValueError: if the settings are out of bounds or of another kind of adapter, say that there are whole modules
+            beside, or belong to a base model that was changed before the training.
     """
     from peft import LoraConfig
 
+    if others := [name for name in weights if ".lora_" not in name]:
+        raise ValueError(
+            f"{label} must hold LoRA weights of the transformer's layers, the linear ones, but it holds "
+            f"{', '.join(others[:3])}. Other kinds of adapters, and LoRA with whole modules beside it, load with "
+            "`pipe.transformer.load_adapter`."
+        )
+    ranks = {
+        _module_of(name): len(tensor)
+        for name, tensor in weights.items()
+        if name.endswith(".lora_A.weight") and tensor.ndim == 2
+    }
     if metadata is not None:
+        check_settings(metadata, label)
         settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in metadata.items()}
     else:
-        ranks = {
-            _module_of(name): tensor.shape[0] for name, tensor in weights.items() if name.endswith(".lora_A.weight")
-        }
-        settings = strength_settings(ranks, dict(ranks)) | {
-            "target_modules": sorted({_module_of(name) for name in weights}),
-            "use_dora": any("lora_magnitude_vector" in name for name in weights),
-            "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
-        }
-    config = LoraConfig.from_peft_type(**settings)
+        settings = (
+            {}
+            if not ranks
+            else strength_settings(ranks, dict(ranks))
+            | {
+                "target_modules": sorted({_module_of(name) for name in weights}),
+                "use_dora": any("lora_magnitude_vector" in name for name in weights),
+                "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
+            }
+        )
+    config = adapter_config(settings, label)
     if not isinstance(config, LoraConfig) or config.modules_to_save:
         raise ValueError(
-            f"{SOURCE}: its settings say peft_type={config.peft_type.value} and modules_to_save="
+            f"{label}: its settings say peft_type={config.peft_type.value} and modules_to_save="
             f"{getattr(config, 'modules_to_save', None)}, but only plain LoRA is loaded here. Use "
             "`pipe.transformer.load_adapter`."
+        )
+    if str(config.init_lora_weights).startswith(CHANGED_BASES):
+        raise ValueError(
+            f"{label}: its settings say init_lora_weights={config.init_lora_weights!r}, which changed the base model "
+            "before the training. Save it with peft's `path_initial_model_for_weight_conversion`."
         )
     config.base_model_name_or_path = base_model
     return config
@@ -425,25 +409,3 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[None]:
-    """If something fails, take the new adapter out again."""
-    active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
-    try:
-        yield
-    except BaseException:
-        if adapter_name in getattr(transformer, "peft_config", {}):
-            transformer.delete_adapter(adapter_name)
-        else:
-            # The injection ended in the middle.
-            for layer in adapted_layers(transformer).values():
-                layer.delete_adapter(adapter_name)
-            remove_empty_layers(transformer)
-        for layer, names in active:
-            layer.set_adapter(names)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-        raise

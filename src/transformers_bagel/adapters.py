@@ -9,6 +9,8 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.integrations import PeftAdapterMixin
 from transformers.utils import is_peft_available, logging
+
+from .destinations import destination
+from .loading import hub_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -64,25 +69,50 @@ class BagelAdapterMixin(PeftAdapterMixin):
         *args: Any,
         hotswap: bool | Literal["auto"] = "auto",
         load_config: Any = None,
+        allow_missing_layers: bool = False,
         **kwargs: Any,
     ) -> Any:
         """
-        As [`transformers.integrations.PeftAdapterMixin.load_adapter`], with LoRA weights in float32, and DoRA.
+        As [`transformers.integrations.PeftAdapterMixin.load_adapter`], with LoRA weights in float32, and DoRA. If it fails,
+        the model is what it was before.
 
         A hot-swap, which returns `None`, keeps the parameters, as a compiled model needs it, and swaps alphas, too.
+
+        Args:
+            peft_model_id, adapter_name, peft_config, adapter_state_dict, hotswap, load_config, args, kwargs:
+                As in the library.
+            allow_missing_layers (`bool`, *optional*, defaults to `False`):
+                Whether the adapter may lack layers that its settings name. These stay as they are.
+
+        Raises:
+            OSError: if a file is missing or truncated.
+            ValueError: if the adapter lacks a tensor, or holds one that is unknown, misshapen or not finite, if its
+                settings are out of bounds, or if the name is taken.
         """
+        from .adapter_checks import fitting_adapter, read_config, read_weights
+
         adapter_name = adapter_name or "default"
         is_known = adapter_name in getattr(self, "peft_config", {})
         if hotswap == "auto":
             hotswap = is_known and self._hotswap_preparation is not None
-        if hotswap and is_known:
+        if is_known and not hotswap:
+            raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+        if peft_model_id is None and load_config is not None:
+            peft_model_id = load_config.pretrained_model_name_or_path
+        label = f"The adapter '{peft_model_id or adapter_name}'"
+        if peft_model_id is not None:
+            given = getattr(load_config, "download_kwargs", {}) | kwargs | (kwargs.get("adapter_kwargs") or {})
+            hub = hub_arguments(peft_model_id, given)
+            if peft_config is None:
+                peft_config = read_config(peft_model_id, hub)
             if adapter_state_dict is None:
-                from peft import PeftConfig
-                from peft.utils import load_peft_weights
-
-                hub = kwargs.get("adapter_kwargs") or {}
-                peft_config = PeftConfig.from_pretrained(peft_model_id, **hub)
-                adapter_state_dict = load_peft_weights(peft_model_id, device="cpu", **hub)
+                use_safetensors = kwargs.get("use_safetensors", getattr(load_config, "use_safetensors", None))
+                adapter_state_dict = read_weights(peft_model_id, use_safetensors, hub)
+        if peft_config is not None and adapter_state_dict is not None:
+            peft_config, adapter_state_dict = fitting_adapter(
+                self, peft_config, adapter_state_dict, label, allow_missing_layers
+            )
+        if hotswap and is_known:
             return _swap_adapter(self, adapter_name, peft_config, adapter_state_dict)
         # The library would round the weights to the model's dtype while it reads them.
         kwargs.setdefault("dtype_plan", {"lora_": torch.float32})
@@ -90,17 +120,25 @@ class BagelAdapterMixin(PeftAdapterMixin):
         mapping = getattr(load_config, "weight_mapping", None) or get_model_conversion_mapping(self)
         magnitudes = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
         kwargs.setdefault("weight_mapping", [*mapping, magnitudes])
-        info = super().load_adapter(
-            peft_model_id,
-            adapter_name,
-            peft_config,
-            adapter_state_dict,
-            *args,
-            hotswap=hotswap,
-            load_config=load_config,
-            **kwargs,
-        )
-        settle_adapter(self, adapter_name)
+        with _undone_on_error(self, adapter_name):
+            info = super().load_adapter(
+                None,
+                adapter_name,
+                peft_config,
+                adapter_state_dict,
+                *args,
+                hotswap=hotswap,
+                load_config=load_config,
+                **kwargs,
+            )
+            # What other adapters hold is missing, too, and their names may begin alike.
+            missing = {name for name in info.missing_keys if f".{adapter_name}." in f"{name}."}
+            if missing or info.unexpected_keys:
+                raise ValueError(
+                    f"{label} and its own settings name different layers: {sorted(missing)[:3]} are missing, "
+                    f"{sorted(info.unexpected_keys)[:3]} unknown."
+                )
+            settle_adapter(self, adapter_name)
         if self._hotswap_preparation:
             from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
@@ -125,8 +163,11 @@ class BagelAdapterMixin(PeftAdapterMixin):
         is written, at its present strength, and a warning tells what is not.
 
         Raises:
+            OSError: if the folder is a file, or cannot be written to.
             ValueError: if several adapters are active, or if they are a `PeftModel`'s, before anything is written.
         """
+        save_directory = os.path.expanduser(save_directory)
+        destination(save_directory, "`save_directory`")
         if not adapted_layers(self):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
@@ -191,6 +232,28 @@ def remove_empty_layers(model: nn.Module) -> None:
                 model.set_submodule(name, layer.original_module)
         elif not any(getattr(layer, part, None) for part in layer.adapter_layer_names):
             model.set_submodule(name, layer.get_base_layer())
+
+
+@contextmanager
+def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[None]:
+    """If something fails, take the new adapter out again."""
+    active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
+    try:
+        yield
+    except BaseException:
+        if adapter_name in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapter(adapter_name)
+        else:
+            # The injection ended in the middle.
+            for layer in adapted_layers(transformer).values():
+                layer.delete_adapter(adapter_name)
+            remove_empty_layers(transformer)
+        for layer, names in active:
+            layer.set_adapter(names)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def lora_parameters(weights: dict[str, torch.Tensor], adapter_name: str) -> dict[str, torch.Tensor]:

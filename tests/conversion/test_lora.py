@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_bagel import BagelPipeline
 from tests.conftest import CHECKPOINT, load_processor, max_error, run_snippets
 from tests.diffusers_bagel.test_lora import draw, make_pipe, save_diffusers, save_peft
+from tests.transformers_bagel.test_adapter_checks import SPOILT, WRONG_SETTINGS, changed_lora
 from tests.transformers_bagel.test_adapters import VARIANTS, adapted_model
 from transformers_bagel import LORA_TARGETS, BagelForConditionalGeneration
 
@@ -236,3 +239,51 @@ def test_pickles_are_not_read_as_loras(repository, tmp_path, capsys):
         merged,
         capsys,
     )
+
+
+@pytest.mark.parametrize("what", [*SPOILT, *WRONG_SETTINGS])
+def test_what_is_wrong_with_a_lora_stops_merging_and_converting(what, repository, tmp_path, capsys):
+    save_peft(tmp_path / "right")
+    weights = SPOILT[what][0] if what in SPOILT else None
+    settings = WRONG_SETTINGS[what][0] if what in WRONG_SETTINGS else None
+    lora = str(changed_lora(tmp_path / "right", tmp_path / "lora", weights, settings))
+    message = (SPOILT | WRONG_SETTINGS)[what][1]
+    merged = tmp_path / "merged"
+    assert re.search(message, failed(merge_lora, [str(repository), str(merged), "--loras", lora], merged, capsys))
+    if what == "a layer of another model":
+        # Without the base nobody knows how many layers it has, and those between are missing.
+        message = r"layers\.10\..* missing"
+    assert re.search(message, failed(convert_lora, [lora, str(merged), "--to", "diffusers"], merged, capsys))
+
+
+def test_missing_layers_are_accepted_by_name(repository, tmp_path):
+    save_peft(tmp_path / "right")
+    lora = str(changed_lora(tmp_path / "right", tmp_path / "lora", SPOILT["one expert"][0]))
+    merged, converted = tmp_path / "merged", tmp_path / "converted"
+    assert merge_lora([str(repository), str(merged), "--loras", lora, "--allow-missing-layers"]) == 0
+    assert convert_lora([lora, str(converted), "--to", "diffusers", "--allow-missing-layers"]) == 0
+    pipe = make_pipe()
+    pipe.load_lora_weights(converted, allow_missing_layers=True)
+    assert max_error(draw(pipe_of(merged)), draw(pipe)) < 1e-4
+
+
+def test_a_source_that_lacks_an_adapted_tensor_is_not_merged(repository, tmp_path, capsys):
+    source = Path(shutil.copytree(repository, tmp_path / "source"))
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    for file in source.glob("*.safetensors"):
+        weights = load_file(file)
+        save_file({key: weight for key, weight in weights.items() if key != name}, file, {"format": "pt"})
+    merged = tmp_path / "merged"
+    command = [str(source), str(merged), "--loras", save_peft(tmp_path / "lora")]
+    assert "self_attn.q_proj.weight" in failed(merge_lora, command, merged, capsys)
+
+
+def test_sums_that_the_weights_cannot_hold_are_refused(repository, tmp_path, capsys):
+    model = BagelForConditionalGeneration.from_pretrained(repository, dtype=torch.float16)
+    make_pipe(model).save_pretrained(tmp_path / "coarse")
+    lora = save_peft(tmp_path / "lora")
+    merged = tmp_path / "merged"
+    command = [str(tmp_path / "coarse"), str(merged), "--loras", lora, "--scales", "1e7"]
+    assert "beyond the numbers of torch.float16" in failed(merge_lora, command, merged, capsys)
+    with pytest.raises(SystemExit):
+        merge_lora([*command[:-1], "nan"])
