@@ -168,7 +168,7 @@ def _named(source: str, more: Callable[[], str] = str) -> Iterator[None]:
     """Errors of `datasets`, which tell neither file nor argument, with the source of the data and their first cause."""
     try:
         yield
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -14,8 +14,15 @@ from .settings import read_settings
 
 
 # What a training leaves, beside its checkpoints.
-RESULTS = ("README.md", "model_index.json", "processor", "scheduler", "transformer", "vae")
-RESULTS += ("pytorch_lora_weights.safetensors",)
+RESULTS = (
+    "README.md",
+    "model_index.json",
+    "processor",
+    "pytorch_lora_weights.safetensors",
+    "scheduler",
+    "transformer",
+    "vae",
+)
 REPLACED = ".replaced-"
 
 
