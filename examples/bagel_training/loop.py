@@ -244,7 +244,7 @@ class Training:
         while step < num_steps:
             start = time.perf_counter()
             micro_batches, names = self._next(batches)
-            logs = self._step(micro_batches)
+            logs = self.update(micro_batches)
             step += 1
             progress.update()
             seconds = time.perf_counter() - start
@@ -254,7 +254,7 @@ class Training:
                 accelerator.log(logs, step=step)
                 logger.info(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in logs.items()))
             is_due |= step % args.checkpointing_steps == 0
-            if self._watch(step, logs, names, seconds):
+            if self.is_good(step, logs, names, seconds):
                 num_updates += 1
                 self._keep_newest()
                 if is_due:
@@ -283,7 +283,7 @@ class Training:
             names += self.loader.names
         return micro_batches, names
 
-    def _step(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
+    def update(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
         """One update, by the loss of the global batch: of all micro-batches of all ranks. None if that is not finite."""
         args, accelerator = self.args, self.accelerator
         own: Any = sum(loss_totals(batch, args.loss_reduction) for batch in micro_batches)
@@ -315,7 +315,7 @@ class Training:
             "lr": self.scheduler.get_last_lr()[0],
         }
 
-    def _watch(self, step: int, logs: dict[str, float], names: list[str], seconds: float) -> bool:
+    def is_good(self, step: int, logs: dict[str, float], names: list[str], seconds: float) -> bool:
         """Whether a step had an update; if it should have had one, that is noted."""
         if math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]):
             self.watch.good()
