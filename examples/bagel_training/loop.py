@@ -263,13 +263,13 @@ class Training:
             if step < num_steps and args.validation_steps and step % args.validation_steps == 0:
                 self.validate(step)
         progress.close()
-        self._keep_newest()
         if step > start_step and not num_updates:
             raise FloatingPointError(f"None of the {step - start_step} steps was finite: nothing was learned.")
         if self.ema is not None:
             self.ema.copy_to_model()
             self.ema = None
         check_finite(self._trained(), "The trained model is not saved")
+        self._keep_newest()
         self.summary = self._summary()
         logger.info(f"End of the training. {self.summary or 'Nothing was left out.'}")
         return {"step": step} | logs

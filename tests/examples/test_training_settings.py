@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import train_full
 import train_lora
+from bagel_training.settings import FIXED
 from safetensors.torch import load_file, save_file
 
 from tests.examples.conftest import assert_same, changed, checkpoint_state, files_of, last_metrics, saved_weights
@@ -100,6 +102,12 @@ def test_a_setting_of_the_optimizer_or_the_average_that_changed_has_effect(go_on
     same = saved_weights(go_on(train_full))
     shutil.rmtree(tmp_path / "run")
     assert changed(saved_weights(go_on(train_full, **change)), same)
+
+
+def test_the_page_lists_what_must_not_change():
+    page = (Path(train_lora.__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    refused = "".join(line for line in page.splitlines() if line.startswith("| `--") and "| refused" in line)
+    assert [name for name in FIXED if name != "script" and f"`--{name}`" not in refused] == []
 
 
 def test_settings_are_kept_without_secrets(train, tmp_path):
