@@ -22,8 +22,10 @@ from bagel_training.data import TrainingSamples, load_samples
 from bagel_training.ema import ShardedEma
 from bagel_training.loop import Training, end_training, make_accelerator, make_loader, make_optimizer
 from bagel_training.models import load_pipeline
+from bagel_training.output import discard_replaced
 from bagel_training.parallel import shard_model
 from bagel_training.publish import push, write_card
+from bagel_training.settings import fingerprint
 from bagel_training.throughput import StepFlops
 from bagel_training.validation import Validation
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -75,6 +77,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingS
         raise ValueError("--fsdp shards over processes, and there is one. Start it with `accelerate launch`.")
     pipe = load_pipeline(args, accelerator, torch.float32)
     transformer = pipe.transformer
+    base = fingerprint(accelerator, transformer)
     transformer.freeze(*args.freeze)
     logger.info(f"Training on {len(samples)} samples: {samples.task}")
     loader = make_loader(args, accelerator, samples, pipe)
@@ -93,16 +96,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingS
     if args.ema and (args.fsdp or accelerator.is_main_process):
         ema = ShardedEma(parameters, args.ema_decay, torch.device("cpu") if args.ema_device == "cpu" else None)
     validation = Validation(args, accelerator, pipe, on_every_rank=args.fsdp)
-    training = Training(args, accelerator, model, optimizer, loader, flops, validation, ema)
+    training = Training(args, accelerator, model, optimizer, loader, flops, validation, base, ema)
     metrics = training.run()
     save(args, accelerator, pipe)
+    if accelerator.is_main_process:
+        discard_replaced(Path(args.output_dir))
     training.validate(int(metrics["step"]))
     if accelerator.is_main_process:
         frozen = f", all but {', '.join(args.freeze)}," if args.freeze else ""
         name = args.hub_model_id or args.output_dir
         write_card(
             args,
-            f"BAGEL{frozen} trained for {metrics['step']} steps on {len(samples)} samples ({samples.task}).",
+            f"BAGEL{frozen} trained for {metrics['step']} steps on {len(samples)} samples ({samples.task}). "
+            f"{training.summary}".rstrip(),
             f'pipe = BagelPipeline.from_pretrained("{name}")',
             "from transformers_bagel import BagelForConditionalGeneration, BagelProcessor\n\n"
             f'model = BagelForConditionalGeneration.from_pretrained("{name}", subfolder="transformer")\n'

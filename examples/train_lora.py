@@ -21,7 +21,9 @@ from bagel_training.arguments import add_shared_arguments, check_shared_argument
 from bagel_training.data import TrainingSamples, load_samples
 from bagel_training.loop import Training, end_training, make_accelerator, make_loader, make_optimizer
 from bagel_training.models import load_pipeline
+from bagel_training.output import discard_replaced
 from bagel_training.publish import push, write_card
+from bagel_training.settings import fingerprint
 from bagel_training.throughput import StepFlops
 from bagel_training.validation import Validation
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
@@ -72,6 +74,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingS
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe = load_pipeline(args, accelerator, dtype)
     transformer = pipe.transformer
+    base = fingerprint(accelerator, transformer)
     transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(
@@ -102,16 +105,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingS
         )
 
     flops = StepFlops(transformer)
-    training = Training(args, accelerator, model, optimizer, loader, flops, validation, export=save)
+    training = Training(args, accelerator, model, optimizer, loader, flops, validation, base, export=save)
     metrics = training.run()
     if accelerator.is_main_process:
         save(args.output_dir)
+        discard_replaced(Path(args.output_dir))
     training.validate(int(metrics["step"]))
     if accelerator.is_main_process:
         write_card(
             args,
             f"LoRA of rank {args.rank} for BAGEL, trained for {metrics['step']} steps on {len(samples)} samples "
-            f"({samples.task}).",
+            f"({samples.task}). {training.summary}".rstrip(),
             f'pipe = BagelPipeline.from_pretrained("{args.pretrained_model_name_or_path}")\n'
             f'pipe.load_lora_weights("{args.hub_model_id or args.output_dir}")',
             # Only the pipeline reads this format.

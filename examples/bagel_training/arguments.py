@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 
 from transformers_bagel.image_processing_bagel import to_rgb
 from transformers_bagel.training.collator import CHOICES
 from transformers_bagel.training.losses import LOSS_REDUCTIONS
+
+from .output import check_output_dir
 
 
 # What cannot be zero.
@@ -25,8 +29,39 @@ COUNTS = (
     "resolution",
     "noised_copies",
     "validation_inference_steps",
+    "num_validation_images",
     "rank",
 )
+# Other numbers, by what they must be. Comparisons leave out NaN.
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        ("learning_rate", "ema_decay", "text_dropout", "vit_dropout", "vae_dropout"),
+        (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "lora_dropout"), (lambda value: 0 <= value < 1, "at least 0 and below 1")
+    ),
+    **dict.fromkeys(
+        ("adam_epsilon", "timestep_shift", "logit_std", "lora_alpha", "peak_tflops"),
+        (lambda value: 0 < value < math.inf, "above 0 and finite"),
+    ),
+    **dict.fromkeys(
+        (
+            "adam_weight_decay",
+            "ce_weight",
+            "mse_weight",
+            "lr_power",
+            "lr_warmup_steps",
+            "lr_decay_steps",
+            "validation_steps",
+            "max_nonfinite_steps",
+            "dataloader_num_workers",
+        ),
+        (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+    ),
+    **dict.fromkeys(("logit_mean", "guidance_scale"), (math.isfinite, "finite")),
+    "max_grad_norm": (lambda value: value > 0, "above 0 (inf for no clipping)"),
+}
 SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -136,6 +171,12 @@ def _add_training_arguments(group: argparse._ArgumentGroup, learning_rate: float
     group.add_argument("--adam_weight_decay", type=float, default=1e-4)
     group.add_argument("--adam_epsilon", type=float, default=1e-8)
     group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument(
+        "--max_nonfinite_steps",
+        type=int,
+        default=10,
+        help="how many steps in a row may be left out since their loss or gradient is not finite",
+    )
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's setting")
     group.add_argument("--allow_tf32", action="store_true")
     group.add_argument("--cpu", action="store_true", help="train on the CPU although there is a GPU")
@@ -143,6 +184,9 @@ def _add_training_arguments(group: argparse._ArgumentGroup, learning_rate: float
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output_dir", required=True)
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace the training that OUTPUT_DIR holds"
+    )
     group.add_argument("--checkpointing_steps", type=int, default=500)
     group.add_argument("--checkpoints_total_limit", type=int, help="how many of the latest checkpoints to keep")
     group.add_argument("--resume_from_checkpoint", help="a checkpoint's folder, or `latest`")
@@ -182,7 +226,12 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
         count = getattr(args, name, None)
         if count is not None and count < 1:
             raise ValueError(f"--{name} must be at least 1, got {count}.")
+    for name, (is_right, wanted) in NUMBERS.items():
+        number = getattr(args, name, None)
+        if number is not None and not is_right(number):
+            raise ValueError(f"--{name} must be {wanted}, got {number}.")
     if args.optimizer == "muon" and (args.use_8bit_adam or getattr(args, "fsdp", False)):
         raise ValueError("--optimizer muon needs whole matrices in float32: leave out --use_8bit_adam and --fsdp.")
     if args.validation_image is not None:
         to_rgb(args.validation_image)
+    check_output_dir(args)

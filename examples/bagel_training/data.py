@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image, List, load_dataset
+from datasets.exceptions import DatasetsError
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -34,13 +38,13 @@ class TrainingSamples:
         self.root = root
         columns = rows.column_names
         self.task = self._task(columns)
-        needed = {
+        self.needed = {
             "messages": [args.messages_column],
             "understanding": [args.question_column, args.answer_column],
             "editing": [args.cond_image_column, args.caption_column, args.image_column],
             "text-to-image": [args.image_column] + ([] if args.instance_prompt else [args.caption_column]),
         }[self.task]
-        missing = [name for name in needed if name not in columns]
+        missing = [name for name in self.needed if name not in columns]
         if missing:
             raise ValueError(
                 f"The task is {self.task}, but the data has no column {', '.join(map(repr, missing))}. It has "
@@ -66,6 +70,13 @@ class TrainingSamples:
             if images is not None:
                 sample["images"] = [self._image(image) for image in images]
             return sample | self._name(row, images[0] if images else None)
+        has_prompt = bool(args.instance_prompt)
+        empty = [
+            name for name in self.needed if row[name] is None and not (has_prompt and name == args.caption_column)
+        ]
+        if empty:
+            name = "".join(f" {name!r}" for name in self._name(row, None).values())
+            raise ValueError(f"The row{name} has nothing in the column {', '.join(map(repr, empty))}.")
         image = row.get(args.image_column)
         if self.task == "understanding":
             question = [{"type": "text", "text": row[args.question_column]}]
@@ -114,25 +125,70 @@ def load_samples(args: argparse.Namespace) -> TrainingSamples:
     """
     root = None
     if args.dataset_name:
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+        with _named(f"--dataset_name '{args.dataset_name}'"):
+            rows = load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
     elif args.train_data_file:
         rows, root = _load_files(args.train_data_file)
     else:
         rows, root = _load_folder(Path(args.instance_data_dir), args)
+    if not len(rows):
+        source = args.dataset_name or ", ".join(args.train_data_file or [args.instance_data_dir])
+        raise ValueError(f"The data '{source}' holds no row.")
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
     return TrainingSamples(_undecoded(rows), args, root)
 
 
 def _load_files(files: list[str]) -> tuple[Dataset, Path]:
-    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
     suffixes = {Path(name).suffix for name in files}
-    if len(suffixes) != 1 or not suffixes <= set(kinds):
+    if len(suffixes) != 1 or not suffixes <= {".parquet", ".jsonl", ".json"}:
         raise ValueError(f"--train_data_file must be files of one kind, .parquet, .jsonl or .json, got {files}.")
     missing = [name for name in files if not Path(name).is_file()]
     if missing:
         raise FileNotFoundError(f"--train_data_file: there is no file {', '.join(missing)}.")
-    return load_dataset(kinds[suffixes.pop()], data_files=files, split="train"), Path(files[0]).parent
+    return _load_rows(files, "--train_data_file"), Path(files[0]).parent
+
+
+def _load_rows(files: list[str], argument: str) -> Dataset:
+    """The rows of files of one kind.
+
+    Raises:
+        ValueError: if one is empty or broken, with its name and, if it has lines of JSON, the line.
+    """
+    for name in files:
+        if not Path(name).stat().st_size:
+            raise ValueError(f"{argument}: '{name}' is empty.")
+    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}[Path(files[0]).suffix]
+    with _named(f"{argument} {', '.join(map(repr, files))}", lambda: _broken_line(files)):
+        return load_dataset(kind, data_files=files, split="train")
+
+
+@contextmanager
+def _named(source: str, more: Callable[[], str] = str) -> Iterator[None]:
+    """Errors of `datasets`, which tell neither file nor argument, with the source of the data and their first cause."""
+    try:
+        yield
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{source} cannot be read: {more() or cause}") from error
+
+
+def _broken_line(files: list[str]) -> str:
+    """What is wrong with the first line that is no JSON object, of files that have one a line; empty if nothing is."""
+    for name in files:
+        if Path(name).suffix != ".jsonl":
+            continue
+        with open(name, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                except ValueError as error:
+                    return f"line {number} of '{name}' is no JSON: {error}"
+                if not isinstance(row, dict):
+                    return f"line {number} of '{name}' is no JSON object."
+    return ""
 
 
 def _load_folder(folder: Path, args: argparse.Namespace) -> tuple[Dataset, Path]:
@@ -141,8 +197,7 @@ def _load_folder(folder: Path, args: argparse.Namespace) -> tuple[Dataset, Path]
         raise FileNotFoundError(f"--instance_data_dir: there is no folder '{folder}'.")
     described = [folder / name for name in METADATA_FILES if (folder / name).is_file()]
     if described:
-        kind = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}[described[0].suffix]
-        rows = load_dataset(kind, data_files=str(described[0]), split="train")
+        rows = _load_rows([str(described[0])], "--instance_data_dir")
         if "file_name" in rows.column_names and args.image_column not in rows.column_names:
             rows = rows.add_column(args.image_column, rows["file_name"])
         return rows, folder

@@ -56,4 +56,9 @@ class ShardedEma:
         return self.average.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved average, with this one's decay and device."""
+        decay = self.average.decay
         self.average.load_state_dict(state)
+        self.average.decay = decay
+        if self.device is not None:
+            self.average.to(self.device)

@@ -8,7 +8,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +18,42 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.optimization import get_wsd_schedule
 
 from diffusers_bagel import BagelPipeline
-from transformers_bagel import BagelDataCollator, BagelDataLoader
+from transformers_bagel import BagelConfig, BagelDataCollator, BagelDataLoader
 from transformers_bagel.training.losses import loss_totals
 
-from .checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from .checkpoints import checkpoint_to_resume, delete_oldest, load_checkpoint, save_checkpoint
 from .data import TrainingSamples
 from .ema import ShardedEma
 from .models import training_processor
 from .muon import MuonWithAdamW, split_parameters
+from .output import check_same_training, discard_replaced, set_aside, training_of
+from .settings import check_base, compare_settings, settings_of
 from .throughput import StepFlops, measured_peak
 from .validation import Validation
+from .watch import StepWatch, check_finite, shown
 
 
 logger = get_logger(__name__)
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerator with its trackers, after `--seed` has been set."""
+    """
+    Accelerator with its trackers, after `--seed` has been set.
+
+    Raises:
+        ValueError, OSError: if the checkpoint to resume is none, or is of a training with other settings.
+    """
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -55,6 +65,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU. Take no or bf16 on the CPU.")
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is not None:
+        check_same_training(output_dir, checkpoint)
+        compare_settings(checkpoint, settings_of(args, accelerator.mixed_precision))
     set_seed(args.seed)
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -95,6 +109,7 @@ def make_loader(
         cache_dir=Path(args.output_dir) / "latents" if args.cache_latents else None,
         on_error=args.on_error,
         return_layout=True,
+        max_positions=max_positions(pipe.transformer.config),
     )
     batch_size = args.train_batch_size
     if batch_size is None and args.max_tokens is None:
@@ -108,6 +123,12 @@ def make_loader(
         world_size=accelerator.num_processes,
         num_workers=args.dataloader_num_workers,
     )
+
+
+def max_positions(config: BagelConfig) -> int | None:
+    """Rope positions that a model knows, unless its rope is scaled to go beyond them."""
+    text_config = config.get_text_config()
+    return text_config.max_position_embeddings if text_config.rope_parameters["rope_type"] == "default" else None
 
 
 def make_optimizer(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> torch.optim.Optimizer:
@@ -177,6 +198,7 @@ class Training:
         loader (`BagelDataLoader`): This rank's batches.
         flops (`StepFlops`): Of the model.
         validation ([`Validation`]): Draws and answers with the model as it is after a step.
+        base (`str`): Fingerprint of the weights that the training begins with.
         ema (`ShardedEma`, *optional*): Average of the weights.
         export (`Callable[[Path], None]`, *optional*): Writes into a checkpoint's folder what inference loads.
     """
@@ -188,45 +210,81 @@ class Training:
     loader: BagelDataLoader
     flops: StepFlops
     validation: Validation
+    base: str
     ema: ShardedEma | None = None
     export: Callable[[Path], None] | None = None
 
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.args.output_dir)
+        self.watch = StepWatch(self.args.max_nonfinite_steps)
+        self.training = uuid.uuid4().hex
+        # The newest checkpoint, until a later step has shown that its weights are good.
+        self.newest: Path | None = None
+
     def run(self) -> dict[str, float]:
-        """Train to the last step, and return its number and metrics; the model has then its averaged weights. The last
+        """
+        Train to the last step, and return its number and metrics; the model has then its averaged weights. The last
         validation is left to do when they have been saved.
+
+        Raises:
+            FloatingPointError: if too many steps in a row are not finite, or if weights are not.
         """
         args, accelerator = self.args, self.accelerator
         num_steps = number_of_steps(args, accelerator, len(self.loader.dataset))
         self.scheduler = make_scheduler(args, self.optimizer, num_steps)
         peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(accelerator.device, self._dtype())
-        step = self._resume()
+        step = start_step = self._resume()
+        if args.overwrite_output_dir and accelerator.is_main_process:
+            set_aside(self.output_dir)
         batches = iter(self.loader)
         self.model.train()
         logs: dict[str, float] = {}
+        is_due, num_updates = False, 0
         progress = tqdm(total=num_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
         while step < num_steps:
             start = time.perf_counter()
-            micro_batches = [next(batches).to(accelerator.device) for _ in range(args.gradient_accumulation_steps)]
-            logs = self._step(micro_batches)
+            micro_batches, names = self._next(batches)
+            logs = self.update(micro_batches)
             step += 1
             progress.update()
-            logs |= self._throughput(micro_batches, time.perf_counter() - start, peak)
+            seconds = time.perf_counter() - start
+            logs |= self._throughput(micro_batches, seconds, peak)
             progress.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}")
             if step % args.logging_steps == 0:
                 accelerator.log(logs, step=step)
                 logger.info(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in logs.items()))
-            if step % args.checkpointing_steps == 0:
-                self._save(step)
+            is_due |= step % args.checkpointing_steps == 0
+            if self.is_good(step, logs, names, seconds):
+                num_updates += 1
+                self._keep_newest()
+                if is_due:
+                    self._save(step)
+                    is_due = False
             if step < num_steps and args.validation_steps and step % args.validation_steps == 0:
                 self.validate(step)
         progress.close()
+        if step > start_step and not num_updates:
+            raise FloatingPointError(f"None of the {step - start_step} steps was finite: nothing was learned.")
         if self.ema is not None:
             self.ema.copy_to_model()
             self.ema = None
+        check_finite(self._trained(), "The trained model is not saved")
+        self._keep_newest()
+        self.summary = self._summary()
+        logger.info(f"End of the training. {self.summary or 'Nothing was left out.'}")
         return {"step": step} | logs
 
-    def _step(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
-        """One update, by the loss of the global batch: of all micro-batches of all ranks."""
+    def _next(self, batches: Iterator[BatchFeature]) -> tuple[list[BatchFeature], list[str]]:
+        """The micro-batches of a step, and the names of their samples."""
+        micro_batches: list[BatchFeature] = []
+        names: list[str] = []
+        for _ in range(self.args.gradient_accumulation_steps):
+            micro_batches.append(next(batches).to(self.accelerator.device))
+            names += self.loader.names
+        return micro_batches, names
+
+    def update(self, micro_batches: list[BatchFeature]) -> dict[str, float]:
+        """One update, by the loss of the global batch: of all micro-batches of all ranks. None if that is not finite."""
         args, accelerator = self.args, self.accelerator
         own: Any = sum(loss_totals(batch, args.loss_reduction) for batch in micro_batches)
         totals, num_ranks = accelerator.reduce(own, "sum"), accelerator.num_processes
@@ -238,19 +296,50 @@ class Training:
                 accelerator.backward(num_ranks * outputs.loss)
             sums += torch.stack([outputs.loss, outputs.ce_loss, outputs.mse_loss]).detach()
         norm = self._clip_gradients()
-        self.optimizer.step()
+        # The only values that are read back from the device, the same on all ranks.
+        losses = num_ranks * accelerator.reduce(sums, "mean")
+        loss, ce_loss, mse_loss, grad_norm = torch.cat([losses, norm.to(losses).view(1)]).tolist()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.step()
-        loss, ce_loss, mse_loss = (num_ranks * accelerator.reduce(sums, "mean")).tolist()
         return {
             "loss": loss,
             "ce_loss": ce_loss,
             "mse_loss": mse_loss,
-            "grad_norm": norm,
+            "grad_norm": grad_norm,
             "lr": self.scheduler.get_last_lr()[0],
         }
+
+    def is_good(self, step: int, logs: dict[str, float], names: list[str], seconds: float) -> bool:
+        """Whether a step had an update; if it should have had one, that is noted."""
+        if math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]):
+            self.watch.good()
+            return True
+        scaler = self.accelerator.scaler
+        if scaler is not None and math.isfinite(logs["loss"]) and scaler.get_scale() >= 1:
+            # float16 finds its scale by gradients that overflow.
+            return False
+        check_finite(self._trained(), f"Step {step} has the loss {logs['loss']:.4g}, since the weights are broken")
+        self.watch.bad(step, logs, names, seconds)
+        return False
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _summary(self) -> str:
+        """What was left out, of all ranks; empty if nothing was."""
+        skipped = gather_object([item.name for item in self.loader.collator.skipped])
+        parts = []
+        if skipped:
+            parts.append(f"Samples left out: {len(skipped)} ({shown(skipped)}).")
+        if self.watch.num_steps:
+            parts.append(f"Steps that were not finite: {self.watch.num_steps}, {self.watch.seconds:.1f} s.")
+        return " ".join(parts)
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager:
         # Sharded gradients are reduced each time: kept whole until the last, they would fill the device.
@@ -263,12 +352,12 @@ class Training:
             return nullcontext()
         return sdpa_kernel(SDPBackend.__members__[self.args.sdpa_backend.upper()])
 
-    def _clip_gradients(self) -> float:
+    def _clip_gradients(self) -> torch.Tensor:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _throughput(self, micro_batches: list[BatchFeature], seconds: float, peak: float) -> dict[str, float]:
         tokens = sum(int((batch["layout"].document_ids >= 0).sum()) for batch in micro_batches)
@@ -291,25 +380,44 @@ class Training:
             "loader": self.loader.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "watch": self.watch.state_dict(),
         }
-        save_checkpoint(
+        settings = settings_of(self.args, self.accelerator.mixed_precision)
+        settings |= {"training": self.training, "base": self.base}
+        self.newest = save_checkpoint(
             self.accelerator,
-            Path(self.args.output_dir),
+            self.output_dir,
             step,
             self.model,
             self.optimizer,
             own_state,
-            self.args.checkpoints_total_limit,
+            settings,
             self.export,
         )
+
+    def _keep_newest(self) -> None:
+        """Delete what the newest checkpoint replaces: the oldest beyond the limit, and an overwritten training."""
+        if self.newest is not None and self.accelerator.is_main_process:
+            if self.args.checkpoints_total_limit:
+                delete_oldest(self.newest, self.args.checkpoints_total_limit)
+            discard_replaced(self.output_dir)
+        self.newest = None
 
     def _resume(self) -> int:
         path = checkpoint_to_resume(self.args)
         if path is None:
+            if self.args.resume_from_checkpoint:
+                logger.info(f"There is no checkpoint in {self.output_dir}: starting from the beginning.")
             return 0
+        check_base(path, self.base)
+        # The optimizer's and the schedule's settings are this training's, not the checkpoint's.
+        groups = [dict(group, params=None) for group in self.optimizer.param_groups]
         own_state = load_checkpoint(self.accelerator, path, self.model, self.optimizer)
+        self.training = training_of(path) or self.training
         self.loader.load_state_dict(own_state["loader"])
-        self.scheduler.load_state_dict(own_state["scheduler"])
+        self.scheduler.load_state_dict(own_state["scheduler"] | {"base_lrs": self.scheduler.base_lrs})
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            group |= {name: value for name, value in own.items() if name != "params"}
         # What is left of the course may be another than it was when the rates were saved.
         rates = [
             base * factor(self.scheduler.last_epoch)
@@ -321,6 +429,8 @@ class Training:
             if own_state["ema"] is None:
                 raise ValueError(f"'{path}' holds no average of the weights. Go on without --ema, as it was begun.")
             self.ema.load_state_dict(own_state["ema"])
+        # Those of earlier versions have none.
+        self.watch.load_state_dict(own_state.get("watch", {}))
         return own_state["step"]
 
     def validate(self, step: int) -> None:

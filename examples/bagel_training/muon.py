@@ -45,21 +45,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
             for parameter in matrices
             if parameter.ndim > 2
         }
-        self._muon = torch.optim.Muon(
-            [self._views.get(parameter, parameter) for parameter in matrices],
-            lr=lr,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        self._adamw = torch.optim.AdamW(list(others), lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
-        super().__init__(self._muon.param_groups + self._adamw.param_groups, {"lr": lr})
+        others = list(others)
+        # Neither part takes an empty list: a LoRA has matrices alone.
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            views = [self._views.get(parameter, parameter) for parameter in matrices]
+            muon = torch.optim.Muon(views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
+        if others:
+            self._parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
-        """Both parts work on the groups and the state of the whole."""
-        count = len(self._muon.param_groups)
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
-        self._muon.state = self._adamw.state = self.state
+        """The parts work on the groups and the state of the whole; each has one group."""
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.param_groups = [group]
+            part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -73,8 +75,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 loss = closure()
         for parameter, view in self._views.items():
             view.grad = None if parameter.grad is None else parameter.grad.view_as(view)
-        self._muon.step()
-        self._adamw.step()
+        for part in self._parts:
+            part.step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

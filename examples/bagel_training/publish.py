@@ -115,6 +115,6 @@ def push(args: argparse.Namespace) -> str:
         folder_path=output_dir,
         commit_message="End of training",
         token=args.hub_token,
-        ignore_patterns=["checkpoint-*", ".checkpoint-*", "latents/*", f"{args.logging_dir}/*"],
+        ignore_patterns=["checkpoint-*", ".checkpoint-*", ".replaced-*", "latents/*", f"{args.logging_dir}/*"],
     )
     return repo_id

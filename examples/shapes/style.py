@@ -105,13 +105,13 @@ def style_cases(count: int, seed: int = 0) -> list[DrawCase]:
 
 def train_style(checkpoint: str | Path, output_dir: Path, steps: int, num_samples: int) -> None:
     """Train the LoRA with this project's script."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     data = output_dir / "data.parquet"
-    write_rows(data, style_samples(num_samples))
     inputs = ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(output_dir)]
-    train_lora.main(
-        train_lora.parse_args([*inputs, "--train_data_file", str(data), "--max_train_steps", str(steps), *SETTINGS])
-    )
+    # Before anything is written: the folder may hold another training.
+    args = train_lora.parse_args([*inputs, "--train_data_file", str(data), "--max_train_steps", str(steps), *SETTINGS])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_rows(data, style_samples(num_samples))
+    train_lora.main(args)
 
 
 def main() -> None:

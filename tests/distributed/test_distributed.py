@@ -148,6 +148,32 @@ def test_two_processes_train_as_one_with_twice_the_batch(settings, trained_by_on
     assert any("moe_gen" in name for name in moved)
 
 
+# One rank alone has a loss that is not finite.
+BROKEN_RANK = """
+import os, sys
+from contextlib import nullcontext
+sys.path[:0] = [{root!r}, {examples!r}]
+import train_full
+from tests.examples.conftest import not_finite
+with not_finite(2, accumulation=2) if os.environ["RANK"] == "1" else nullcontext():
+    train_full.main(train_full.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("mode", [{}, {"fsdp": True, "ema": True}], ids=["data parallel", "sharded"])
+def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(settings, tmp_path, mode):
+    settings = settings | mode | {"train_batch_size": 1, "lr_scheduler": "constant"}
+    once = train(tmp_path / "once", **settings, max_train_steps=1)
+    script = tmp_path / "script.py"
+    script.write_text(BROKEN_RANK.format(root=str(ROOT), examples=str(EXAMPLES)), encoding="utf-8")
+    words = arguments(**settings, max_train_steps=2, output_dir=tmp_path / "two")
+    printed = run_script(script, *words, num_processes=2)
+    assert_same(saved_weights(tmp_path / "two"), saved_weights(once))
+    (warning,) = [line for line in printed.splitlines() if "Left out step 2" in line]
+    # Two of each rank.
+    assert warning.count("sample ") == 4
+
+
 def test_a_process_that_fails_ends_the_others(tmp_path):
     """Of the helper: what is run above would wait for each other until its time is over."""
     script = tmp_path / "script.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -167,6 +168,29 @@ def full_disk(step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
         patch.setattr(torch, "save", save_or_fail)
         yield
+
+
+@contextmanager
+def not_finite(*steps: int, part: str = "loss", accumulation: int = 1) -> Iterator[None]:
+    """The loss of some steps, or their gradient alone, is NaN."""
+    forward, calls = BagelForConditionalGeneration.forward, itertools.count()
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, **kwargs)
+        if kwargs.get("loss_totals") is not None and next(calls) // accumulation + 1 in steps:
+            # The root of zero is finite, its derivative is not.
+            nothing = (0 * outputs.loss).sqrt()
+            outputs.loss = outputs.loss + nothing * (float("nan") if part == "loss" else 1)
+        return outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BagelForConditionalGeneration, "forward", broken)
+        yield
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, to see that it was left alone."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextmanager

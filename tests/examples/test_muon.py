@@ -142,3 +142,19 @@ def test_muon_needs_whole_matrices(other, capsys):
             + ["--optimizer", "muon", other]
         )
     assert "--optimizer muon" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("only", ["matrices", "others"])
+def test_either_part_may_be_empty(only):
+    model = small_model()
+    matrices, others = split_parameters(model)
+    optimizer = MuonWithAdamW(
+        matrices if only == "matrices" else [], others if only == "others" else [], lr=0.1, weight_decay=0.1
+    )
+    before = [parameter.clone() for parameter in model.parameters()]
+    gradients(model, 0)
+    optimizer.step()
+    moved = {
+        parameter for parameter, old in zip(model.parameters(), before, strict=True) if not torch.equal(parameter, old)
+    }
+    assert moved == set(matrices if only == "matrices" else others)

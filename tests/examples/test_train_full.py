@@ -166,26 +166,28 @@ def test_limit_deletes_only_after_the_new_one_is_complete(train, tmp_path):
 
 
 def test_limit_does_not_delete_what_was_just_written(train, tmp_path):
-    """A new run in the folder of an older, longer one."""
-    train(train_full, tmp_path, max_train_steps=3, checkpointing_steps=3)
-    train(train_full, tmp_path, checkpointing_steps=2, checkpoints_total_limit=1)
+    """A run that goes on from before its newest checkpoint."""
+    train(train_full, tmp_path, max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=3)
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    train(train_full, tmp_path, **settings, resume_from_checkpoint="checkpoint-1")
     assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 
 def test_checkpoint_of_the_same_step_is_replaced_whole(train, tmp_path, monkeypatch):
     """The older one is there until the new one stands in its place, and no half of it afterwards."""
-    settings = {"max_train_steps": 1, "checkpointing_steps": 1}
+    settings = {"checkpointing_steps": 1}
     train(train_full, tmp_path, **settings)
-    first = checkpoint_state(tmp_path / "checkpoint-1")
+    first = checkpoint_state(tmp_path / "checkpoint-2")
+    settings["resume_from_checkpoint"] = "checkpoint-1"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", interrupted_deletion)
-        train(train_full, tmp_path, **settings, seed=1)
-    second = checkpoint_state(tmp_path / "checkpoint-1")
+        train(train_full, tmp_path, **settings, learning_rate=2e-3)
+    second = checkpoint_state(tmp_path / "checkpoint-2")
     assert second.keys() == first.keys()
     assert changed(second, first)
-    train(train_full, tmp_path, **settings, seed=2)
-    assert changed(checkpoint_state(tmp_path / "checkpoint-1"), second)
-    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
+    train(train_full, tmp_path, **settings, learning_rate=3e-3)
+    assert changed(checkpoint_state(tmp_path / "checkpoint-2"), second)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def interrupted_deletion(path, *args, rmtree=shutil.rmtree, **kwargs):
@@ -292,7 +294,7 @@ def test_card(uninterrupted):
 
 def test_card_shows_no_pictures_of_an_earlier_run(train, tmp_path):
     train(train_full, tmp_path, validation_prompt=PROMPT)
-    train(train_full, tmp_path)
+    train(train_full, tmp_path, overwrite_output_dir=True)
     assert "widget" not in load_card(tmp_path).data.to_dict()
 
 

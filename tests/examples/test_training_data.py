@@ -27,6 +27,7 @@ from tests.examples.conftest import (
     text,
     write_lines,
 )
+from transformers_bagel import BagelConfig
 
 
 CAPTIONS = [f"a {shape}" for shape in SHAPES]
@@ -385,3 +386,97 @@ def test_missing_data_is_named(train, tmp_path, monkeypatch, settings, error, me
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         train(train_lora, tmp_path / "out", **settings)
+
+
+GOOD = b'{"image": "a.png", "text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rows.jsonl", b"", "rows.jsonl' is empty"),
+        ("rows.jsonl", b"\n\n", "rows.jsonl"),
+        ("rows.jsonl", GOOD * 2 + b'{"image": "a.png", "te\n' + GOOD, "line 3 of .*rows.jsonl' is no JSON"),
+        ("rows.jsonl", GOOD + b"\xff\xfe\n", "line 2 of .*rows.jsonl' is no JSON"),
+        ("rows.jsonl", b"no\n", "line 1 of .*rows.jsonl' is no JSON"),
+        ("rows.json", b"[{", "rows.json"),
+        ("rows.parquet", b"", "rows.parquet' is empty"),
+        ("rows.parquet", b"PAR1 no parquet PAR1", "rows.parquet"),
+    ],
+)
+def test_a_broken_file_of_data_is_named(train, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"--train_data_file.*{message}"):
+        train(train_lora, tmp_path / "out", train_data_file=[tmp_path / name])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metadata.jsonl", b"", "metadata.jsonl' is empty"),
+        ("metadata.jsonl", b'{"file_name": "red_circle.png"}\n{"file_name"\n', "line 2 of .*metadata.jsonl"),
+        ("metadata.csv", b'file_name,text\na.png,"a\n', "metadata.csv"),
+        ("metadata.csv", b"file_name,text\n", "metadata.csv.*no data"),
+        ("metadata.parquet", b"no parquet", "metadata.parquet"),
+    ],
+)
+def test_a_broken_description_of_a_folder_is_named(train, folder, tmp_path, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        train(train_lora, tmp_path / "out", instance_data_dir=folder, instance_prompt=None)
+
+
+def test_an_empty_dataset_folder_is_named(train, tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises((ValueError, OSError), match="--dataset_name '.*data'"):
+        train(train_lora, tmp_path / "out", dataset_name=tmp_path / "data")
+    with pytest.raises(ValueError, match="--instance_data_dir: '.*data' holds no image"):
+        train(train_lora, tmp_path / "out", instance_data_dir=tmp_path / "data")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("max_tokens", [None, 200])
+@pytest.mark.parametrize("column", ["image", "text"])
+def test_a_row_without_a_cell_is_a_bad_sample(train, folder, files, tmp_path, caplog, column, max_tokens, num_workers):
+    rows = [{"id": name, "image": name, "text": "draw"} for name in files]
+    del rows[3][column]
+    settings = {"train_data_file": [write_lines(folder / "rows.jsonl", rows)], "rank": 2, "max_tokens": max_tokens}
+    settings |= {"dataloader_num_workers": num_workers, "train_batch_size": 8, "max_train_steps": 2}
+    message = f"The row '{files[3]}' has nothing in the column '{column}'"
+    if not num_workers:
+        with pytest.raises(ValueError, match=f"Sample 3: {message}"):
+            train(train_lora, tmp_path / "raise", **settings)
+    train(train_lora, tmp_path / "skip", **settings, on_error="skip")
+    assert f"Left out sample 3: {message}" in caplog.text
+
+
+def test_a_sample_beyond_the_models_positions_is_left_out(train, checkpoint, tmp_path, caplog):
+    bound = BagelConfig.from_pretrained(checkpoint / "transformer").get_text_config().max_position_embeddings
+    rows = [talk([text("a ")], [text("b")], id=str(index)) for index in range(4)]
+    rows[2]["messages"][0]["content"][0]["text"] *= bound
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    train(train_lora, tmp_path / "out", train_data_file=[source], rank=2, train_batch_size=4, on_error="skip")
+    assert re.search(rf"Left out sample 2 \(id '2'\): It takes \d+ rope positions, .*\({bound}\)", caplog.text)
+
+
+@pytest.mark.parametrize("shape", [(4000, 2), (2, 4000), (1, 1)])
+def test_pictures_of_any_shape_fit_the_models_tables(train, tmp_path, shape):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", shape).save(tmp_path / "data" / "odd.png")
+    train(train_lora, tmp_path / "out", instance_data_dir=tmp_path / "data", **SETTINGS)
+    assert_trained(tmp_path / "out", "text-to-image", samples=1)
+
+
+def test_an_adapter_has_matrices_alone_for_muon(train, tmp_path):
+    train(
+        train_lora,
+        tmp_path,
+        **SETTINGS | {"rank": 4, "max_train_steps": 2, "checkpointing_steps": 1},
+        optimizer="muon",
+    )
+    whole = saved_weights(tmp_path)
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
+    settings = {"rank": 4, "checkpointing_steps": 1, "optimizer": "muon"}
+    train(train_lora, tmp_path, **settings, resume_from_checkpoint="checkpoint-1")
+    assert_same(saved_weights(tmp_path), whole)

@@ -13,10 +13,21 @@ import re
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CASES, CHECKPOINT, GOLDEN, golden_image, load_model, max_error, training_samples, turn
+from tests.conftest import (
+    CASES,
+    CHECKPOINT,
+    GOLDEN,
+    PickyVae,
+    golden_image,
+    load_model,
+    max_error,
+    training_samples,
+    turn,
+)
 from transformers_bagel import BagelDataCollator
 from transformers_bagel.image_processing_bagel import patchify, unpatchify
 from transformers_bagel.latents import decode_latents, encode_posterior
@@ -915,3 +926,40 @@ def test_odd_samples_are_told_what_is_wrong(name, collate):
     sample, message = odd[name]
     with pytest.raises((TypeError, ValueError), match=message):
         collate().encode(sample, seed=0)
+
+
+def test_an_image_that_the_vae_cannot_encode_stops_with_the_samples_name(collate, vae):
+    samples = [*training_samples("draw"), drawing(golden_image("wide"), id="odd")]
+    with pytest.raises(ValueError, match=r"^Sample 1 \(id 'odd'\): The VAE encoded the image to NaN"):
+        collate(vae=PickyVae(vae))(samples)
+
+
+def test_an_image_that_the_vae_cannot_encode_is_left_out_and_not_kept(collate, vae, tmp_path):
+    good = training_samples("draw")
+    collator = collate(vae=PickyVae(vae), on_error="skip", cache_dir=tmp_path)
+    batch = collator([*good, drawing(golden_image("wide"))])
+    assert torch.equal(batch["latents"], collate()(good)["latents"])
+    assert [item.name for item in collator.skipped] == ["sample 1"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_kept_latents_that_are_not_finite_are_encoded_again(collate, tmp_path):
+    samples = training_samples("draw")
+    expected = collate(cache_dir=tmp_path)(samples)["latents"]
+    (path,) = tmp_path.iterdir()
+    save_file({name: tensor * float("nan") for name, tensor in load_file(path).items()}, path)
+    assert torch.equal(collate(cache_dir=tmp_path)(samples)["latents"], expected)
+
+
+@pytest.mark.parametrize("name", ["talk", "edit"])
+def test_a_sample_beyond_the_models_positions_cannot_be_used(name, collate):
+    samples = training_samples(name)
+    # Whether or not a text of it happens to be dropped.
+    positions = int(collate()(samples)["position_ids"].max()) + 1
+    for dropout in (0.0, 1.0):
+        collate(text_dropout=dropout, max_positions=positions)(samples)
+        with pytest.raises(ValueError, match=rf"^Sample 0: It takes {positions} rope positions, more than"):
+            collate(text_dropout=dropout, max_positions=positions - 1)(samples)
+    collator = collate(on_error="skip", max_positions=positions - 1)
+    collator(samples)
+    assert len(collator.skipped) == 1

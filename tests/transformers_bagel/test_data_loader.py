@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import training_samples, turn
+from tests.conftest import PickyVae, training_samples, turn
 from transformers_bagel import BagelDataLoader
 
 
@@ -305,3 +305,38 @@ def test_any_error_of_a_dataset_names_the_sample(error, load):
     loader = load(dataset, {"on_error": "skip"}, batch_size=2)
     take(loader, 1)
     assert [item.name for item in loader.collator.skipped] == ["sample 1"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("collator", [{}, {"max_tokens": 300}], ids=["unpacked", "packed"])
+def test_an_image_that_the_vae_cannot_encode_is_one_sample_less(num_workers, collator, load, vae):
+    samples = training_samples("draw", "edit", "talk", "draw", "look")
+    settings = {"batch_size": 2, "shuffle": False, "num_workers": num_workers}
+    picky = PickyVae(vae)
+    with pytest.raises(ValueError, match="^Sample 1: The VAE encoded the image to NaN"):
+        take(load(samples, collator | {"vae": picky}, **settings), 2)
+    loader = load(samples, collator | {"vae": picky, "on_error": "skip"}, **settings)
+    seen = []
+    for _, batch in zip(range(2), loader, strict=False):
+        assert batch["input_ids"].shape[0] == 1
+        seen += loader.names
+    assert seen == ["sample 0", "sample 2", "sample 3", "sample 4"]
+    assert [(item.name, item.reason) for item in loader.collator.skipped] == [
+        ("sample 1", "The VAE encoded the image to NaN or infinity.")
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_of_nothing_are_left_out_like_others(num_workers, load):
+    dataset = [*numbered(2), None, {"messages": None}, {}, *numbered(1)]
+    loader = load(dataset, {"on_error": "skip"}, batch_size=3, shuffle=False, num_workers=num_workers)
+    take(loader, 1)
+    assert [item.name for item in loader.collator.skipped] == ["sample 2", "sample 3", "sample 4"]
+
+
+def test_a_batch_tells_its_samples(load):
+    samples = numbered(5)
+    samples[3]["id"] = "three"
+    loader = load(samples, batch_size=2, shuffle=False)
+    names = [loader.names for _ in zip(range(3), loader, strict=False)]
+    assert names == [["sample 0", "sample 1"], ["sample 2", "sample 3 (id 'three')"], ["sample 4", "sample 0"]]

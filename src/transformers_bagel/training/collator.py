@@ -24,7 +24,7 @@ from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
 from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, sample_segments
 from ..sequence import SequenceLayout, lay_out
-from .latents import LatentEncoder
+from .latents import LatentEncoder, WorkerDeviceError
 from .samples import EncodedSample, LatentBlock, LatentImage, SkippedSample, fill_rows, mixed_seed
 
 
@@ -71,6 +71,8 @@ class BagelDataCollator:
         on_error (`str`, *optional*, defaults to `"raise"`):
             Whether a sample that cannot be used stops the training (`"raise"`), or is left out with a warning and
             noted in `skipped` (`"skip"`).
+        max_positions (`int`, *optional*):
+            Rope positions that the model knows (`max_position_embeddings`): a sample that takes more cannot be used.
         return_layout (`bool`, *optional*, defaults to `False`):
             Whether batches have a `layout`, with which a training step reads nothing back from the device.
 
@@ -108,6 +110,7 @@ class BagelDataCollator:
     cache_dir: str | os.PathLike | None = None
     on_error: str = "raise"
     return_layout: bool = False
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.processor, BagelProcessor):
@@ -122,9 +125,10 @@ class BagelDataCollator:
         for name in ("timestep_shift", "logit_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {shown(getattr(self, name))}.")
-        for name, count in (("max_tokens", self.max_tokens), ("noised_copies", self.noised_copies)):
+        for name in ("max_tokens", "max_positions", "noised_copies"):
+            count = getattr(self, name)
             is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-            if not is_count and not (name == "max_tokens" and count is None):
+            if not is_count and not (name != "noised_copies" and count is None):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {shown(count)}.")
         self.skipped: list[SkippedSample] = []
         self.encode_latents: LatentEncoder | None = None
@@ -161,6 +165,8 @@ class BagelDataCollator:
                 # Every worker has a copy of the generator, but a seed of its own in each epoch.
                 seed = mixed_seed(seed, worker.seed)
             result = self.encode_or_skip(partial(samples.__getitem__, index), seed, f"sample {index}")
+            if isinstance(result, EncodedSample):
+                result = self.with_latents(result)
             if isinstance(result, SkippedSample):
                 self.report(result)
             else:
@@ -179,18 +185,42 @@ class BagelDataCollator:
                 name = f"{name} (id {shown(sample['id'])})"
             encoded = self.encode(sample, seed)
             # Whole: a sample that fits only when something was dropped would always be learned without it.
-            if self.max_tokens is not None and encoded.whole_length > self.max_tokens:
-                raise ValueError(
-                    f"It takes {encoded.whole_length} tokens, more than `max_tokens` ({self.max_tokens})."
-                )
+            for kind, count, bound in (
+                ("tokens", encoded.whole_length, "max_tokens"),
+                ("rope positions", encoded.whole_positions, "max_positions"),
+            ):
+                limit = getattr(self, bound)
+                if limit is not None and count > limit:
+                    raise ValueError(f"It takes {count} {kind}, more than `{bound}` ({limit}).")
         except Exception as error:
             # Whatever a dataset raises, it is about this sample.
-            if self.on_error == "skip":
-                return SkippedSample(name, str(error))
-            kinds = (TypeError, ValueError, OSError)
-            kind = next((base for base in kinds if isinstance(error, base)), RuntimeError)
-            raise kind(f"{name[0].upper()}{name[1:]}: {error}") from error
-        return encoded
+            return self._failed(name, error)
+        return replace(encoded, name=name)
+
+    def with_latents(self, sample: EncodedSample) -> EncodedSample | SkippedSample:
+        """A sample whose images the VAE has encoded; an error is treated as in `encode_or_skip`."""
+        try:
+            return replace(sample, latents=self._latents(sample), latent_images=[])
+        except WorkerDeviceError:
+            # That is about all samples.
+            raise
+        except Exception as error:
+            return self._failed(sample.name, error)
+
+    def _latents(self, sample: EncodedSample) -> list[torch.Tensor]:
+        """Latents of each image of a sample, `(latent_tokens, latent_dim)`."""
+        if sample.latents is not None or not sample.latent_images:
+            return sample.latents or []
+        assert self.encode_latents is not None
+        return [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
+
+    def _failed(self, name: str, error: Exception) -> SkippedSample:
+        """The note about a sample that cannot be used, or its error with the sample's name."""
+        if self.on_error == "skip":
+            return SkippedSample(name, str(error))
+        kinds = (TypeError, ValueError, OSError)
+        kind = next((base for base in kinds if isinstance(error, base)), RuntimeError)
+        raise kind(f"{name[0].upper()}{name[1:]}: {error}") from error
 
     def report(self, skipped: SkippedSample) -> None:
         """Note a sample that was left out, once."""
@@ -220,7 +250,7 @@ class BagelDataCollator:
         skipped: list[int] = []
         images: list[LatentImage] = []
         blocks: list[LatentBlock] = []
-        whole_length = empty_positions = 0
+        whole_length = empty_positions = dropped_positions = 0
         rates = {"text": self.text_dropout, "vit_image": self.vit_dropout, "vae_image": self.vae_dropout}
         for encoded in self.processor.encode_segments(sample_segments(sample)):
             segment = encoded.segment
@@ -230,6 +260,7 @@ class BagelDataCollator:
             if segment.dropout and is_dropped:
                 # A dropped image still takes its position, a dropped text does not (original behaviour, point 33).
                 empty_positions += segment.type != "text"
+                dropped_positions += len(encoded) if segment.type == "text" else 0
                 continue
             # Noised blocks do not advance the positions, so all copies stand where the image is drawn.
             segments += [encoded] * copies
@@ -238,9 +269,11 @@ class BagelDataCollator:
             if segment.type == "vae_image":
                 blocks += [self._latent_block(encoded, images, generator) for _ in range(copies)]
         seen: list[Any] = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
+        sequence = lay_out(segments, skipped)
         return EncodedSample(
-            **vars(lay_out(segments, skipped)),
+            **vars(sequence),
             whole_length=whole_length,
+            whole_positions=int(sequence.position_ids.max()) + 1 + dropped_positions,
             patches=[encoded.pixels for encoded in seen],
             patch_grids=[encoded.grid for encoded in seen],
             latent_images=images,
@@ -275,7 +308,7 @@ class BagelDataCollator:
         return self.timestep_shift * sigma / (1 + (self.timestep_shift - 1) * sigma)
 
     def pack(self, samples: Sequence[EncodedSample]) -> BatchFeature:
-        """Packed sequences of encoded samples; their latents are computed here. See `__call__`."""
+        """Packed sequences of encoded samples; latents that are missing are computed here. See `__call__`."""
         rows = fill_rows([len(sample) for sample in samples], self.max_tokens)
         packed = [[samples[index] for index in row] for row in rows]
         ordered = [sample for sequence in packed for sample in sequence]
@@ -299,10 +332,9 @@ class BagelDataCollator:
             batch["image_grid_hw"] = torch.tensor([grid for sample in ordered for grid in sample.patch_grids])
         blocks = [block for sample in ordered for block in sample.blocks]
         if blocks:
-            assert self.encode_latents is not None
             latents: list[torch.Tensor] = []
             for sample in ordered:
-                images = [self.encode_latents(image.pixels, image.posterior_noise) for image in sample.latent_images]
+                images = self._latents(sample)
                 latents += [images[block.image] for block in sample.blocks]
             batch["latents"] = torch.cat(latents)
             batch["noise"] = torch.cat([block.noise for block in blocks])

@@ -42,6 +42,9 @@ class BagelDataLoader:
         num_workers (`int`, *optional*, defaults to 0):
             Processes that read and tokenise. The VAE stays in this one, and what they leave out is reported here.
 
+    Attributes:
+        names (`list[str]`): Of the samples in the batch that was given out last.
+
     Raises:
         ValueError: if the dataset is empty, or if neither `max_tokens` nor `batch_size` bounds a batch.
 
@@ -76,6 +79,7 @@ class BagelDataLoader:
                 f"`dataset` has {len(self.dataset)} samples; each of {self.world_size} ranks needs one at least."
             )
         self._place = (0, 0)
+        self.names: list[str] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch that was given out, and the samples left out so far."""
@@ -115,6 +119,8 @@ class BagelDataLoader:
         for (epoch, offset, index), result in DataLoader(
             tasks, sampler=self._places(), batch_size=None, num_workers=self.num_workers, generator=generator
         ):
+            if isinstance(result, EncodedSample):
+                result = self.collator.with_latents(result)
             if isinstance(result, SkippedSample):
                 self.collator.report(result)
                 useless.add(index)
@@ -125,6 +131,7 @@ class BagelDataLoader:
             if batch and self._is_full(batch, result):
                 # The sample that does not fit begins the next batch: this is where a resumed run starts.
                 self._place = (epoch, offset)
+                self.names = [sample.name for sample in batch]
                 yield self.collator.pack(batch)
                 batch = []
             batch.append(result)

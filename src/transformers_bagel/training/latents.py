@@ -23,6 +23,10 @@ from ..latents import encode_posterior, scale_latents, upcast_vae
 logger = logging.get_logger(__name__)
 
 
+class WorkerDeviceError(RuntimeError):
+    """The VAE is out of a worker's reach."""
+
+
 class LatentEncoder:
     """
     Encodes preprocessed images one by one: padding them to a common size would change their borders (point 22).
@@ -46,7 +50,8 @@ class LatentEncoder:
         """Mean and standard deviation, packed and not scaled. `(3, height, width)` -> `(tokens, latent_dim)` twice.
 
         Raises:
-            RuntimeError: in a worker of a `DataLoader`, if the VAE lies on an accelerator.
+            ValueError: if the VAE encodes the image to NaN or infinity.
+            WorkerDeviceError: in a worker of a `DataLoader`, if the VAE lies on an accelerator.
         """
         if self.cache_dir is None:
             return self._encode(pixels)
@@ -60,8 +65,8 @@ class LatentEncoder:
         if path.exists():
             try:
                 stored = load_file(path)
-                return stored["mean"], stored["std"]
-            except (SafetensorError, KeyError) as error:
+                return _finite(stored["mean"]), _finite(stored["std"])
+            except (SafetensorError, KeyError, ValueError) as error:
                 logger.warning(f"The cached latents '{path}' are broken ({error}): encoding the image again.")
         mean, std = self._encode(pixels)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -88,13 +93,19 @@ class LatentEncoder:
 
     def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if get_worker_info() is not None and self.vae.device.type != "cpu":
-            raise RuntimeError(
+            raise WorkerDeviceError(
                 f"The VAE lies on {self.vae.device}, and a worker of a DataLoader cannot use it there. Take "
                 "BagelDataLoader, which encodes in the main process, or `num_workers=0`, or a VAE on the CPU."
             )
         posterior = encode_posterior(self.vae, pixels)
-        mean, std = (patchify(part[0].cpu(), self.patch_size) for part in (posterior.mean, posterior.std))
+        mean, std = (patchify(_finite(part[0].cpu()), self.patch_size) for part in (posterior.mean, posterior.std))
         return mean, std
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    if not values.isfinite().all():
+        raise ValueError("The VAE encoded the image to NaN or infinity.")
+    return values
 
 
 def _fingerprint(vae: Any) -> str:

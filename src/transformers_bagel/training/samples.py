@@ -49,17 +49,23 @@ class EncodedSample(EncodedSequence):
 
     Attributes:
         whole_length (`int`): Its tokens and those of what was dropped.
+        whole_positions (`int`): Rope positions that it would take if no text had been dropped.
         patches (`list[torch.Tensor]`): `(patches, patch_dim)` of each image that the ViT sees.
         patch_grids (`list[tuple[int, int]]`): Rows and columns of these.
         latent_images (`list[LatentImage]`): Images to encode, each once.
         blocks (`list[LatentBlock]`): In the order of the sequence; several may show one image.
+        latents (`list[torch.Tensor]`, *optional*): `(latent_tokens, latent_dim)` of each image, once it is encoded.
+        name (`str`): For messages about it.
     """
 
     whole_length: int = 0
+    whole_positions: int = 0
     patches: list[torch.Tensor] = field(default_factory=list)
     patch_grids: list[tuple[int, int]] = field(default_factory=list)
     latent_images: list[LatentImage] = field(default_factory=list)
     blocks: list[LatentBlock] = field(default_factory=list)
+    latents: list[torch.Tensor] | None = None
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
