@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,20 @@ def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
 def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     return (actual.float() - expected.float()).abs().max().item()
+
+
+@contextmanager
+def counted_sdpa() -> Iterator[list[int]]:
+    """How often torch's attention is called: `calls[0]`."""
+    calls, attend = [0], functional.scaled_dot_product_attention
+
+    def count(*args, **kwargs):
+        calls[0] += 1
+        return attend(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", count)
+        yield calls
 
 
 def run_snippets(markdown: str) -> dict[str, Any]:
