@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from diffusers_bagel.loading import load_original_vae
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
@@ -26,6 +29,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     # Processes that tests start share the cores with the other worker, too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def rounded_conv2d(input, weight, bias=None, *args, conv2d=functional.conv2d, **kwargs):
+    """A convolution whose bfloat16 is added up in float32 and then rounded, as it is anyway, by a kernel for float32."""
+    if input.dtype != torch.bfloat16:
+        return conv2d(input, weight, bias, *args, **kwargs)
+    bias = None if bias is None else bias.float()
+    return conv2d(input.float(), weight.float(), bias, *args, **kwargs).to(torch.bfloat16)
+
+
+if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    # Such a CPU has no kernel for bfloat16: the golden VAE takes 60 times as long.
+    functional.conv2d = rounded_conv2d
 
 
 def pytest_collection_finish() -> None:
@@ -114,6 +130,20 @@ def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
 def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     return (actual.float() - expected.float()).abs().max().item()
+
+
+@contextmanager
+def counted_sdpa() -> Iterator[list[int]]:
+    """How often torch's attention is called: `calls[0]`."""
+    calls, attend = [0], functional.scaled_dot_product_attention
+
+    def count(*args, **kwargs):
+        calls[0] += 1
+        return attend(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", count)
+        yield calls
 
 
 def run_snippets(markdown: str) -> dict[str, Any]:

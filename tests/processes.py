@@ -13,6 +13,7 @@ import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import datasets
 import torch
 
 
@@ -71,6 +72,7 @@ def become(script: Path, arguments: tuple[str, ...], variables: dict[str, str], 
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
     os.environ.update(variables)
+    datasets.config.HF_DATASETS_CACHE = output.parent / "datasets"
     # Or the garbage collector would search, and so copy, what this process shares with the others.
     gc.freeze()
     torch.set_num_threads(1)

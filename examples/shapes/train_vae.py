@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from parts import MIXED_PRECISION
 from stages import run_stage
 from world import random_scene, render
 
@@ -49,7 +50,7 @@ def train_vae(folder: Path, num_steps: int) -> AutoencoderKL:
 
     def losses(step: int) -> dict[str, torch.Tensor]:
         pixels = pictures(step, BATCH_SIZE)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=MIXED_PRECISION == "bf16"):
             posterior = vae.encode(pixels).latent_dist
             drawn = vae.decode(posterior.sample()).sample
         error = drawn.float() - pixels

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import torch
-from parts import IMAGE_SIDE, VISION, image_processor
+from parts import IMAGE_SIDE, MIXED_PRECISION, VISION, image_processor
 from stages import run_stage
 from torch import nn
 from world import CELLS, COLOURS, SHAPES, SIZES, Scene, random_scene, render
@@ -70,7 +70,7 @@ def train_vit(folder: Path, num_steps: int) -> BagelVisionModel:
 
     def losses(step: int) -> dict[str, torch.Tensor]:
         inputs, targets = tagged_pictures(step, BATCH_SIZE)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=MIXED_PRECISION == "bf16"):
             scores = tagger(**inputs)
         parts = {name: nn.functional.cross_entropy(scores[name].float(), targets[name]) for name in TAGS}
         return {"loss": torch.stack(list(parts.values())).sum()} | parts

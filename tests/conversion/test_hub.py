@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[2]
 REPO, ORIGINAL = "org/bagel", "org/original"
 PRIVATE, GATED, BROKEN = "org/private", "org/gated", "org/broken"
 BASE, TRAINING = "org/base", "org/training"
-ORIGINAL = "org/original"
 WEIGHTS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
@@ -96,32 +95,41 @@ def hub(small_repository, other_repository, wide_repository, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def act(hub, tmp_path_factory) -> Callable[..., dict]:
+def act(hub, tmp_path_factory) -> Iterator[Callable[..., dict]]:
     """`act("name", *arguments)`: what a user of `hub_users` finds, with an empty cache."""
-
-    def run(user: str, *arguments: str, **variables: str) -> dict:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        settings = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(tmp_path_factory.mktemp("home")),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "TOKEN_OF_THIS_TEST": TOKEN,
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.conversion.hub_users", user, *arguments],
+    home, results = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("results")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    settings = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "TOKEN_OF_THIS_TEST": TOKEN,
+    }
+    log = results / "log"
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.conversion.hub_users"],
             cwd=ROOT,
-            env=clean | settings | variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
+            env=clean | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        ) as users,
+    ):
 
-    return run
+        def run(user: str, *arguments: str, **variables: str) -> dict:
+            shutil.rmtree(home)
+            found = results / f"{user}.json"
+            print(json.dumps([user, arguments, variables, str(found)]), file=users.stdin, flush=True)
+            assert users.stdout.readline() == "0\n", log.read_text()
+            return json.loads(found.read_text())
+
+        yield run
 
 
 @pytest.fixture(scope="module")

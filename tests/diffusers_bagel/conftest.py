@@ -6,12 +6,14 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CHECKPOINT, conversation, load_processor, max_error
+from tests.conftest import CHECKPOINT, GOLDEN, conversation, load_processor, max_error
 from transformers_bagel.segments import EncodedSegment
 
 
@@ -48,6 +50,28 @@ def own_pipe(model) -> BagelPipeline:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=copy.deepcopy(model), processor=load_processor())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def golden_arguments(case: dict, inputs: Path = GOLDEN / "inputs") -> dict:
+    """Parameters of an image case of a golden set, published names, as arguments of the pipeline."""
+    params = case["params"]
+    texts = [item for item in case["inputs"] if not item.startswith("@")]
+    images = [Image.open(inputs / f"{item[1:]}.png") for item in case["inputs"] if item.startswith("@")]
+    return {
+        "prompt": texts[0],
+        "image": images or None,
+        "height": case["shape"][0],
+        "width": case["shape"][1],
+        "num_inference_steps": params["num_timesteps"] - 1,
+        "guidance_scale": params["cfg_text_scale"],
+        "image_guidance_scale": params["cfg_img_scale"],
+        "cfg_interval": tuple(params["cfg_interval"]),
+        "cfg_renorm_type": params["cfg_renorm_type"],
+        "cfg_renorm_min": params["cfg_renorm_min"],
+        "think": case.get("think", False),
+        "max_think_tokens": case.get("max_think_tokens", 1024),
+        "vae_sample_mode": "argmax",
+    }
 
 
 def encoded(pipe: BagelPipeline, messages: list[dict], think: bool = False) -> list[EncodedSegment]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_bagel import BagelPipeline
 from tests.conftest import GOLDEN, edges, load_processor
+from tests.diffusers_bagel.conftest import golden_arguments
 
 
 SET = GOLDEN.parent / "c"
@@ -73,8 +74,7 @@ def test_logits(case, pipe, references):
 
 @pytest.mark.parametrize("case", CASES["image"], ids=lambda case: case["key"])
 def test_first_velocity_and_final_latents(case, pipe, references):
-    key, params = case["key"], case["params"]
-    pictures = [image(item[1:]) for item in case["inputs"] if item.startswith("@")]
+    key = case["key"]
     noise = references[0][f"{key}.noise"].unsqueeze(0)
     velocities = []
 
@@ -84,22 +84,8 @@ def test_first_velocity_and_final_latents(case, pipe, references):
             velocities.append((noise[0] - tensors["latents"][0]) / (sigmas[0] - sigmas[1]))
         return tensors
 
-    pipe.scheduler.set_shift(params["timestep_shift"])
-    latents = pipe(
-        prompt=next(item for item in case["inputs"] if not item.startswith("@")),
-        image=pictures or None,
-        height=case["shape"][0],
-        width=case["shape"][1],
-        num_inference_steps=params["num_timesteps"] - 1,
-        guidance_scale=params["cfg_text_scale"],
-        image_guidance_scale=params["cfg_img_scale"],
-        cfg_interval=tuple(params["cfg_interval"]),
-        cfg_renorm_type=params["cfg_renorm_type"],
-        cfg_renorm_min=params["cfg_renorm_min"],
-        vae_sample_mode="argmax",
-        latents=noise,
-        output_type="latent",
-        callback_on_step_end=record,
-    ).images[0]
+    pipe.scheduler.set_shift(case["params"]["timestep_shift"])
+    settings = golden_arguments(case, SET / "inputs") | {"output_type": "latent", "callback_on_step_end": record}
+    latents = pipe(**settings, latents=noise).images[0]
     assert ratio(velocities[0], f"{key}.velocity", references, first=True) <= LIMIT
     assert ratio(latents, f"{key}.latent", references) <= LIMIT

@@ -7,28 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import CASES, golden_image, max_error
-
-
-def arguments(case: dict) -> dict:
-    """A case's parameters, published names, as arguments of the pipeline."""
-    params = case["params"]
-    texts = [item for item in case["inputs"] if not item.startswith("@")]
-    images = [golden_image(item[1:]) for item in case["inputs"] if item.startswith("@")]
-    return {
-        "prompt": texts[0],
-        "image": images or None,
-        "height": case["shape"][0],
-        "width": case["shape"][1],
-        "num_inference_steps": params["num_timesteps"] - 1,
-        "guidance_scale": params["cfg_text_scale"],
-        "image_guidance_scale": params["cfg_img_scale"],
-        "cfg_interval": tuple(params["cfg_interval"]),
-        "cfg_renorm_type": params["cfg_renorm_type"],
-        "cfg_renorm_min": params["cfg_renorm_min"],
-        "think": case.get("think", False),
-        "max_think_tokens": case.get("max_think_tokens", 1024),
-        "vae_sample_mode": "argmax",
-    }
+from tests.diffusers_bagel.conftest import golden_arguments
 
 
 @pytest.fixture
@@ -59,7 +38,7 @@ def test_pipeline_gives_the_published_trajectory_and_image(case, configured, gol
         return tensors
 
     noise = golden[f"{key}.noise"].unsqueeze(0)
-    out = pipe(**arguments(case), latents=noise, output_type="latent", callback_on_step_end=record)
+    out = pipe(**golden_arguments(case), latents=noise, output_type="latent", callback_on_step_end=record)
     sigmas = calls[-1].scheduler.sigmas
     assert max_error(sigmas[:-1], golden[f"{key}.t"]) == 0.0
     steps = torch.stack([noise[0], *trajectory])
@@ -68,7 +47,7 @@ def test_pipeline_gives_the_published_trajectory_and_image(case, configured, gol
     assert max_error(out.images[0], golden[f"{key}.latent"]) <= 5e-4
     assert out.texts == ([case["think_text"]] if case.get("think") else None)
 
-    image = np.asarray(pipe(**arguments(case), latents=noise).images[0])
+    image = np.asarray(pipe(**golden_arguments(case), latents=noise).images[0])
     assert np.abs(image.astype(int) - golden[f"{key}.image"].numpy().astype(int)).max() <= 1
 
 
@@ -84,7 +63,7 @@ def test_contexts_have_the_published_lengths_and_positions(case, configured, mon
         return contexts, plans
 
     monkeypatch.setattr(pipe, "prepare_contexts", record)
-    pipe(**(arguments(case) | {"num_inference_steps": 1}), output_type="latent")
+    pipe(**(golden_arguments(case) | {"num_inference_steps": 1}), output_type="latent")
     names = {"gen": "full", "no_text": "no_text", "no_image": "no_image"}
     for published, name in names.items():
         if name in seen:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import train
+from accelerate.commands.launch import launch_command_parser
 from stages import run_stage
 from torch import nn
 from train import main, stage
 
 from diffusers_bagel import BagelPipeline
+from tests.processes import CONTEXT, run_script
 from tests.shapes.conftest import SHAPES
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 
@@ -65,22 +69,36 @@ def test_a_finished_stage_is_kept(tmp_path):
     assert (tmp_path / "vae" / "result").read_text() == "2"
 
 
+def run_in_forks(command: list[str], **kwargs: object) -> None:
+    """`subprocess.run` for a command that starts the training script, maybe by accelerate's launcher."""
+    script = command.index(str(train.TRAIN_FULL))
+    launched = launch_command_parser().parse_args(command[3:]) if script > 1 else argparse.Namespace(num_processes=1)
+    # Measuring the peak takes a while, and so do long steps.
+    settings = (*command[script + 1 :], "--peak_tflops", "1", "--max_tokens", "1500")
+    run_script(train.TRAIN_FULL, *settings, num_processes=launched.num_processes)
+
+
+def shallow_model(*parts: object, new_model: Callable = train.new_model) -> BagelForConditionalGeneration:
+    """One layer is trained in a sixth of the time."""
+    model = new_model(*parts)
+    settings, language_model = model.config.text_config, model.model.language_model
+    settings.num_hidden_layers, settings.layer_types = 1, settings.layer_types[:1]
+    language_model.layers = language_model.layers[:1]
+    return model
+
+
 @pytest.mark.slow
-def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path):
-    steps = {"vae": 3, "vit": 3, "understanding": 2, "joint": 3}
-    command = [sys.executable, str(SHAPES / "train.py"), "--output_dir", str(tmp_path / "run")]
-    command += ["--joint_decay_steps", "1"]
+def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path, monkeypatch):
+    """Its processes are forks of one that has imported the libraries; the test below has its real ones."""
+    monkeypatch.setattr(train.multiprocessing, "get_context", lambda method: CONTEXT)
+    monkeypatch.setattr(train.subprocess, "run", run_in_forks)
+    monkeypatch.setattr(train, "new_model", shallow_model)
+    steps = {"vae": 2, "vit": 2, "understanding": 1, "joint": 3}
+    command = ["--output_dir", str(tmp_path / "run"), "--joint_decay_steps", "1"]
     command += ["--understanding_samples", "100", "--joint_samples", "40"]
     for name, count in steps.items():
         command += [f"--{name}_steps", str(count)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    main(command)
     repository = tmp_path / "run" / "repository"
     pipe = BagelPipeline.from_pretrained(repository)
     assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)

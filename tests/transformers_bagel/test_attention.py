@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.conftest import load_model, max_error
+from tests.conftest import counted_sdpa, load_model, max_error
 from transformers_bagel import PrefixCache
 from transformers_bagel.sequence import SequenceLayout
 
@@ -60,15 +60,19 @@ def drawn(model, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("name", "latents"), [("text", False), ("interleaved", False), ("interleaved", True)])
 def test_backends_agree(backend, name, latents, model, prompt):
     other = load_model(attn_implementation=backend)
-    expected = backend if isinstance(backend, str) else "eager"
-    assert other.config.text_config._attn_implementation == expected
-    for ours, theirs in zip(drawn(model, prompt(name, latents)), drawn(other, prompt(name, latents)), strict=True):
+    expected = drawn(model, prompt(name, latents))
+    with counted_sdpa() as calls:
+        actual = drawn(other, prompt(name, latents))
+    for ours, theirs in zip(expected, actual, strict=True):
         assert max_error(ours, theirs) <= 1e-5
+    assert (calls[0] > 0) == (isinstance(backend, dict) and name != "text"), "the tower's in the last case alone"
 
 
-def test_sdpa_is_the_default(model):
-    assert model.config.text_config._attn_implementation == "sdpa"
-    assert model.config.vision_config._attn_implementation == "sdpa"
+def test_sdpa_is_the_default(model, prompt):
+    with counted_sdpa() as calls:
+        model(**prompt("interleaved"))
+    config = model.config
+    assert calls[0] >= config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers
 
 
 @pytest.mark.parametrize("latents", [False, True])

@@ -381,11 +381,13 @@ def test_logits_are_left_out_in_training(fresh, batch_of):
         (False, True, False),
     ):
         outputs = model.train(training)(**batch, skip_logits=skip_logits)
-        assert (outputs.logits is not None) == has_logits
+        expected = (*batch["input_ids"].shape, model.config.text_config.vocab_size) if has_logits else None
+        assert getattr(outputs.logits, "shape", None) == expected
         losses[training, skip_logits] = outputs.loss.item()
     assert max(losses.values()) - min(losses.values()) <= 1e-6
     # Without labels there is nothing else to return.
-    assert model.train()(input_ids=batch_of("talk")["input_ids"]).logits is not None
+    ids = batch_of("talk")["input_ids"]
+    assert model.train()(input_ids=ids).logits.shape[:-1] == ids.shape
 
 
 # ---- Missing modalities

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import load_model, max_error
+from tests.conftest import counted_sdpa, load_model, max_error
 from tests.transformers_bagel.test_attention import with_latents
 
 
@@ -132,8 +132,15 @@ def test_bfloat16_stays_near_float32(model, encode):
     assert max_error(out.velocity, expected.velocity) <= 0.05 * expected.velocity.abs().max().item()
 
 
-def test_the_attention_can_be_changed_after_loading():
+def test_the_attention_can_be_changed_after_loading(encode):
     model = load_model()
-    model.set_attn_implementation("eager")
-    assert model.config.text_config._attn_implementation == "eager"
-    assert model.config.vision_config._attn_implementation == "eager"
+    inputs = encode(["@square", "what is it?"])
+    calls = {}
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        with counted_sdpa() as calls[name]:
+            model(**inputs)
+    assert calls["eager"] == [0]
+    assert calls["sdpa"][0] >= sum(
+        part.num_hidden_layers for part in (model.config.text_config, model.config.vision_config)
+    )
