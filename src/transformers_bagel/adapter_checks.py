@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .adapters import LORA_TARGETS, adapted_layers, configured_strength
-from .loading import WEIGHT_RENAMINGS, find_file, module_name
+from .checkpoints import WEIGHT_RENAMINGS
+from .loading import find_file, module_name
 from .patterns import LONGEST_PATTERN, Names
 
 
