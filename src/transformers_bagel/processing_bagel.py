@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
@@ -215,13 +216,16 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
                 tokens in the messages are words like others: for what strangers write.
 
         Raises:
-            ValueError: if a message has no content, or an unknown role or part.
+            ValueError: if a message has no content, or an unknown role or part, or if the template is broken.
         """
         generation_mode = kwargs.get("generation_mode", "text")
         if generation_mode not in ("text", "image"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {shown(generation_mode)}.")
         check_conversation(conversation)
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        try:
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"The chat template cannot be used: {error}.") from error
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
