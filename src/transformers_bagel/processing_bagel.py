@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, Unpack
@@ -231,15 +232,18 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
 
         Raises:
             ValueError: if a message has no content, or an unknown role or part; or if another template than BAGEL's own
-                never seems to end.
+                is broken, or never seems to end.
         """
         generation_mode = kwargs.get("generation_mode", "text")
         if generation_mode not in ("text", "image"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {shown(generation_mode)}.")
         check_conversation(conversation)
         is_own = (chat_template or self.chat_template) == CHAT_TEMPLATE
-        with nullcontext() if is_own else bounded_template(MAX_TEMPLATE_LINES):
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        try:
+            with nullcontext() if is_own else bounded_template(MAX_TEMPLATE_LINES):
+                return super().apply_chat_template(conversation, chat_template, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"The chat template cannot be used: {error}.") from error
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""

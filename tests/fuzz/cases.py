@@ -83,7 +83,8 @@ def check_model(model: Any, files: list[Path]) -> None:
     for name, tensor in model.state_dict().items():
         expect(name in stored, f"{name} is in no file")
         expect(torch.equal(tensor.nan_to_num(), stored[name].to(tensor.dtype).nan_to_num()), f"{name} is another")
-    if all(value.isfinite().all() for value in stored.values() if value.is_floating_point()):
+    # Finite numbers that no training makes overflow by themselves.
+    if all(value.abs().max() < 1e3 for value in stored.values() if value.is_floating_point() and value.numel()):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
         expect(logits.isfinite().all(), "NaN from finite weights")

@@ -304,6 +304,14 @@ def test_whoever_asks_hears_of_the_same_stop(processor, model, tmp_path):
     assert stops == (422, 422) == (saved.tokenizer.eos_token_id, model.generation_config.eos_token_id)
 
 
+@pytest.mark.parametrize(
+    "template", ["{%- for message in messages -%}", "{{ messages[0]['content'", "{{ nothing.at_all }}"]
+)
+def test_a_broken_chat_template_is_named(template, processor):
+    with pytest.raises(ValueError, match="chat template cannot be used"):
+        processor.apply_chat_template(conversation(["a"]), template, tokenize=True)
+
+
 class TestSanitizedText:
     """With `sanitize_control_tokens` strangers write words, whatever they type."""
 
