@@ -113,7 +113,8 @@ def described_model(weights: dict[str, torch.Tensor]) -> BagelForConditionalGene
     """A model without weights that a LoRA could be of: it has the layers that the LoRA counts, with the sides of its
     matrices. The base itself may be anywhere."""
     config = BagelConfig(visual_und=any(".vision_tower." in name for name in weights))
-    text, vision = config.get_text_config(), config.vision_config
+    text: Any = config.get_text_config()
+    vision: Any = config.vision_config
     text.num_hidden_layers = num_layers(weights, "language_model")
     text.layer_types = ["full_attention"] * text.num_hidden_layers
     vision.num_hidden_layers = num_layers(weights, "vision_tower.encoder")
