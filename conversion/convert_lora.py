@@ -15,6 +15,7 @@ import argparse
 import re
 import shutil
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,24 +114,28 @@ def described_model(weights: dict[str, torch.Tensor]) -> BagelForConditionalGene
     """A model without weights that a LoRA could be of: it has the layers that the LoRA counts, with the sides of its
     matrices. The base itself may be anywhere."""
     config = BagelConfig(visual_und=any(".vision_tower." in name for name in weights))
-    text, vision = config.get_text_config(), config.vision_config
+    text: Any = config.get_text_config()
+    vision: Any = config.vision_config
     text.num_hidden_layers = num_layers(weights, "language_model")
     text.layer_types = ["full_attention"] * text.num_hidden_layers
     vision.num_hidden_layers = num_layers(weights, "vision_tower.encoder")
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    sides: dict[tuple[str, str], int] = {}
+    sides: defaultdict[tuple[str, str], Counter[int]] = defaultdict(Counter)
     for name, tensor in weights.items():
         adapted, _, part = name.rpartition(".lora_")
         if part in ("A.weight", "B.weight") and tensor.ndim == 2:
-            # The same in all layers.
-            sides.setdefault((re.sub(r"\d+", "", adapted), part), tensor.shape[1 if part == "A.weight" else 0])
+            sides[without_index(adapted), part][tensor.shape[1 if part == "A.weight" else 0]] += 1
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            kind = re.sub(r"\d+", "", name)
-            module.in_features = sides.get((kind, "A.weight"), module.in_features)
-            module.out_features = sides.get((kind, "B.weight"), module.out_features)
+        for part, side in (("A.weight", "in_features"), ("B.weight", "out_features")):
+            if isinstance(module, nn.Linear) and (found := sides.get((without_index(name), part))):
+                # The same in all layers, or one of them is wrong.
+                setattr(module, side, found.most_common(1)[0][0])
     return model
+
+
+def without_index(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def num_layers(names: Iterable[str], part: str) -> int:

@@ -45,16 +45,24 @@ _STRENGTHS = ("rank_pattern", "alpha_pattern")
 _OTHER_TENSORS = ("target_parameters", "trainable_token_indices", "modules_to_save", "use_qalora")
 
 
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return _is_index(value) and int(value) > 0
 
 
 def _is_alpha(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST_ALPHA
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= LARGEST_ALPHA
 
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= LONGEST_PATTERN
+
+
+def _is_plain(value: Any) -> bool:
+    return _is_name(value) and not _REPETITIONS.search(value)
 
 
 def _are(kind: Callable[[Any], bool], values: Any) -> bool:
@@ -63,10 +71,6 @@ def _are(kind: Callable[[Any], bool], values: Any) -> bool:
 
 def _have(kind: Callable[[Any], bool], values: Any) -> bool:
     return isinstance(values, dict) and _are(_is_name, list(values)) and all(map(kind, values.values()))
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _NAMES = (lambda value: _is_name(value) or _are(_is_name, value), f"a text, or a list of at most {MOST_ENTRIES} texts")
@@ -90,10 +94,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layer_replication": (lambda value: not value, "left out"),
     "megatron_config": (lambda value: not value, "left out"),
 }
-
-
-def _is_plain(value: Any) -> bool:
-    return _is_name(value) and not _REPETITIONS.search(value)
 
 
 def check_settings(settings: Any, label: str) -> None:

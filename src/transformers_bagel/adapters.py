@@ -112,7 +112,7 @@ class BagelAdapterMixin(PeftAdapterMixin):
             peft_config, adapter_state_dict = fitting_adapter(
                 self, peft_config, adapter_state_dict, label, allow_missing_layers
             )
-        if hotswap and is_known:
+        if hotswap and is_known and adapter_state_dict is not None:
             return _swap_adapter(self, adapter_name, peft_config, adapter_state_dict)
         # The library would round the weights to the model's dtype while it reads them.
         kwargs.setdefault("dtype_plan", {"lora_": torch.float32})

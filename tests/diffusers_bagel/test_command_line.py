@@ -58,6 +58,25 @@ def test_edit_takes_one_or_several_pictures(checkpoint, picture, tmp_path):
     assert output.exists()
 
 
+def test_the_place_of_the_picture_is_found_before_anything_is_loaded(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone" / "out.png")
+    for place in ("folder.png", "file/out.png", "link.png", "gone/out.png"):
+        assert main(["draw", "x", "-o", str(tmp_path / place), "--model", "nowhere"]) == 2
+        assert "--output" in capsys.readouterr().err, place
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *args: False)
+        assert main(["draw", "x", "-o", str(tmp_path / "out.png"), "--model", "nowhere"]) == 2
+    assert "--output" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "gone").mkdir()
+    for place in ("~/out.png", str(tmp_path / "link.png")):
+        assert main(["draw", "x", "-o", place, "--model", checkpoint, "--steps", "1"]) == 0
+    assert (tmp_path / "out.png").exists() and (tmp_path / "gone" / "out.png").exists()
+    assert (tmp_path / "link.png").is_symlink()
+
+
 def test_photos_are_edited_upright(checkpoint, tmp_path):
     drawn = []
     for kind in ("jpg", "png"):

@@ -698,3 +698,23 @@ assert torch.equal(draw(pipe), expected)
 assert max_error(draw(BagelPipeline.from_pretrained(r"{tmp_path / "pipe"}")), expected) <= 1e-5
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_saving_goes_to_a_folder_or_nowhere(tmp_path, lora, monkeypatch):
+    model = load_model()
+    model.load_adapter(lora)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for place in ("file", "file/new", "nowhere"):
+        for save in (lambda folder: save_diffusers(folder, model), model.save_pretrained):
+            with pytest.raises(OSError, match=r"`save_directory`.*(file|link)"):
+                save(tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+    assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, save in (("diffusers", lambda folder: save_diffusers(folder, model)), ("peft", model.save_pretrained)):
+        save(f"~/{name}")
+        # Onto what is there, as the libraries do.
+        save(f"~/{name}")
+        pipe = make_pipe()
+        pipe.load_lora_weights(tmp_path / name)
