@@ -43,7 +43,7 @@ DTYPES = {
 }
 
 # Of a large tensor, how many rows are looked at, and how many of one that is read whole are in memory at a time.
-_SAMPLED_ROWS = 16
+_SAMPLED_ROWS = 4
 _ROWS_AT_ONCE = 4096
 
 
