@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from transformers_bagel.checkpoints import read_json
+
+
+# What loading refuses, conversions refuse in the same words.
+read_json_object = read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -55,22 +58,6 @@ def check_links(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file_inside(root_of(folder), str(file.relative_to(folder)), folder)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """
-    Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: naming the file, if it holds anything else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{file}' cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' must hold a JSON object, and it holds a {type(content).__name__}.")
-    return content
 
 
 def safetensors_of(file: Path) -> list[StoredTensor]:

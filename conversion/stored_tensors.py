@@ -13,22 +13,9 @@ from pathlib import Path
 
 import torch
 
+from transformers_bagel.checkpoints import DTYPES
 
-# Names of the format.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+
 # The format's own limit, in bytes.
 MAX_HEADER = 100_000_000
 

@@ -14,9 +14,9 @@ from transformers_bagel.checkpoints import (
     check_folder,
     check_values,
     count_matches,
-    headers_of,
     is_finite,
     open_tensors,
+    read_headers,
     read_json,
 )
 from transformers_bagel.loading import HUB_ARGUMENTS, check_stated_ids, find_file
@@ -205,8 +205,9 @@ def check_saved_vae(folder: str | os.PathLike) -> None:
     files = sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors"))
     if not files:
         return
-    tensors = open_tensors([str(file) for file in files])
-    found = {name: header.shape for name, header in headers_of(tensors).items() if header.dtype.is_floating_point}
+    open_tensors([str(file) for file in files])
+    headers = {name: header for name, header in read_headers(files).items() if header.dtype.is_floating_point}
+    found = {name: header.shape for name, header in headers.items()}
     file = Path(folder, "config.json")
     config = read_json(file)
     layers = count_matches(found, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
@@ -236,7 +237,7 @@ def check_saved_vae(folder: str | os.PathLike) -> None:
             f"The VAE in '{folder}' does not fit its config.json: {min(wrong)} is {found.get(min(wrong), 'missing')}, "
             f"expected {expected.get(min(wrong), 'no such tensor')}. Download it again."
         )
-    check_values(tensors, folder)
+    check_values(headers, folder)
 
 
 def name_own_modules(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +26,34 @@ WEIGHT_RENAMINGS = [
     (r"^(connector|vae2llm|llm2vae|latent_pos_embed|vit_pos_embed)\.", r"model.\1."),
 ]
 
+# Types by the names of safetensors.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
 # Of a large tensor, how many rows are looked at, and how many of one that is read whole are in memory at a time.
-_SAMPLED_ROWS = 16
+_SAMPLED_ROWS = 4
 _ROWS_AT_ONCE = 4096
 
 
 class TensorHeader(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """What is known of a tensor before it is read: `start` is where in the file its bytes begin."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    file: str | os.PathLike
+    start: int
 
 
 def check_folder(path: str | os.PathLike, *parts: str) -> None:
@@ -138,13 +157,18 @@ def open_tensors(files: list[str]) -> dict[str, Any]:
     return tensors
 
 
-def headers_of(tensors: dict[str, Any]) -> dict[str, TensorHeader]:
-    """Of tensors as [`open_tensors`] returns them, none of which is read."""
-    return {
-        name: TensorHeader(tuple(shape), (tensor[:0] if shape else tensor[...]).dtype)
-        for name, tensor in tensors.items()
-        for shape in [tensor.get_shape()]
-    }
+def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
+    """What is known of the tensors of whole safetensors files, see [`open_tensors`], before they are read."""
+    headers = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            start = 8 + length + entry["data_offsets"][0]
+            headers[name] = TensorHeader(tuple(entry["shape"]), DTYPES.get(entry["dtype"], torch.bool), file, start)
+    return headers
 
 
 def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
@@ -289,44 +313,50 @@ def own_names(model: Any, names: Any) -> list[str]:
     return [name for own_name, name in _stored_names(names).items() if own_name in expected]
 
 
-def check_values(tensors: dict[str, Any], name: str | os.PathLike) -> None:
+def check_values(headers: Mapping[str, TensorHeader], name: str | os.PathLike) -> None:
     """
     Look for numbers that are not finite in the tensors of the checkpoint `name`: in all of the head, of the norms and of
     the biases, and in some rows of every other tensor.
 
     Args:
-        tensors (`dict[str, Any]`): As [`open_tensors`] returns them, or tensors.
+        headers (`Mapping[str, TensorHeader]`): Of floating tensors, see [`read_headers`].
         name (`str`): What the error calls the checkpoint.
 
     Raises:
         ValueError: naming the tensor.
     """
-    for key, tensor in tensors.items():
-        shape = tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape
-        if not all(map(is_finite, _looked_at(key, tensor, shape))):
+    for key, header in headers.items():
+        if not all(map(is_finite, _looked_at(key, header))):
             raise ValueError(
                 f"The checkpoint '{name}' holds numbers that are not finite in {key}: its training went wrong, or the file "
                 "is broken."
             )
 
 
-def _looked_at(key: str, tensor: Any, shape: Any) -> Iterator[torch.Tensor]:
-    rows = shape[0] if len(shape) > 1 else 0
-    if rows <= _SAMPLED_ROWS:
-        yield tensor[...]
-    elif key.endswith("lm_head.weight"):
-        yield from (tensor[start : min(start + _ROWS_AT_ONCE, rows)] for start in range(0, rows, _ROWS_AT_ONCE))
+def _looked_at(key: str, header: TensorHeader) -> Iterator[torch.Tensor]:
+    rows = header.shape[0] if len(header.shape) > 1 else 1
+    if rows <= _SAMPLED_ROWS or key.endswith("lm_head.weight"):
+        places: Iterable[int] = range(0, rows, _ROWS_AT_ONCE)
+        count = min(rows, _ROWS_AT_ONCE)
     else:
-        places = (index * (rows - 1) // (_SAMPLED_ROWS - 1) for index in range(_SAMPLED_ROWS))
-        yield from (tensor[place : place + 1] for place in places)
+        places, count = (index * (rows - 1) // (_SAMPLED_ROWS - 1) for index in range(_SAMPLED_ROWS)), 1
+    row_bytes = math.prod(header.shape) // max(rows, 1) * header.dtype.itemsize
+    with open(header.file, "rb", buffering=0) as stream:
+        for place in places:
+            stream.seek(header.start + place * row_bytes)
+            content = bytearray(min(count, rows - place) * row_bytes)
+            if content:
+                stream.readinto(content)
+                yield torch.frombuffer(content, dtype=header.dtype)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers of a tensor are finite; a single pass, without a copy."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()
-    # No sum of weights comes near the largest number, and one that is not finite never leaves a sum.
-    return bool(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite())
+    """Whether all numbers of a tensor are finite, in a single pass without a copy."""
+    if not tensor.numel():
+        return True
+    # Both are NaN if any number is.
+    extremes = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return all(bool(extreme.isfinite()) for extreme in extremes)
 
 
 def _expected_shapes(model: Any) -> dict[str, tuple[int, ...]]:

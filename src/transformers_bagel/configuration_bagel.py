@@ -368,7 +368,7 @@ def _check_library_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"`rope_theta` must be a positive number, got {theta!r}.")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What is wrong, without the libraries' names of their checks."""
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__

@@ -32,13 +32,13 @@ from .checkpoints import (
     check_tensors,
     check_token_ids,
     check_values,
-    headers_of,
     json_value,
     listed,
     marker_ids,
     module_name,
     open_tensors,
     own_names,
+    read_headers,
     read_json,
     shard_names,
 )
@@ -228,14 +228,14 @@ class BagelLoadingMixin:
         if os.path.isdir(source):
             check_stated_ids(marker_ids(config), f"the config.json of '{source}'", source, **source_hub)
         tensors = open_tensors(files)
-        headers = headers_of(tensors)
+        headers = read_headers(files)
         is_compared = bool(tensors) and not kwargs.get("key_mapping")
         if is_compared:
             check_layers(config, tensors, source)
         empty = _empty_model(cls, config, model_args, kwargs)
         if is_compared:
             check_tensors(empty, headers, source, kwargs.get("ignore_mismatched_sizes", False))
-        check_values({name: tensors[name] for name in own_names(empty, tensors)}, source)
+            check_values({name: headers[name] for name in own_names(empty, headers)}, source)
         if kwargs.get("quantization_config") is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:

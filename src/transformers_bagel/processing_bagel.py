@@ -242,7 +242,7 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         try:
             with nullcontext() if is_own else bounded_template(MAX_TEMPLATE_LINES):
                 return super().apply_chat_template(conversation, chat_template, **kwargs)
-        except TemplateError as error:
+        except (TemplateError, OverflowError) as error:
             raise ValueError(f"The chat template cannot be used: {error}.") from error
 
     def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:

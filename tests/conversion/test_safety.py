@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -443,3 +444,53 @@ def test_a_bare_file_of_weights_is_enough_with_a_base(tmp_path):
     shutil.copy(CHECKPOINT / "ema.safetensors", file)
     assert main([str(file), str(tmp_path / "repository"), "--base", str(CHECKPOINT)]) == 0
     assert (tmp_path / "repository" / "model_index.json").exists()
+
+
+def spoilt_weights(source: Path, name: str, value: float, rows: slice = slice(None)) -> None:
+    weights = load_file(source / "ema.safetensors")
+    weights[name][rows] = value
+    save_file(weights, source / "ema.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rows", "options"),
+    [
+        ("language_model.lm_head.weight", torch.nan, slice(7, 8), []),
+        ("language_model.model.norm.weight", torch.inf, slice(3, 4), []),
+        # A row that is not looked at without --verify.
+        ("language_model.model.embed_tokens.weight", torch.nan, slice(5, 6), ["--verify"]),
+        ("llm2vae.weight", -torch.inf, slice(1, 2), ["--verify", "--dtype", "bfloat16"]),
+    ],
+)
+def test_numbers_that_are_not_finite_are_not_written(name, value, rows, options, source, capsys):
+    spoilt_weights(source, name, value, rows)
+    error = said(source, capsys, *options)
+    assert name in error and "not finite" in error
+
+
+def test_verifying_finds_a_number_that_is_not_finite_in_a_pickle(source, capsys):
+    spoilt_weights(source, "language_model.model.embed_tokens.weight", torch.nan, slice(5, 6))
+    torch.save(load_file(source / "ema.safetensors"), source / "ema.pt")
+    assert "not finite" in said(source, capsys, "--allow-pickle", "ema.pt", "--verify")
+
+
+def test_integers_are_no_weights(source, capsys):
+    weights = load_file(source / "ema.safetensors")
+    save_file(weights | {"llm2vae.bias": weights["llm2vae.bias"].to(torch.int32)}, source / "ema.safetensors")
+    assert "int32 instead of floating numbers in llm2vae.bias" in said(source, capsys)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "tokenizer.json"])
+def test_a_pipe_is_refused_and_not_waited_for(name, source, capsys):
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    assert name in said(source, capsys)
+
+
+def test_absurd_layers_are_refused_on_the_way_back_before_a_model_is_made(repository, tmp_path, capsys):
+    absurd = Path(shutil.copytree(repository, tmp_path / "absurd"))
+    settings = json.loads((absurd / "config.json").read_text())
+    settings["text_config"] |= {"num_hidden_layers": 900, "layer_types": None}
+    (absurd / "config.json").write_text(json.dumps(settings))
+    assert convert_back([str(absurd), str(tmp_path / "back")]) == 2
+    assert "`text_config.num_hidden_layers` in config.json is 900" in capsys.readouterr().err

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from safetensors.torch import load_file, save_file
 
-from diffusers_bagel import BagelPipeline
+from diffusers_bagel import BagelPipeline, loading
+from diffusers_bagel.__main__ import main
 from diffusers_bagel.loading import load_original_vae
-from tests.conftest import CHECKPOINT
+from tests.conftest import CHECKPOINT, GOLDEN
 from transformers_bagel import BagelForConditionalGeneration
 
 
@@ -67,3 +73,100 @@ def test_repositories_that_name_transformers_lead_to_our_classes():
     found, _, _ = BagelPipeline.extract_init_dict(index)
     assert found["transformer"] == ["transformers_bagel.modeling_bagel", "BagelForConditionalGeneration"]
     assert found["transformer"][0] in LOADABLE_CLASSES and found["vae"] == index["vae"]
+
+
+SHAPES = Path(__file__).parents[2] / "examples" / "shapes" / "checkpoint"
+
+
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    """A copy of a repository in diffusers' layout, to spoil."""
+    return Path(shutil.copytree(SHAPES, tmp_path / "shapes"))
+
+
+def spoil(file: Path, **settings: Any) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | settings), encoding="utf-8")
+
+
+SPOILT = {
+    "layers": ("vae/config.json", {"layers_per_block": 10**6}, "`layers_per_block` in .*config.json"),
+    "layers_as_text": ("vae/config.json", {"layers_per_block": "x"}, "`layers_per_block`"),
+    "levels": ("vae/config.json", {"down_block_types": ["DownEncoderBlock2D"] * 10**5}, "`down_block_types`"),
+    "widths": ("vae/config.json", {"block_out_channels": 5}, "`block_out_channels`"),
+    "absurd_width": ("vae/config.json", {"latent_channels": 10**30}, r"vae/config\.json"),
+    "block_type": ("vae/config.json", {"up_block_types": ["Nonsense"] * 4}, r"vae/config\.json"),
+    "scaling": ("vae/config.json", {"scaling_factor": "x"}, "`scaling_factor`"),
+    "groups": ("vae/config.json", {"norm_num_groups": 0}, r"vae/config\.json"),
+    "steps": ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "`num_train_timesteps`"),
+    "steps_as_text": ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "`num_train_timesteps`"),
+    "component": ("model_index.json", {"transformer": 5}, "`transformer` in .*model_index.json"),
+    "component_of_one_word": ("model_index.json", {"vae": ["diffusers"]}, "`vae` in .*model_index.json"),
+    "token": ("config.json", {"vision_start_token_id": 0}, r"`vision_start_token_id` in .*config\.json"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_settings_that_cannot_be_right_are_named_before_weights_are_read(case, shapes, monkeypatch):
+    file, settings, message = SPOILT[case]
+    spoil(shapes / file, **settings)
+    monkeypatch.setattr(loading, "check_values", lambda *args: pytest.fail("read"))
+    with pytest.raises(ValueError, match=message):
+        BagelPipeline.from_pretrained(shapes)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": NaN}'])
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_broken_json_is_named(file, content, shapes):
+    (shapes / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}' (cannot be read|must hold)"):
+        BagelPipeline.from_pretrained(shapes)
+
+
+@pytest.mark.parametrize("file", ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "scheduler/x", "x"])
+def test_a_pipe_in_any_folder_is_refused_and_not_waited_for(file, shapes):
+    (shapes / file).unlink(missing_ok=True)
+    os.mkfifo(shapes / file)
+    with pytest.raises(OSError, match=f"{file}' is a pipe or a device"):
+        BagelPipeline.from_pretrained(shapes)
+
+
+@pytest.mark.parametrize("spoilt", ["not_finite", "integers"])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_vae_of_other_numbers_is_refused(layout, spoilt, shapes, tmp_path):
+    folder = shapes if layout == "diffusers" else Path(shutil.copytree(CHECKPOINT, tmp_path / "original"))
+    file = folder / ("vae/diffusion_pytorch_model.safetensors" if layout == "diffusers" else "ae.safetensors")
+    weights = load_file(file)
+    name = "decoder.conv_in.bias"
+    weights[name] = weights[name] * torch.nan if spoilt == "not_finite" else weights[name].to(torch.int32)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=name):
+        BagelPipeline.from_pretrained(folder)
+
+
+def test_what_is_downloaded_is_checked_like_a_folder(shapes, monkeypatch):
+    weights = load_file(shapes / "vae" / "diffusion_pytorch_model.safetensors")
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, shapes / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(DiffusionPipeline, "download", classmethod(lambda cls, *args, **kwargs: str(shapes)))
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias is missing"):
+        BagelPipeline.download("org/bagel")
+    assert BagelPipeline.download("org/bagel", vae=None) == str(shapes)
+
+
+def test_the_parts_of_a_saved_pipeline_are_compared_with_each_other(tmp_path):
+    BagelPipeline.from_pretrained(SHAPES).save_pretrained(tmp_path)
+    spoil(tmp_path / "transformer" / "config.json", vision_end_token_id=0)
+    with pytest.raises(ValueError, match=r"`vision_end_token_id` in '.*transformer/config\.json' is 0"):
+        BagelPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["bagel_mot", "qwen2"])
+def test_the_command_line_refuses_another_model_type(word, shapes, capsys):
+    spoil(shapes / "config.json", model_type=word)
+    with pytest.raises(ValueError, match=rf"`model_type` .*config\.json.* is '{word}'"):
+        BagelPipeline.from_pretrained(shapes)
+    picture = str(GOLDEN / "inputs" / "wide.png")
+    assert main(["ask", picture, "what?", "--model", str(shapes)]) == 2
+    error = capsys.readouterr().err
+    assert "config.json" in error and "`model_type`" in error and word in error

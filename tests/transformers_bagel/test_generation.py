@@ -511,3 +511,10 @@ def test_continuous_batching_equals_generate(backend, encode):
         warmup=False,
     )
     assert [result.generated_tokens for result in found.values()] == expected
+
+
+@pytest.mark.parametrize(("given", "meant"), [(0, False), (1, True), (None, True), (torch.tensor(0), False)], ids=str)
+def test_whatever_is_true_or_false_says_whether_to_use_a_cache(given, meant, model, encode):
+    inputs = encode(["@wide", "what?"])
+    expected = model.generate(**inputs, max_new_tokens=4, use_cache=meant)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, use_cache=given), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tests.conftest import (
     max_error,
     phone_photo,
 )
-from transformers_bagel import BagelImageProcessor, BagelProcessor
+from transformers_bagel import BagelImageProcessor, BagelProcessor, processing_bagel
 from transformers_bagel.image_processing_bagel import patchify, resized_size, to_rgb
 from transformers_bagel.segments import GENERATION_THINK_PROMPT, UNDERSTANDING_THINK_PROMPT
 
@@ -351,3 +352,30 @@ class TestSanitizedText:
         found = processor.apply_chat_template(messages, sanitize_control_tokens=True, **self.SPEECH)
         plain = processor.apply_chat_template(messages, **self.SPEECH)
         assert torch.equal(found["input_ids"], plain["input_ids"])
+
+
+LOOPS = {
+    "long": "{% for i in range(10**9) %}{% endfor %}",
+    "nested": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "recursive": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_chat_template_that_never_ends_is_stopped(loop, processor, monkeypatch):
+    monkeypatch.setattr(processing_bagel, "MAX_TEMPLATE_LINES", 10_000)
+    with pytest.raises(ValueError, match="The chat template (ran 10000 lines|cannot be used: Range too big)"):
+        processor.apply_chat_template(conversation(["hello"]), LOOPS[loop])
+    assert sys.gettrace() is None
+
+
+def test_a_template_of_a_repository_is_bounded_too_and_one_that_ends_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(processing_bagel, "MAX_TEMPLATE_LINES", 10_000)
+    load_processor().save_pretrained(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(file.read_text(encoding="utf-8") + "!", encoding="utf-8")
+    many = conversation(["hello"] * 200)
+    assert load_processor(tmp_path).apply_chat_template(many).count("hello") == 200
+    file.write_text(LOOPS["nested"], encoding="utf-8")
+    with pytest.raises(ValueError, match="The chat template ran 10000 lines"):
+        load_processor(tmp_path).apply_chat_template(many)
