@@ -2,7 +2,8 @@
 """What it costs to watch a training's loss and gradients: `python benchmarks/watch.py`.
 
 Steps of the training scripts' loop, and the same steps without a look at what is finite, take turns in one process on the
-same batch. The ratio is the median of those of the pairs.
+same batch. The ratio is the median of those of the pairs. On a CPU the time is the process's own, which others on the machine
+lengthen less.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from models import WIDTHS, make_pipeline
 from PIL import Image
-from timing import default_device, median_and_spread, seconds_of
+from timing import default_device, median_and_spread, synchronize
 
 from transformers_bagel import BagelDataCollator
 from transformers_bagel.training.losses import loss_totals
@@ -70,6 +73,15 @@ def unwatched(training: Training, batch: Any) -> None:
     accelerator.reduce(sums, "mean").tolist()
 
 
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    synchronize(device)
+    start = clock()
+    run()
+    synchronize(device)
+    return clock() - start
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", choices=tuple(WIDTHS), default=["golden", "middle"])
@@ -86,9 +98,10 @@ def main(arguments: list[str] | None = None) -> None:
         def plain(training: Training = training, batch: Any = batch) -> None:
             unwatched(training, batch)
 
-        seconds = seconds_of([watched, plain], args.repeats, device)
-        ratio = statistics.median(own / other for own, other in zip(*seconds, strict=True))
-        (own, _), (other, spread) = map(median_and_spread, seconds)
+        # The first pair warms up.
+        pairs = [(seconds(watched, device), seconds(plain, device)) for _ in range(args.repeats + 1)][1:]
+        ratio = statistics.median(own / other for own, other in pairs)
+        (own, _), (other, spread) = map(median_and_spread, zip(*pairs, strict=True))
         print(
             f"| {width} | {1e3 * own:.2f} ms | {1e3 * other:.2f} ms | {1e3 * spread:.2f} ms | {ratio:.4f} |",
             flush=True,
