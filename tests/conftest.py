@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from diffusers_bagel.loading import load_original_vae
+from tests import rounded_convolutions  # noqa: F401
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
 
 
@@ -29,19 +30,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     # Processes that tests start share the cores with the other worker, too.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def rounded_conv2d(input, weight, bias=None, *args, conv2d=functional.conv2d, **kwargs):
-    """A convolution whose bfloat16 is added up in float32 and then rounded, as it is anyway, by a kernel for float32."""
-    if input.dtype != torch.bfloat16:
-        return conv2d(input, weight, bias, *args, **kwargs)
-    bias = None if bias is None else bias.float()
-    return conv2d(input.float(), weight.float(), bias, *args, **kwargs).to(torch.bfloat16)
-
-
-if torch.backends.cpu.get_cpu_capability() != "AVX512":
-    # Such a CPU has no kernel for bfloat16: the golden VAE takes 60 times as long.
-    functional.conv2d = rounded_conv2d
 
 
 def pytest_collection_finish() -> None:

@@ -65,19 +65,23 @@ def empty_model(**modules: bool) -> BagelForConditionalGeneration:
 
 
 def write_checkpoint(folder: Path, name: str, dtype: torch.dtype) -> Path:
-    """Weights that are holes in a file, and take no space on the disk."""
     model = empty_model()
     model.config.save_pretrained(folder)
+    write_holes(folder / "model.safetensors", model.state_dict(), name, dtype)
+    return folder
+
+
+def write_holes(file: Path, tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> None:
+    """Weights of these shapes that are holes in a file, and take no space on the disk."""
     entries: dict[str, dict] = {}
     end = 0
-    for key, tensor in model.state_dict().items():
+    for key, tensor in tensors.items():
         start, end = end, end + tensor.numel() * dtype.itemsize
         entries[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
-    with open(folder / "model.safetensors", "wb") as stream:
+    with open(file, "wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         stream.truncate(stream.tell() + end)
-    return folder
 
 
 def peaks_of(loads: dict[str, tuple[str, str, str]]) -> dict[str, int]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import datasets
 import torch
+
+from tests import rounded_convolutions  # noqa: F401  # in forks, too
 
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +51,11 @@ def run_script(
         printed = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
     assert code == expected_code, f"{script.name} ended with code {code}:\n{printed[-6000:]}"
     return printed
+
+
+def run_in_a_fork(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
+    """For `subprocess.run` of `[python, SCRIPT, *ARGUMENTS]`."""
+    return subprocess.CompletedProcess(command, 0, stdout=run_script(Path(command[1]), *command[2:]))
 
 
 def first_failure(processes: list, timeout: float) -> int:

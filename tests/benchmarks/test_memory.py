@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CHECKPOINT, load_model
+from tests.processes import run_in_a_fork
 from transformers_bagel import BagelConfig
 
 
@@ -38,7 +39,8 @@ def documented() -> dict[str, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_a_row_is_measured_in_a_process_of_its_own(memory, tmp_path, capsys):
+def test_a_row_is_measured_in_a_process_of_its_own(memory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory.subprocess, "run", run_in_a_fork)
     file = tmp_path / "memory.json"
     memory.main(["--ways", "torchao int8", "understanding only", "--steps", "1", "--json", str(file)])
     quantized, half = json.loads(file.read_text())["rows"]

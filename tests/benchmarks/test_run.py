@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import CompileConfig
 
+from tests.processes import CONTEXT
+
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -96,9 +98,10 @@ def test_every_kind_of_case_runs_at_the_golden_size(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_case_is_measured_in_a_process_of_its_own_and_written(tmp_path, capsys):
+def test_a_case_is_measured_in_a_process_of_its_own_and_written(tmp_path, monkeypatch, capsys):
     import run
 
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda method: CONTEXT)
     file = tmp_path / "figures.json"
     arguments = ["--widths", "golden", "--dtypes", "bfloat16", "--groups", "denoise", "--repeats", "2"]
     run.main([*arguments, "--only", "256 px, 1", "--threads", "1", "--json", str(file)])

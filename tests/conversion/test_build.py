@@ -33,6 +33,7 @@ from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import load_original_vae
 from tests.conftest import CHECKPOINT, golden_image, max_error, training_samples
 from tests.conversion.conftest import peak_bytes
+from tests.peak_memory import write_holes
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.image_processing_bagel import patchify
 from transformers_bagel.segments import SPECIAL_TOKENS
@@ -359,7 +360,12 @@ def test_weights_are_in_shards_of_the_size_asked_for(built):
 
 
 def test_memory_does_not_grow_with_the_parts(parts, tmp_path):
-    save_language_model(tmp_path / "language", num_hidden_layers=1, intermediate_size=500_000)
+    config = save_language_model(tmp_path / "language", num_hidden_layers=1).config
+    config.intermediate_size = 500_000
+    config.save_pretrained(tmp_path / "language")
+    with torch.device("meta"):
+        wide = Qwen2ForCausalLM(config).state_dict()
+    write_holes(tmp_path / "language" / "model.safetensors", wide, "F32", torch.float32)
     size = (tmp_path / "language" / "model.safetensors").stat().st_size
     assert size > 380e6
     command = [str(tmp_path / "bagel"), *arguments(parts, language_model=tmp_path / "language"), "--verify"]
