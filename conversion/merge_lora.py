@@ -36,7 +36,7 @@ from diffusers_bagel.lora import DIFFUSERS_PREFIX, lora_config
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.adapter_checks import fitting_adapter
 from transformers_bagel.adapters import lora_parameters
-from transformers_bagel.loading import check_shapes, module_name
+from transformers_bagel.checkpoints import check_tensors, module_name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def merge(
     ]
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    check_shapes(model, {tensor.name: tensor.shape for shard in shards for tensor in shard.tensors}, src)
+    check_tensors(model, {tensor.name: tensor for shard in shards for tensor in shard.tensors}, src)
     layers = adapted_layers(model, loras, scales, allow_missing_layers)
     num_bytes = sum(shard.num_bytes for shard in shards)
     check_disk_space(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)

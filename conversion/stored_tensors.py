@@ -62,7 +62,9 @@ def stored_tensors(file: str | os.PathLike) -> list[StoredTensor]:
         text = stream.read(length)
     try:
         header = json.loads(text)
-        tensors = [_entry(name, entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"]
+        if not all(isinstance(value, str) for value in (header.pop("__metadata__", None) or {}).values()):
+            raise ValueError("`__metadata__` must hold texts")
+        tensors = [_entry(name, entry, file, 8 + length) for name, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(file, f"its header cannot be read: {error!r}") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))

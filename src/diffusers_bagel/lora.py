@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, read_settings
+from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings
 from transformers_bagel.adapters import adapted_layers, strength_settings
+from transformers_bagel.checkpoints import read_json
 from transformers_bagel.destinations import destination
 from transformers_bagel.loading import HUB_ARGUMENTS, module_name
 
@@ -307,7 +308,7 @@ def _read_peft_config(source: Any, weight_name: str | None, hub: dict[str, Any])
             "taken to be the rank. Pass the folder that holds both."
         )
         return None
-    settings = read_settings(file)
+    settings = read_json(file)
     check_settings(settings, SOURCE)
     return {f"{DIFFUSERS_PREFIX}{key}": value for key, value in settings.items()}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +22,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .adapters import LORA_TARGETS, adapted_layers, configured_strength
-from .checkpoints import WEIGHT_RENAMINGS
-from .loading import find_file, module_name
+from .checkpoints import WEIGHT_RENAMINGS, is_finite, module_name, read_json
+from .errors import shown
+from .loading import find_file
 from .patterns import LONGEST_PATTERN, Names
 
 
@@ -111,13 +111,7 @@ def check_settings(settings: Any, label: str) -> None:
         raise ValueError(f"{label}: its settings must be a JSON object, got a {type(settings).__name__}.")
     for key, (is_right, wanted) in _RULES.items():
         if settings.get(key) is not None and not is_right(settings[key]):
-            raise ValueError(f"{label}: `{key}` in its settings must be {wanted}, got {_short(settings[key])}.")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, tuple, set, dict)) and len(value) > 3:
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"{repr(value)[:100]}"
+            raise ValueError(f"{label}: `{key}` in its settings must be {wanted}, got {shown(settings[key])}.")
 
 
 def adapter_config(settings: Any, label: str) -> Any:
@@ -146,7 +140,7 @@ def read_config(path: str | os.PathLike, hub: dict[str, Any]) -> Any:
     """
     if (file := find_file(path, SETTINGS_FILE, **hub)) is None:
         raise OSError(f"`peft_model_id` '{path}' has no {SETTINGS_FILE}: it is no adapter.")
-    return adapter_config(read_settings(file), f"The adapter '{path}'")
+    return adapter_config(read_json(file), f"The adapter '{path}'")
 
 
 def read_weights(
@@ -166,20 +160,6 @@ def read_weights(
         return load_file(file) if file.endswith(".safetensors") else torch.load(file, "cpu", weights_only=True)
     except SafetensorError as error:
         raise OSError(f"The file '{file}' is truncated or is no safetensors file ({error}).") from error
-
-
-def read_settings(file: str | os.PathLike) -> Any:
-    """
-    What an `adapter_config.json` says.
-
-    Raises:
-        ValueError: if it cannot be read as JSON.
-    """
-    try:
-        with open(file, encoding="utf-8") as text:
-            return json.load(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{file}' cannot be read as JSON ({error}).") from error
 
 
 def fitting_adapter(
@@ -372,14 +352,9 @@ def _wrong_numbers(weights: dict[str, torch.Tensor]) -> list[str]:
     problems = []
     if integers := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
         problems.append(f"{_some(integers)} must be of floating numbers")
-    if broken := [name for name, tensor in weights.items() if tensor.is_floating_point() and not _is_finite(tensor)]:
+    if broken := [name for name, tensor in weights.items() if tensor.is_floating_point() and not is_finite(tensor)]:
         problems.append(f"{_some(broken)} holds NaN or infinity")
     return problems
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # torch cannot tell it of types of one byte.
-    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
 
 def _some(names: Iterable[str]) -> str:

@@ -121,16 +121,19 @@ class BagelAdapterMixin(PeftAdapterMixin):
         magnitudes = WeightRenaming(r"(lora_magnitude_vector\.[^.]+)$", r"\1.weight")
         kwargs.setdefault("weight_mapping", [*mapping, magnitudes])
         with _undone_on_error(self, adapter_name):
-            info = super().load_adapter(
-                None,
-                adapter_name,
-                peft_config,
-                adapter_state_dict,
-                *args,
-                hotswap=hotswap,
-                load_config=load_config,
-                **kwargs,
-            )
+            try:
+                info = super().load_adapter(
+                    None,
+                    adapter_name,
+                    peft_config,
+                    adapter_state_dict,
+                    *args,
+                    hotswap=hotswap,
+                    load_config=load_config,
+                    **kwargs,
+                )
+            except (AttributeError, KeyError, TypeError) as error:
+                raise ValueError(f"{label}: its settings cannot be used ({error!r}).") from error
             # What other adapters hold is missing, too, and their names may begin alike.
             missing = {name for name in info.missing_keys if f".{adapter_name}." in f"{name}."}
             if missing or info.unexpected_keys:
@@ -239,6 +242,7 @@ def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[Non
     """If something fails, take the new adapter out again."""
     active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(transformer).values()]
     trainable = [(parameter, parameter.requires_grad) for parameter in transformer.parameters()]
+    modules = dict(transformer.named_modules())
     try:
         yield
     except BaseException:
@@ -248,7 +252,9 @@ def _undone_on_error(transformer: Any, adapter_name: str | None) -> Iterator[Non
             # The injection ended in the middle.
             for layer in adapted_layers(transformer).values():
                 layer.delete_adapter(adapter_name)
-            remove_empty_layers(transformer)
+        for name, module in modules.items():
+            if transformer.get_submodule(name) is not module:
+                transformer.set_submodule(name, module)
         for layer, names in active:
             layer.set_adapter(names)
         for parameter, requires_grad in trainable:

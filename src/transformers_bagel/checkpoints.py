@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .errors import shown
 from .segments import SPECIAL_TOKENS
 
 
@@ -108,7 +109,7 @@ def json_value(content: Mapping[str, Any], key: str, kind: type, file: str | os.
     if value is None:
         return kind()
     if not isinstance(value, kind):
-        raise ValueError(f"`{key}` in '{file}' must be a {kind.__name__}, got {value!r:.80}.")
+        raise ValueError(f"`{key}` in '{file}' must be a {kind.__name__}, got {shown(value)}.")
     return value
 
 
@@ -123,7 +124,7 @@ def shard_names(index: str | os.PathLike) -> list[str]:
     wrong = [name for name in names if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/")]
     if wrong or not names:
         raise ValueError(
-            f"`weight_map` in '{index}' must name the file of each tensor, in its folder, got {next(iter(wrong), {})!r}."
+            f"`weight_map` in '{index}' must name the file of each tensor, in its folder, got {shown(next(iter(wrong), {}))}."
         )
     return sorted(set(names))
 

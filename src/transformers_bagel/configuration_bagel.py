@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .checkpoints import check_folder, read_json
+from .errors import shown
 from .loading import InstalledCodeMixin, find_file, hub_arguments
 from .original_config import (
     ORIGINAL_KEYS,
@@ -50,7 +51,7 @@ def _check_sizes(config: PreTrainedConfig) -> None:
             raise ValueError(f"`{name}` must be between 1 and {largest}, got {size}.")
     for name in ("hidden_act", "connector_act"):
         if getattr(config, name, "silu") not in ACT2FN:
-            raise ValueError(f"`{name}` must be an activation of transformers, got {getattr(config, name)!r}.")
+            raise ValueError(f"`{name}` must be an activation of transformers, got {shown(getattr(config, name))}.")
 
 
 @strict
@@ -247,7 +248,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
             raise ValueError(f"`frequency_embedding_size` must be even, got {self.frequency_embedding_size}.")
         if self.loss_reduction not in LOSS_REDUCTIONS:
             raise ValueError(
-                f"`loss_reduction` must be one of {', '.join(LOSS_REDUCTIONS)}, got {self.loss_reduction!r}."
+                f"`loss_reduction` must be one of {', '.join(LOSS_REDUCTIONS)}, got {shown(self.loss_reduction)}."
             )
         if not (self.visual_gen or self.visual_und):
             raise ValueError("`visual_gen` and `visual_und` are both False: a BAGEL model needs one of its halves.")
@@ -297,7 +298,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
             config_dict = {"llm_config": None}
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"`model_type` in the config.json of '{pretrained_model_name_or_path}' is {config_dict['model_type']!r}, "
+                f"`model_type` in the config.json of '{pretrained_model_name_or_path}' is {shown(config_dict['model_type'])}, "
                 f"expected {cls.model_type!r}."
             )
         if is_original_config(config_dict):
@@ -341,11 +342,13 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
                 settings, place = config_dict.get(key), f"in `{key}`, "
                 if isinstance(settings, dict):
                     if settings.get("model_type", part.model_type) != part.model_type:
-                        raise ValueError(f"`model_type` is {settings['model_type']!r}, expected {part.model_type!r}.")
+                        raise ValueError(
+                            f"`model_type` is {shown(settings['model_type'])}, expected {part.model_type!r}."
+                        )
                     _check_library_settings(settings)
                     part(**settings)
                 elif settings is not None and not isinstance(settings, part):
-                    raise ValueError(f"there is {settings!r:.80} instead of an object.")
+                    raise ValueError(f"there is {shown(settings)} instead of an object.")
             place = ""
             _check_library_settings(config_dict)
             return super().from_dict(config_dict, **kwargs)
@@ -359,13 +362,13 @@ def _check_library_settings(settings: dict[str, Any]) -> None:
         value = settings.get(key)
         found = getattr(torch, value, None) if isinstance(value, str) else value
         if value not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
-            raise ValueError(f"`{key}` must be a floating type, got {value!r}.")
+            raise ValueError(f"`{key}` must be a floating type, got {shown(value)}.")
     for key, kind in (("transformers_weights", str), ("attn_implementation", (str, dict)), ("auto_map", dict)):
         if not isinstance(settings.get(key), (kind, type(None))):
-            raise ValueError(f"`{key}` must be of another type than {settings[key]!r}.")
+            raise ValueError(f"`{key}` must be of another type than {shown(settings[key])}.")
     theta = settings.get("rope_theta")
     if theta is not None and not (isinstance(theta, (int, float)) and theta > 0):
-        raise ValueError(f"`rope_theta` must be a positive number, got {theta!r}.")
+        raise ValueError(f"`rope_theta` must be a positive number, got {shown(theta)}.")
 
 
 def _reason(error: BaseException) -> str:

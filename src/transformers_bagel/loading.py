@@ -42,6 +42,7 @@ from .checkpoints import (
     read_json,
     shard_names,
 )
+from .errors import shown
 from .quantization import spare_sensitive_layers
 from .segments import SPECIAL_TOKENS
 
@@ -156,7 +157,7 @@ def check_stated_ids(stated: Mapping[str, Any], name: str, path: str | os.PathLi
     for key, token_id in special_token_ids(path, **hub).items():
         if stated.get(key, token_id) != token_id:
             raise ValueError(
-                f"`{key}` in {name} is {stated[key]}, and {SPECIAL_TOKENS[key]} is {token_id} in the tokenizer. Correct it."
+                f"`{key}` in {name} is {shown(stated[key])}, and {SPECIAL_TOKENS[key]} is {token_id} in the tokenizer. Correct it."
             )
 
 
@@ -174,7 +175,10 @@ def weight_files(
     file = next((file for name in names if (file := find_file(path, name, **hub)) is not None), None)
     if file is None or not file.endswith(".json"):
         return [] if file is None else [file]
-    return cached_files(path, shard_names(file), **hub) or []
+    shards = shard_names(file)
+    if os.path.isdir(path) and (missing := [name for name in shards if find_file(path, name, **hub) is None]):
+        raise OSError(f"'{file}' names the file '{missing[0]}', which is not there. Download the checkpoint again.")
+    return cached_files(path, shards, **hub) or []
 
 
 def rename_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -310,10 +314,10 @@ def _empty_model(cls: Any, config: Any, model_args: tuple, kwargs: dict[str, Any
 def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]) -> GenerationConfig:
     """The generation config of a repository. The special tokens are the tokenizer's, whatever the JSON says (original
     behaviour, point 6)."""
-    if find_file(path, "generation_config.json", **hub) is None:
+    if (file := find_file(path, "generation_config.json", **hub)) is None:
         generation_config = GenerationConfig.from_model_config(config)
     else:
-        generation_config = _read_generation_config(path, hub)
+        generation_config = _read_generation_config(path, file, hub)
     text_config = config.get_text_config()
     generation_config.bos_token_id = text_config.bos_token_id
     generation_config.pad_token_id = text_config.pad_token_id
@@ -323,12 +327,13 @@ def _generation_config(path: str | os.PathLike, config: Any, hub: dict[str, Any]
     return generation_config
 
 
-def _read_generation_config(path: str | os.PathLike, hub: dict[str, Any]) -> GenerationConfig:
+def _read_generation_config(path: str | os.PathLike, file: str, hub: dict[str, Any]) -> GenerationConfig:
+    read_json(file)
     try:
         generation_config = GenerationConfig.from_pretrained(path, **hub)
         for name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "max_length"):
             if not isinstance(value := getattr(generation_config, name, None), (int, float, type(None))):
-                raise ValueError(f"`{name}` must be a number, got {value!r}")
+                raise ValueError(f"`{name}` must be a number, got {shown(value)}")
         return generation_config
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"The generation_config.json of '{path}' cannot be used: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 
 from .checkpoints import count_matches, json_value, read_json, read_shapes, shard_names
+from .errors import shown
 from .loading import WEIGHT_FILES, find_cached, find_file, in_subfolder, is_offline, special_token_ids
 
 
@@ -36,12 +37,12 @@ def rename_original_keys(original: dict[str, Any]) -> dict[str, Any]:
     renamed: dict[str, Any] = {}
     for key in ORIGINAL_KEYS:
         if not isinstance(original.get(key) or {}, dict):
-            raise ValueError(f"`{key}` must be an object, got {original[key]!r}.")
+            raise ValueError(f"`{key}` must be an object, got {shown(original[key])}.")
     if (llm_config := original.get("llm_config")) is not None:
         layer_module = llm_config.get("layer_module", "Qwen2MoTDecoderLayer")
         if layer_module != "Qwen2MoTDecoderLayer":
             raise ValueError(
-                f"`llm_config.layer_module` must be 'Qwen2MoTDecoderLayer', got {layer_module!r}: this package "
+                f"`llm_config.layer_module` must be 'Qwen2MoTDecoderLayer', got {shown(layer_module)}: this package "
                 "implements the Mixture-of-Transformers layer only."
             )
         renamed["text_config"] = _own_keys(llm_config)

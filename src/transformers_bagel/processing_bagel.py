@@ -309,8 +309,9 @@ def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
         return
     settings = read_json(file)
     model_type = settings.get("model_type", BagelConfig.model_type)
-    if model_type not in CONFIG_MAPPING or not issubclass(CONFIG_MAPPING[model_type], BagelConfig):
-        raise ValueError(f"`model_type` in '{file}' is {model_type!r}, expected {BagelConfig.model_type!r}.")
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if not is_known or not issubclass(CONFIG_MAPPING[model_type], BagelConfig):
+        raise ValueError(f"`model_type` in '{file}' is {shown(model_type)}, expected {BagelConfig.model_type!r}.")
     if not is_original_config(settings):
         check_stated_ids(settings, f"'{file}'", path, **hub)
 
@@ -319,7 +320,10 @@ def _load_image_processor(
     path: str | os.PathLike, settings: dict[str, Any], kwargs: dict[str, Any]
 ) -> BagelImageProcessor:
     hub = hub_arguments(path, kwargs)
-    if any(find_file(path, name, **hub) for name in ("processor_config.json", "preprocessor_config.json")):
+    whole, alone = (find_file(path, name, **hub) for name in ("processor_config.json", "preprocessor_config.json"))
+    if whole or alone:
+        if whole and not alone and "image_processor" not in read_json(whole):
+            raise ValueError(f"`image_processor` is missing in '{whole}'.")
         try:
             return BagelImageProcessor.from_pretrained(path, **kwargs, **settings)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
