@@ -68,7 +68,7 @@ def check_folder(path: str | os.PathLike, *parts: str) -> None:
     Raises:
         OSError: naming what is neither a file nor a folder.
     """
-    for folder in {os.path.join(path, part) for part in ("", *parts)}:
+    for folder in {os.path.join(str(path), part) for part in ("", *parts)}:
         if not os.path.isdir(folder):
             continue
         for entry in os.scandir(folder):
@@ -235,18 +235,17 @@ def check_layers(config: Any, names: Any, name: str | os.PathLike) -> None:
         ValueError: naming the key of `config.json`, and both numbers.
     """
     names = [module_name(key) for key in names]
-    vision = r"(?:.*\.)?encoder\.layers\.(\d+)\."
-    of_text = [key for key in names if not re.match(vision, key)]
-    parts = {
-        "text_config": (config.get_text_config(), count_matches(of_text, r"(?:.*\.)?layers\.(\d+)\.")),
-        "vision_config": (getattr(config, "vision_config", None), count_matches(names, vision)),
-    }
-    if not getattr(config, "visual_und", False):
-        del parts["vision_config"]
-    for key, (part, found) in parts.items():
+    vision, text = r"(?:.*\.)?encoder\.layers\.(\d+)\.", r"(?:(?!.*encoder\.).*\.)?layers\.(\d+)\."
+    parts = {"": (config, vision if config.base_config_key == "vision_config" else text)}
+    if hasattr(config, "text_config"):
+        parts = {"text_config.": (config.text_config, text)}
+        if config.visual_und:
+            parts["vision_config."] = (config.vision_config, vision)
+    for prefix, (part, pattern) in parts.items():
+        found = count_matches(names, pattern)
         if part.num_hidden_layers > found:
             raise ValueError(
-                f"The checkpoint '{name}' does not fit its configuration: it lacks layers, `{key}.num_hidden_layers` in "
+                f"The checkpoint '{name}' does not fit its configuration: it lacks layers, `{prefix}num_hidden_layers` in "
                 f"config.json is {part.num_hidden_layers}, and its files have {found}."
             )
 

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 
-def shown(value: Any, limit: int = 100) -> str:
-    """A value as code, or its beginning: no message is filled with somebody's data."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 100
+
+
+def shown(value: Any) -> str:
+    """A value as code, or the beginning of it: no message is filled with somebody's data."""
+    text = _repr.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -473,7 +473,7 @@ def edited(source: Path, folder: Path, **settings: object) -> Path:
         ("language", {"hidden_size": 66}, "`hidden_size` is 66"),
         ("language", {"num_attention_heads": 3}, "heads"),
         ("language", {"num_key_value_heads": 3}, "`num_key_value_heads` (3)"),
-        ("language", {"num_attention_heads": 0}, "zero"),
+        ("language", {"num_attention_heads": 0}, "`num_attention_heads`"),
         ("language", {"hidden_size": "wide"}, "hidden_size"),
         ("language", {"intermediate_size": 80}, "mlp.gate_proj.weight has the shape (96, 64) instead of (80, 64)"),
         ("language", {"num_hidden_layers": 3, "layer_types": None}, "lacks model.layers.2."),

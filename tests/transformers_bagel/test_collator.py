@@ -930,7 +930,7 @@ def test_odd_samples_are_told_what_is_wrong(name, collate):
 
 def test_an_image_that_the_vae_cannot_encode_stops_with_the_samples_name(collate, vae):
     samples = [*training_samples("draw"), drawing(golden_image("wide"), id="odd")]
-    with pytest.raises(ValueError, match=r"^Sample 1 \(id 'odd'\): The VAE encoded the image to NaN"):
+    with pytest.raises(ValueError, match=r"^Sample 1 \(id 'odd'\): The VAE encoded an image to NaN"):
         collate(vae=PickyVae(vae))(samples)
 
 

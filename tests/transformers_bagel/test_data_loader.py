@@ -313,7 +313,7 @@ def test_an_image_that_the_vae_cannot_encode_is_one_sample_less(num_workers, col
     samples = training_samples("draw", "edit", "talk", "draw", "look")
     settings = {"batch_size": 2, "shuffle": False, "num_workers": num_workers}
     picky = PickyVae(vae)
-    with pytest.raises(ValueError, match="^Sample 1: The VAE encoded the image to NaN"):
+    with pytest.raises(ValueError, match="^Sample 1: The VAE encoded an image to NaN"):
         take(load(samples, collator | {"vae": picky}, **settings), 2)
     loader = load(samples, collator | {"vae": picky, "on_error": "skip"}, **settings)
     seen = []
@@ -321,9 +321,8 @@ def test_an_image_that_the_vae_cannot_encode_is_one_sample_less(num_workers, col
         assert batch["input_ids"].shape[0] == 1
         seen += loader.names
     assert seen == ["sample 0", "sample 2", "sample 3", "sample 4"]
-    assert [(item.name, item.reason) for item in loader.collator.skipped] == [
-        ("sample 1", "The VAE encoded the image to NaN or infinity.")
-    ]
+    (skipped,) = loader.collator.skipped
+    assert skipped.name == "sample 1" and skipped.reason.startswith("The VAE encoded an image to NaN or infinity")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
