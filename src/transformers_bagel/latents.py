@@ -71,6 +71,5 @@ def decode_latents(vae: Any, latents: torch.Tensor, device: torch.device | None 
 
 def upcast_vae(vae: Any) -> None:
     """Cast a float16 VAE to float32 for good, if its configuration says `force_upcast`: float16 overflows in it."""
-    # Not `vae.dtype`, which looks through all modules: images come by the thousand.
-    if vae.config.force_upcast and next(vae.parameters()).dtype == torch.float16:
+    if vae.dtype == torch.float16 and vae.config.force_upcast:
         vae.to(torch.float32)

@@ -56,7 +56,7 @@ class LatentEncoder:
         if self.cache_dir is None:
             return self._encode(pixels)
         upcast_vae(self.vae)
-        dtype = next(self.vae.parameters()).dtype
+        dtype = self.vae.dtype
         if dtype not in self._fingerprints:
             self._fingerprints[dtype] = _fingerprint(self.vae)
         digest = hashlib.sha256(f"{self._fingerprints[dtype]} {tuple(pixels.shape)}".encode())
