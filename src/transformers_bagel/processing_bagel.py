@@ -304,7 +304,9 @@ _FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config
 def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
     for name in _FILES:
         if (file := find_file(path, name, **hub)) is not None:
-            read_json(file)
+            longest = read_json(file).get("model_max_length")
+            if name == "tokenizer_config.json" and not isinstance(longest, (int, float, type(None))):
+                raise ValueError(f"`model_max_length` in '{file}' must be a number, got {shown(longest)}.")
     if (file := find_file(path, "config.json", **hub)) is None:
         return
     settings = read_json(file)

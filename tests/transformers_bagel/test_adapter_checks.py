@@ -104,6 +104,9 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of ranks": ({"rank_pattern": [4]}, "`rank_pattern`"),
     "a million ranks": ({"rank_pattern": {f"layer{i}": 4 for i in range(1_000_000)}}, "`rank_pattern`"),
     "a million targets": ({"target_modules": [f"layer{i}" for i in range(1_000_000)]}, "`target_modules`"),
+    "a number for the tokens": ({"trainable_token_indices": 3}, "settings"),
+    "a number for the biases": ({"bias": 17}, "settings"),
+    "a flag for the parameters": ({"target_parameters": True}, "settings"),
     "a number as target": ({"target_modules": [1]}, "`target_modules`"),
     "a pattern for whole modules": ({"modules_to_save": ["(a+)+$"]}, "`modules_to_save`"),
     "a pattern for the list of layers": (

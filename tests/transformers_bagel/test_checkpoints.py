@@ -215,6 +215,9 @@ SMALL_FILES = [
     ("saved", "processor_config.json", {"image_processor": {"patch_size": "x"}}, "processor", "`patch_size`"),
     ("saved", "processor_config.json", {"image_processor": {"size": 5}}, "processor", "images.* in"),
     ("saved", "processor_config.json", {"image_processor": 5}, "processor", "saved"),
+    ("saved", "processor_config.json", {"images": {}}, "processor", "`image_processor` is missing in"),
+    ("original", "tokenizer_config.json", {"model_max_length": [[]]}, "processor", "`model_max_length` in"),
+    ("original", "config.json", {"model_type": ["x"]}, "processor", "`model_type` in"),
     ("saved", "generation_config.json", {"temperature": "x"}, "model", r"generation_config\.json"),
     ("saved", "generation_config.json", {"max_new_tokens": -5}, "model", r"generation_config\.json"),
     ("saved", "model.safetensors.index.json", {"weight_map": []}, "model", "`weight_map` in"),
@@ -229,6 +232,14 @@ def test_small_files_of_the_wrong_kind_are_named(layout, file, content, loader, 
     (folder / file).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         LOADERS[loader](folder)
+
+
+def test_an_index_of_files_that_are_not_there_is_named(spoilt):
+    folder = spoilt("original")
+    index = {"metadata": {}, "weight_map": {HEAD: "elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(OSError, match=r"index\.json' names the file 'elsewhere\.safetensors', which is not there"):
+        LOADERS["model"](folder)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
@@ -55,8 +56,7 @@ class LatentEncoder:
         """
         if self.cache_dir is None:
             return self._encode(pixels)
-        upcast_vae(self.vae)
-        dtype = self.vae.dtype
+        dtype = self._dtype()
         if dtype not in self._fingerprints:
             self._fingerprints[dtype] = _fingerprint(self.vae)
         digest = hashlib.sha256(f"{self._fingerprints[dtype]} {tuple(pixels.shape)}".encode())
@@ -92,6 +92,14 @@ class LatentEncoder:
         mean, std = self.posterior(pixels)
         latents = mean if posterior_noise is None else mean + std * posterior_noise
         return scale_latents(latents, self.vae.config)
+
+    def _dtype(self) -> torch.dtype:
+        """The VAE's type, of its first weight: `vae.dtype` looks through all modules, and images come by the thousand."""
+        weight = next(self.vae.parameters(), None) if isinstance(self.vae, nn.Module) else None
+        if weight is not None and weight.dtype != torch.float16:
+            return weight.dtype
+        upcast_vae(self.vae)
+        return self.vae.dtype
 
     def _encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if get_worker_info() is not None and self.vae.device.type != "cpu":
