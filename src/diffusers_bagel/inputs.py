@@ -59,6 +59,19 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {shown(value)}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """
+    Refuse what is neither true nor false.
+
+    Raises:
+        TypeError: for a tensor or an array of several values.
+    """
+    try:
+        bool(value)
+    except (RuntimeError, ValueError) as error:
+        raise TypeError(f"`{name}` must be true or false, got {shown(value)}.") from error
+
+
 def check_size(name: str, value: Any, stride: int, limit: int | None) -> None:
     """
     Refuse a height or width that the model cannot draw.

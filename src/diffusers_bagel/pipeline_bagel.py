@@ -38,6 +38,7 @@ from .inputs import (
     check_callback,
     check_callback_outputs,
     check_choice,
+    check_flag,
     check_guidance,
     check_latents,
     check_number,
@@ -529,6 +530,8 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
+        for name, flag in (("think", think), ("do_sample", do_sample), ("return_dict", return_dict)):
+            check_flag(name, flag)
         check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
         conversations = as_conversations(prompt, image, messages)
         generators = as_generators(generator, len(conversations) * num_images_per_prompt)

@@ -353,7 +353,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
             _check_library_settings(config_dict)
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"The {file} cannot be used: {place}{_reason(error)}") from error
+            raise ValueError(f"The {file} cannot be used: {place}{_reason(error)[:400]}") from error
 
 
 def _check_library_settings(settings: dict[str, Any]) -> None:

@@ -67,6 +67,8 @@ BAD_ARGUMENTS = [
     *(("generator", value) for value in (0, True, "cuda", [0], [], np.random.default_rng(0))),
     *(("attention_kwargs", value) for value in ("x", 1, [1])),
     *(("callback_on_step_end", value) for value in (1, "x")),
+    *((name, torch.ones(2)) for name in ("think", "do_sample", "return_dict")),
+    ("return_dict", np.ones((2, 2))),
     *(("callback_on_step_end_tensor_inputs", value) for value in (["prompt_embeds"], "latents", [1], 1)),
     *(
         ("latents", torch.zeros(shape))
