@@ -19,8 +19,10 @@ from accelerate.logging import get_logger
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from transformers_bagel.errors import some
+
 from .settings import write_settings
-from .watch import check_finite, shown
+from .watch import check_finite
 
 
 logger = get_logger(__name__)
@@ -177,7 +179,7 @@ def _check_same_weights(path: Path, saved: dict[str, Any], state: dict[str, Any]
             continue
         differing = sorted(name for name in kept | own if kept.get(name) != own.get(name))
         raise ValueError(
-            f"'{path}' holds other weights than this training trains: {shown(differing)} "
+            f"'{path}' holds other weights than this training trains: {some(differing)} "
             f"{'differs' if len(differing) == 1 else 'differ'}. Go on with the settings that it was written with."
         )
 

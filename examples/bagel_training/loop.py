@@ -30,6 +30,7 @@ from transformers.optimization import get_wsd_schedule
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelDataCollator, BagelDataLoader
+from transformers_bagel.errors import some
 from transformers_bagel.training.losses import loss_totals
 
 from .checkpoints import checkpoint_to_resume, delete_oldest, load_checkpoint, save_checkpoint
@@ -41,7 +42,7 @@ from .output import check_same_training, discard_replaced, set_aside, training_o
 from .settings import check_base, compare_settings, settings_of
 from .throughput import StepFlops, measured_peak
 from .validation import Validation
-from .watch import StepWatch, check_finite, shown
+from .watch import StepWatch, check_finite
 
 
 logger = get_logger(__name__)
@@ -336,7 +337,7 @@ class Training:
         skipped = gather_object([item.name for item in self.loader.collator.skipped])
         parts = []
         if skipped:
-            parts.append(f"Samples left out: {len(skipped)} ({shown(skipped)}).")
+            parts.append(f"Samples left out: {len(skipped)} ({some(skipped)}).")
         if self.watch.num_steps:
             parts.append(f"Steps that were not finite: {self.watch.num_steps}, {self.watch.seconds:.1f} s.")
         return " ".join(parts)

@@ -11,10 +11,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
+from transformers_bagel.checkpoints import is_finite
+from transformers_bagel.errors import some
+
 
 logger = get_logger(__name__)
 
-NAMES_SHOWN = 3
 REMEDY = (
     "Go on from a checkpoint (--resume_from_checkpoint) with a lower --learning_rate, a longer --lr_warmup_steps or "
     "another --mixed_precision, or look at the samples."
@@ -55,9 +57,7 @@ class StepWatch:
         self.num_steps += 1
         self.num_in_a_row += 1
         self.seconds += seconds
-        what = (
-            f"loss {logs['loss']:.4g}, gradient norm {logs['grad_norm']:.4g}, with {shown(gather_object(names), 16)}"
-        )
+        what = f"loss {logs['loss']:.4g}, gradient norm {logs['grad_norm']:.4g}, with {some(gather_object(names), 16)}"
         if self.num_in_a_row > self.limit:
             raise FloatingPointError(
                 f"Step {step} was not finite ({what}), nor were the {self.limit} before it "
@@ -72,12 +72,6 @@ class StepWatch:
         vars(self).update(state)
 
 
-def shown(names: list[str], count: int = NAMES_SHOWN) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
 def check_finite(state: Any, what: str) -> None:
     """
     Refuse weights and whatever belongs to them, on all ranks alike, if any rank holds a value that is not finite.
@@ -89,17 +83,17 @@ def check_finite(state: Any, what: str) -> None:
     Raises:
         FloatingPointError: naming the tensors.
     """
-    broken = sorted(set(gather_object([name for name, tensor in _tensors(state, "") if not _is_finite(tensor)])))
+    broken = sorted(
+        set(gather_object([name for name, tensor in _tensors(state, "") if not is_finite(_local(tensor))]))
+    )
     if broken:
         raise FloatingPointError(
-            f"{what}: {shown(broken)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity. {REMEDY}"
+            f"{what}: {some(broken)} {'holds' if len(broken) == 1 else 'hold'} NaN or infinity. {REMEDY}"
         )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    # Its ends tell, without a copy of its size as `isfinite` would make.
-    return not values.numel() or bool(torch.stack(values.detach().aminmax()).isfinite().all())
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _tensors(state: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -35,35 +35,45 @@ def check_adapter_scale(model: torch.nn.Module, attention_kwargs: dict[str, Any]
             logger.warning('`attention_kwargs["scale"]` has no effect: the transformer has no LoRA that is not fused.')
 
 
-@contextmanager
-def scaled_adapters(model: torch.nn.Module, attention_kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+class AdapterScale:
     """
-    Multiply the active adapters of a model by `attention_kwargs["scale"]` while it is called once.
+    The strength of a model's active adapters in the forwards of one call.
 
-    peft keeps one number a layer, which all threads read. So calls of a model with adapters take turns, and each finds the
-    numbers that the user has set.
+    peft keeps one number a layer, which all threads read. So forwards of a model with adapters take turns, and between them
+    the layers have the numbers that the user has set.
 
-    Returns:
-        `dict`: What is left of the arguments for the model.
+    Args:
+        model (`nn.Module`): Its layers are looked for here, once, and not at every step.
+        attention_kwargs (`dict`, *optional*): As in the pipeline's `__call__`; by `scale` the adapters are multiplied.
+
+    Attributes:
+        attention_kwargs (`dict`): What is left for the model.
     """
-    kwargs = {name: value for name, value in attention_kwargs.items() if name != "scale"}
-    if not getattr(model, "peft_config", None) and "scale" not in attention_kwargs:
-        yield kwargs
-        return
-    with _lock_of(model):
-        scale = attention_kwargs.get("scale", 1.0)
-        # Merged layers do not read their scaling, except to be unmerged.
-        layers = [layer for layer in lora_layers(model) if not layer.merged] if scale != 1 else []
-        before = [(layer, dict(layer.scaling)) for layer in layers]
-        try:
-            for layer in layers:
-                for name in layer.active_adapters:
-                    if name in layer.scaling:
-                        layer.scaling[name] = layer.scaling[name] * scale
-            yield kwargs
-        finally:
-            for layer, scaling in before:
-                layer.scaling.update(scaling)
+
+    def __init__(self, model: torch.nn.Module, attention_kwargs: dict[str, Any] | None):
+        self.attention_kwargs = dict(attention_kwargs or {})
+        self.scale = self.attention_kwargs.pop("scale", 1.0)
+        self._model = model
+        self._layers = lora_layers(model) if self.scale != 1 else []
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """To be entered for each forward."""
+        if not self._layers and not getattr(self._model, "peft_config", None):
+            yield
+            return
+        with _lock_of(self._model):
+            # Merged layers do not read their scaling, except to be unmerged.
+            before = [(layer, dict(layer.scaling)) for layer in self._layers if not layer.merged]
+            try:
+                for layer, scaling in before:
+                    for name in layer.active_adapters:
+                        if name in scaling:
+                            layer.scaling[name] = scaling[name] * self.scale
+                yield
+            finally:
+                for layer, scaling in before:
+                    layer.scaling.update(scaling)
 
 
 def lora_layers(model: torch.nn.Module) -> list[Any]:

@@ -16,7 +16,7 @@ from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, Gr
 from transformers_bagel.segments import END, START, EncodedSegment, Segment, without_images, without_last_text
 from transformers_bagel.sequence import EncodedSequence, SequenceLayout, lay_out
 
-from .adapter_scale import scaled_adapters
+from .adapter_scale import AdapterScale
 from .guidance import BagelGuidance
 
 
@@ -94,7 +94,7 @@ class ContextReader:
         self.transformer = transformer
         self.processor = processor
         self.device = device
-        self.attention_kwargs = attention_kwargs or {}
+        self.adapters = AdapterScale(transformer, attention_kwargs)
 
     def read(
         self, contexts: Sequence[BagelContext], segments: Sequence[Sequence[EncodedSegment]]
@@ -149,7 +149,7 @@ class ContextReader:
         mask = None
         if any(padding):
             mask = (torch.arange(longest + ids.shape[1]) >= torch.tensor(padding)[:, None]).long().to(self.device)
-        with scaled_adapters(self.transformer, self.attention_kwargs) as kwargs:
+        with self.adapters.applied():
             self.transformer(
                 input_ids=ids.to(self.device),
                 attention_mask=mask,
@@ -158,7 +158,7 @@ class ContextReader:
                 use_cache=True,
                 logits_to_keep=1,
                 **self._images([segment for new in segments for segment in new], types),
-                **kwargs,
+                **self.adapters.attention_kwargs,
             )
         lengths = [length + len(sequence.input_ids) for length, sequence in zip(past, sequences, strict=True)]
         caches = split_cache(cache, padding, lengths)
@@ -228,7 +228,7 @@ class ContextReader:
             for context in contexts
         ]
         prompt = pad(ids, tokenizer.pad_token_id, side="left").to(self.device)
-        with scaled_adapters(self.transformer, self.attention_kwargs):
+        with self.adapters.applied():
             sequences = self.transformer.generate(
                 input_ids=prompt,
                 mm_token_type_ids=pad(types, 0, side="left").to(self.device),

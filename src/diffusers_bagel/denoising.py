@@ -17,7 +17,7 @@ from transformers_bagel import (
     SplitPrefixCache,
 )
 
-from .adapter_scale import scaled_adapters
+from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerState
 from .contexts import BagelContext
 from .guidance import BagelGuidance
@@ -73,7 +73,7 @@ class Denoiser:
         attention_kwargs: dict[str, Any] | None = None,
     ):
         self.transformer = transformer
-        self.attention_kwargs = attention_kwargs or {}
+        self.adapters = AdapterScale(transformer, attention_kwargs)
         self.drawings: list[Drawing] = []
         self._owners: list[int] = []
         self._selected: dict[tuple[int, ...], PrefixCache] = {}
@@ -172,14 +172,14 @@ class Denoiser:
             self._selected[key] = self.prefix.select(branches)
         owners = [self._owners[branch] for branch in branches]
         counts = [self.drawings[owner].num_tokens for owner in owners]
-        with scaled_adapters(self.transformer, self.attention_kwargs) as kwargs:
+        with self.adapters.applied():
             outputs = self.transformer(
                 latents=torch.cat([latents[owner, :count] for owner, count in zip(owners, counts, strict=True)]),
                 latent_grid_hw=torch.tensor([self.drawings[owner].grid for owner in owners]),
                 timesteps=sigma.expand(len(branches)),
                 position_ids=self.positions[branches],
                 past_key_values=self._selected[key],
-                **kwargs,
+                **self.adapters.attention_kwargs,
             )
         if self.states is not None:
             for branch, features in zip(branches, outputs.latent_hidden_states.split(counts), strict=True):

@@ -19,6 +19,7 @@ from transformers_bagel.checkpoints import (
     read_headers,
     read_json,
 )
+from transformers_bagel.errors import shown
 from transformers_bagel.loading import HUB_ARGUMENTS, check_stated_ids, find_file
 
 from .memory import transformer_quantization
@@ -181,11 +182,13 @@ def check_saved_parts(folder: str | os.PathLike, has_vae: bool) -> None:
     for name, value in read_json(index).items():
         is_class = isinstance(value, list) and [type(part) for part in value] in ([str, str], [type(None)] * 2)
         if name in COMPONENTS and not is_class:
-            raise ValueError(f"`{name}` in '{index}' must be a library and a class, got {value!r:.80}.")
+            raise ValueError(f"`{name}` in '{index}' must be a library and a class, got {shown(value)}.")
     scheduler = Path(folder, "scheduler", "scheduler_config.json")
     steps = read_json(scheduler).get("num_train_timesteps", 1) if scheduler.exists() else 1
     if not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"`num_train_timesteps` in '{scheduler}' must be 1 to {MAX_TRAIN_TIMESTEPS}, got {steps!r}.")
+        raise ValueError(
+            f"`num_train_timesteps` in '{scheduler}' must be 1 to {MAX_TRAIN_TIMESTEPS}, got {shown(steps)}."
+        )
     config = next((file for file in Path(folder).glob("transformer/config.json")), Path(folder, "config.json"))
     if config.exists():
         processor = Path(folder, "processor")
@@ -220,11 +223,11 @@ def check_saved_vae(folder: str | os.PathLike) -> None:
         value = config.get(key, size)
         if (len(value) if isinstance(value, list) else value) != size:
             raise ValueError(
-                f"`{key}` in '{file}' must be of {size}, as the weights beside it are, got {value!r:.80}."
+                f"`{key}` in '{file}' must be of {size}, as the weights beside it are, got {shown(value)}."
             )
     for key in ("scaling_factor", "shift_factor"):
         if not isinstance(config.get(key) or 0.0, (int, float)):
-            raise ValueError(f"`{key}` in '{file}' must be a number, got {config[key]!r:.80}.")
+            raise ValueError(f"`{key}` in '{file}' must be a number, got {shown(config[key])}.")
     try:
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(config)

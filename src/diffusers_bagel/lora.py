@@ -3,8 +3,10 @@
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import LogRecord, getLogger
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import is_peft_available, logging
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.integrations import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings
@@ -403,10 +405,15 @@ def _without_offloading(pipeline: Any, transformer: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Silence transformers for a while: it would report that other adapters' weights were made anew. They are not."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    """Silence the library for this thread: it would report that other adapters' weights were made anew. They are not."""
+    thread = threading.get_ident()
+
+    def is_of_another_thread(record: LogRecord) -> bool:
+        return record.thread != thread
+
+    reports = getLogger(PeftAdapterMixin.__module__)
+    reports.addFilter(is_of_another_thread)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        reports.removeFilter(is_of_another_thread)

@@ -18,6 +18,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
 from transformers_bagel.image_processing_bagel import patchify, unpatchify
 from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_posterior, scale_latents
@@ -156,8 +157,10 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         """See [`DiffusionPipeline.save_pretrained`].
 
         Raises:
+            OSError: if the folder is a file, or cannot be written to.
             ValueError: if the transformer has adapters, before anything is written.
         """
+        destination(save_directory, "`save_directory`")
         check_no_adapters(self.transformer)
         super().save_pretrained(save_directory, *args, **kwargs)
 

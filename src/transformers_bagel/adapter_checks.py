@@ -23,7 +23,7 @@ from torch import nn
 
 from .adapters import LORA_TARGETS, adapted_layers, configured_strength
 from .checkpoints import WEIGHT_RENAMINGS, is_finite, module_name, read_json
-from .errors import shown
+from .errors import shown, some
 from .loading import find_file
 from .patterns import LONGEST_PATTERN, Names
 
@@ -197,14 +197,14 @@ def fitting_adapter(
         raise ValueError(
             f"{label} must hold weights of the transformer's layers, the linear ones, named like "
             "`model.language_model.layers.0.self_attn.q_proj_moe_gen.lora_A.weight`, but it holds "
-            f"{_some(weights) or 'nothing'}."
+            f"{some(sorted(weights)) or 'nothing'}."
         )
     config, named = _resolved(config, layers, given, label)
     missing = named - given
     problems = []
     if missing and not allow_missing_layers:
         problems.append(
-            f"its settings name {len(named)} layers, of which {_some(missing)} are missing (pass "
+            f"its settings name {len(named)} layers, of which {some(sorted(missing))} are missing (pass "
             "`allow_missing_layers=True` to leave these as they are)"
         )
     if missing:
@@ -335,11 +335,13 @@ def _wrong_pairs(config: Any, weights: dict[str, torch.Tensor], layers: dict[str
     expected = {key: shape for name, layer in layers.items() for key, shape in _pair(config, name, layer).items()}
     problems = []
     if missing := expected.keys() - weights.keys():
-        problems.append(f"it lacks {_some(missing)}")
+        problems.append(f"it lacks {some(sorted(missing))}")
     # peft saves a table beside what it adds to it.
     tables = {f"{name}.base_layer.weight" for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
     if stray := weights.keys() - expected.keys() - tables:
-        problems.append(f"it holds {_some(stray)}, which its settings do not name or the transformer does not have")
+        problems.append(
+            f"it holds {some(sorted(stray))}, which its settings do not name or the transformer does not have"
+        )
     misshapen = [
         f"{name} is {tuple(weights[name].shape)}, expected {shape}"
         for name, shape in expected.items()
@@ -351,12 +353,7 @@ def _wrong_pairs(config: Any, weights: dict[str, torch.Tensor], layers: dict[str
 def _wrong_numbers(weights: dict[str, torch.Tensor]) -> list[str]:
     problems = []
     if integers := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
-        problems.append(f"{_some(integers)} must be of floating numbers")
+        problems.append(f"{some(sorted(integers))} must be of floating numbers")
     if broken := [name for name, tensor in weights.items() if tensor.is_floating_point() and not is_finite(tensor)]:
-        problems.append(f"{_some(broken)} holds NaN or infinity")
+        problems.append(f"{some(sorted(broken))} holds NaN or infinity")
     return problems
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

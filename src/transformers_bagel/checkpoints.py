@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import shown
+from .errors import shown, some
 from .segments import SPECIAL_TOKENS
 
 
@@ -373,5 +373,4 @@ def any_of(patterns: Any) -> str:
 
 
 def listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+    return f"tensor{'s' * (len(names) > 1)} {some(names)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -98,19 +100,24 @@ def assert_equals_single_runs(pipe: BagelPipeline, messages: list, **settings) -
             assert batch.texts[index] == single.texts[0]
 
 
-class Pause:
-    """A callback in which a call of another thread waits until it may go on."""
+@contextmanager
+def paused(call: Callable, *args, **kwargs) -> Iterator[Future]:
+    """A call of another thread, which waits in its first step for the end of the block; then it has its result."""
+    begun, ended = threading.Event(), threading.Event()
 
-    def __init__(self) -> None:
-        self.begun, self.ended = threading.Event(), threading.Event()
-
-    def __call__(self, pipeline, step, timestep, tensors):
-        self.begun.set()
-        assert self.ended.wait(60)
+    def wait(pipeline, step, timestep, tensors):
+        begun.set()
+        assert ended.wait(60)
         return tensors
 
-    def wait(self) -> None:
-        assert self.begun.wait(60)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(call, *args, callback_on_step_end=wait, **kwargs)
+        assert begun.wait(60)
+        try:
+            yield running
+        finally:
+            ended.set()
+        running.result()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.guidance import TEXT_TO_IMAGE
 from tests.conftest import CHECKPOINT, golden_image, load_processor
-from tests.diffusers_bagel.conftest import SMALL, Pause, seeded
+from tests.diffusers_bagel.conftest import SMALL, paused, seeded
 from transformers_bagel import LORA_TARGETS
 
 
@@ -135,14 +135,9 @@ class TestScaleOfACall:
 
     def test_a_call_inside_another_has_its_own_scale(self, adapted):
         alone, quarter = drawn(adapted), drawn(adapted, attention_kwargs={"scale": 0.25})
-        pause = Pause()
-
-        with ThreadPoolExecutor(1) as threads:
-            outer = threads.submit(drawn, adapted, attention_kwargs={"scale": 0.25}, callback_on_step_end=pause)
-            pause.wait()
+        with paused(drawn, adapted, attention_kwargs={"scale": 0.25}) as outer:
             assert torch.equal(drawn(adapted), alone)
-            pause.ended.set()
-            assert torch.equal(outer.result(), quarter)
+        assert torch.equal(outer.result(), quarter)
         assert torch.equal(drawn(adapted), alone)
 
     def test_weights_that_a_callback_sets_stay(self, adapted):

@@ -13,7 +13,7 @@ from diffusers import UniPCMultistepScheduler
 from diffusers_bagel import BagelPipeline, pipeline_bagel
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from tests.conftest import conversation, golden_image, load_processor, max_error
-from tests.diffusers_bagel.conftest import EDIT, SMALL, Pause, encoded, seeded
+from tests.diffusers_bagel.conftest import EDIT, SMALL, encoded, paused, seeded
 
 
 SAMPLED = {"think": True, "max_think_tokens": 6, "do_sample": True, "temperature": 1.0}
@@ -83,14 +83,8 @@ class TestThreads:
 
     def test_another_thread_stops_the_running_call(self, pipe, forwards):
         seen = forwards(pipe)
-        pause = Pause()
-
-        with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(drawn, pipe, callback_on_step_end=pause)
-            pause.wait()
+        with paused(drawn, pipe):
             pipe._interrupt = True
-            pause.ended.set()
-            running.result()
         assert len(seen.denoising) == 1
         seen.denoising.clear()
         drawn(pipe)
@@ -98,16 +92,10 @@ class TestThreads:
 
     def test_a_call_that_begins_in_between_does_not_go_on_for_the_others(self, pipe, forwards):
         seen = forwards(pipe)
-        pause = Pause()
-
-        with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(drawn, pipe, callback_on_step_end=pause)
-            pause.wait()
+        with paused(drawn, pipe):
             pipe._interrupt = True
             drawn(pipe)
             assert len(seen.denoising) == 1 + 3
-            pause.ended.set()
-            running.result()
         assert len(seen.denoising) == 1 + 3
 
 

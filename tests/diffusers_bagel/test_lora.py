@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 
 import accelerate
 import pytest
@@ -292,6 +294,39 @@ def test_second_adapter_is_loaded_without_a_word_of_missing_weights(lora, other_
     pipe.load_lora_weights(lora, adapter_name="one")
     pipe.load_lora_weights(other_lora, adapter_name="model")
     assert "MISSING" not in "".join(capfd.readouterr())
+
+
+def test_loading_silences_its_own_thread_alone(lora, other_lora, monkeypatch):
+    pipe = make_pipe()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    reports = logging.getLogger("transformers.integrations.peft")
+    load = pipe.transformer.load_adapter
+
+    def watched_load(**kwargs):
+        reports.error("of this thread")
+        other = threading.Thread(target=reports.error, args=("of another thread",))
+        other.start()
+        other.join()
+        return load(**kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "load_adapter", watched_load)
+    reports.addHandler(handler)
+    try:
+        pipe.load_lora_weights(lora)
+        reports.error("afterwards")
+    finally:
+        reports.removeHandler(handler)
+    assert said == ["of another thread", "afterwards"]
+
+
+def test_a_pipeline_is_saved_to_a_folder_or_nowhere(tmp_path):
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    for place in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(OSError, match="`save_directory`.*is a file"):
+            make_pipe().save_pretrained(place)
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
 def test_loading_leaves_other_adapters_trainable(lora, other_lora):
