@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2Config
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 from .checkpoints import check_folder, read_json
@@ -366,6 +367,9 @@ def _check_library_settings(settings: dict[str, Any]) -> None:
     for key, kind in (("transformers_weights", str), ("attn_implementation", (str, dict)), ("auto_map", dict)):
         if not isinstance(settings.get(key), (kind, type(None))):
             raise ValueError(f"`{key}` must be of another type than {shown(settings[key])}.")
+    rope = settings.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_type", "default") not in {"default", *ROPE_INIT_FUNCTIONS}:
+        raise ValueError(f"`rope_parameters` must have a `rope_type` of transformers, got {shown(rope['rope_type'])}.")
     theta = settings.get("rope_theta")
     if theta is not None and not (isinstance(theta, (int, float)) and theta > 0):
         raise ValueError(f"`rope_theta` must be a positive number, got {shown(theta)}.")

@@ -19,7 +19,7 @@ MOST_STEPS = 5_000_000
 _CHARACTER = r"(?:\\[^a-zA-Z0-9]|[^\\()\[\]{}|*+?^$.])"
 _TOKEN = re.compile(
     r"(?P<repeat>(?:[*+?]|\{\d+(?:,\d*)?\}|\{,\d+\})\??)"
-    r"|(?P<open>\(\?:|\((?!\?))|(?P<close>\))|(?P<either>\|)|(?P<start>\^)|(?P<end>\$)"
+    r"|(?P<open>\(\?[:=!]|\((?!\?))|(?P<close>\))|(?P<either>\|)|(?P<start>\^)|(?P<end>\$)"
     r"|(?P<kind>\[\^?\]?(?:\\.|[^\]\\])*\]|\\[dDwWsS]|\.)"
     rf"|(?P<word>{_CHARACTER}+(?![*+?{{])|{_CHARACTER})"
 )
@@ -31,7 +31,7 @@ class Names:
 
     Raises:
         ValueError: when a pattern is longer or deeper than any in use, or has parts that no name needs, such as flags,
-            references and looks around; and when all patterns together take too many steps.
+            references and looks back; and when all patterns together take too many steps.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -72,6 +72,7 @@ def _parsed(pattern: str) -> _Part:
         raise ValueError(f"it is longer than {LONGEST_PATTERN} letters")
     # Groups that are open; each has alternatives, and these have parts.
     groups: list[list[list[_Part]]] = [[[]]]
+    openings: list[str] = []
     place, before = 0, ""
     while place < len(pattern):
         found = _TOKEN.match(pattern, place)
@@ -81,9 +82,10 @@ def _parsed(pattern: str) -> _Part:
         parts = groups[-1][-1]
         if kind == "open":
             groups.append([[]])
+            openings.append(token)
         elif kind == "close" and len(groups) > 1:
-            group = groups.pop()
-            groups[-1][-1].append(_either(group))
+            group, opening = _either(groups.pop()), openings.pop()
+            groups[-1][-1].append(_ahead(group, opening == "(?=") if opening in ("(?=", "(?!") else group)
         elif kind == "either":
             groups[-1].append([])
         elif kind == "repeat" and parts and before != "repeat":
@@ -134,6 +136,16 @@ def _either(alternatives: list[list[_Part]]) -> _Part:
                 behind = part(walk, behind) if behind else behind
             reached |= behind
         return reached
+
+    return leads
+
+
+def _ahead(part: _Part, is_wanted: bool) -> _Part:
+    """Look whether a part follows, and stay."""
+
+    def leads(walk: _Walk, places: set[int]) -> set[int]:
+        walk.take(len(places))
+        return {place for place in places if bool(part(walk, {place})) == is_wanted}
 
     return leads
 

@@ -156,6 +156,7 @@ VALUES = [
     ("original", ("llm_config", "hidden_size"), "x"),
     ("original", ("vit_config", "patch_size"), "x"),
     ("original", ("llm_config", "rope_theta"), "x"),
+    ("original", ("llm_config", "rope_parameters"), {"rope_type": "spiral"}),
     ("original", ("llm_config",), 5),
     ("original", ("vit_config",), []),
     ("original", ("latent_patch_size",), "x"),

@@ -28,6 +28,10 @@ GOOD = [
     r"^model\.(?:language_model|vision_tower)\..*(?:q|fc)[_1]\w*$",
     r"a|b||.*fc1",
     r"layers.{,3}self_attn.{6,}",
+    # As other trainers write them.
+    r"^(?!.*vision).*\.q_proj$",
+    r"^(model\.language_model)(?!.*(lm_head|fc1|emb|down)).*",
+    r"(?=.*(?:mlp|v_proj))(?!model\.vision).*",
     "",
 ]
 BOMBS = [
@@ -40,6 +44,7 @@ BOMBS = [
     "(" * 39 + ".?" + "){2}" * 39 + "#",
     r"(.*)*(.*)*(.*)*(.*)*(.*)*(.*)*x",
     "(?:.{0,99999999}){99999999}x",
+    "(?:(?=(.*)*)(?!(.*.*)*x).?)*" * 20,
 ]
 
 
@@ -51,7 +56,7 @@ def test_a_pattern_finds_what_the_library_finds(pattern):
 
 def test_patterns_by_chance_find_what_the_library_finds():
     choose = random.Random(0)
-    atoms = ["a", "b", ".", "[ab]", "(a|b)", "(?:ab|)", "(a*b)", "ba", r"\w", "(b?a)"]
+    atoms = ["a", "b", ".", "[ab]", "(a|b)", "(?:ab|)", "(a*b)", "ba", r"\w", "(b?a)", "(?=a)", "(?!b|a.)"]
     repeats = ["", "", "", "*", "+", "?", "{2}", "{1,2}", "{,3}", "*?", "{2,}"]
     words = ["".join(choose.choices("ab.", k=choose.randrange(9))) for _ in range(40)]
     found = 0
@@ -89,7 +94,7 @@ def test_all_patterns_of_an_adapter_have_one_bound(monkeypatch):
     "pattern",
     [
         r"(?i)model",
-        r"(?=.*)a",
+        r"(?<=a)b",
         r"(a)\1",
         r"(?P<a>b)",
         "a**",
