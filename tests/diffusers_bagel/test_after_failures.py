@@ -84,11 +84,10 @@ def settings_of(pipe: BagelPipeline, scale: float) -> dict:
     return {"attention_kwargs": {"scale": scale}} if getattr(pipe.transformer, "peft_config", None) else {}
 
 
-# Compiling takes seconds, and its graphs know nothing of where the weights lie.
+# Compiling takes seconds.
 COMBINATIONS = [
-    (placement, adapters, speed)
-    for placement, adapters, speed in itertools.product(PLACEMENTS, ADAPTERS, SPEED)
-    if speed != "compiled" or (placement, adapters) in (("whole", "an adapter"), ("models", "no adapter"))
+    pytest.param(*names, marks=[pytest.mark.slow] * (names[2] == "compiled"))
+    for names in itertools.product(PLACEMENTS, ADAPTERS, SPEED)
 ]
 
 
