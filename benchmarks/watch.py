@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What it costs to watch a training's loss and gradients: `python benchmarks/watch.py`.
+"""What it costs to watch a training's loss and gradients, and to look at decoded pixels: `python benchmarks/watch.py`.
 
 Steps of the training scripts' loop, and the same steps without a look at what is finite, take turns in one process on the
 same batch. The ratio is the median of those of the pairs. On a CPU the time is the process's own, which others on the machine
@@ -23,6 +23,7 @@ from models import WIDTHS, make_pipeline
 from PIL import Image
 from timing import default_device, median_and_spread, synchronize
 
+from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelDataCollator
 from transformers_bagel.training.losses import loss_totals
 
@@ -82,13 +83,29 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return clock() - start
 
 
+def decoding_and_check(pipe: BagelPipeline, repeats: int) -> tuple[float, float]:
+    """Seconds of a decode of 256 px, and of the look at whether its pixels are finite."""
+    device, side = pipe.vae.device, 256 // pipe.vae_scale_factor
+    grid = (side, side)
+    latents = torch.randn(1, side * side, pipe.latent_dim, device=device)
+    pixels = pipe.decode_latents(latents, grid, "pt")
+    decode = statistics.median(
+        seconds(lambda: pipe.decode_latents(latents, grid, "pt"), device) for _ in range(repeats)
+    )
+    return decode, statistics.median(seconds(lambda: bool(pixels.isfinite().all()), device) for _ in range(50))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="+", choices=tuple(WIDTHS), default=["golden", "middle"])
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args(arguments)
     device = default_device()
-    print("| width | watched | unwatched | spread | ratio |\n|---|---|---|---|---|")
+    print("| VAE | decode of 256 px | look at its pixels | share |\n|---|---|---|---|")
+    for width in args.widths:
+        decode, check = decoding_and_check(make_pipeline(width, torch.float32, device), args.repeats)
+        print(f"| {width} | {1e3 * decode:.2f} ms | {1e3 * check:.3f} ms | {check / decode:.4f} |", flush=True)
+    print("\n| width | watched | unwatched | spread | ratio |\n|---|---|---|---|---|")
     for width in args.widths:
         training, batch = make_training(width, device)
 
