@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings
+from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, other_tensors
 from transformers_bagel.adapters import adapted_layers, strength_settings
 from transformers_bagel.checkpoints import read_json
 from transformers_bagel.destinations import destination
+from transformers_bagel.errors import shown
 from transformers_bagel.loading import HUB_ARGUMENTS, module_name
 
 from .adapter_scale import lora_layers
@@ -339,7 +340,6 @@ def lora_config(
         ValueError: if the settings are out of bounds or of another kind of adapter, say that there are whole modules
             beside, or belong to a base model that was changed before the training.
     """
-    from peft import LoraConfig
 
     if others := [name for name in weights if ".lora_" not in name]:
         raise ValueError(
@@ -367,11 +367,10 @@ def lora_config(
             }
         )
     config = adapter_config(settings, label)
-    if not isinstance(config, LoraConfig) or config.modules_to_save:
+    if others := other_tensors(config):
+        said = ", ".join(f"{name}={shown(getattr(config, name))}" for name in others)
         raise ValueError(
-            f"{label}: its settings say peft_type={config.peft_type.value} and modules_to_save="
-            f"{getattr(config, 'modules_to_save', None)}, but only plain LoRA is loaded here. Use "
-            "`pipe.transformer.load_adapter`."
+            f"{label}: its settings say {said}, but only plain LoRA is loaded here. Use `pipe.transformer.load_adapter`."
         )
     if str(config.init_lora_weights).startswith(CHANGED_BASES):
         raise ValueError(

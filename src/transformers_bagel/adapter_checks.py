@@ -41,6 +41,8 @@ FEW_NAMES = 100
 _REPETITIONS = re.compile(r"[*+?{|(\[]")
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _STRENGTHS = ("rank_pattern", "alpha_pattern")
+# What the libraries compute with, and may be left out, but not null.
+_NEEDED = ("r", "lora_alpha", *_STRENGTHS, "bias", "lora_dropout")
 # Adapters with one of these have other tensors than a pair a layer.
 _OTHER_TENSORS = ("target_parameters", "trainable_token_indices", "modules_to_save", "use_qalora")
 
@@ -86,6 +88,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": (lambda value: _are(_is_plain, value), "a list of names"),
     "layers_pattern": (lambda value: _is_plain(value) or _are(_is_plain, value), "a name, or a list of names"),
     "layers_to_transform": (lambda value: _is_index(value) or _are(_is_index, value), "an index, or a list of them"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "lora_dropout": (lambda value: _is_alpha(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "init_lora_weights": (lambda value: isinstance(value, bool) or _is_name(value), "true, false or a name"),
+    "target_parameters": (lambda value: _are(_is_name, value), "a list of names"),
+    "trainable_token_indices": (
+        lambda value: _are(_is_index, value) or _have(lambda indices: _are(_is_index, indices), value),
+        "a list of indices, or a dict of names and such lists",
+    ),
     "use_dora": _FLAG,
     "use_rslora": _FLAG,
     "lora_bias": _FLAG,
@@ -110,7 +120,8 @@ def check_settings(settings: Any, label: str) -> None:
     if not isinstance(settings, dict):
         raise ValueError(f"{label}: its settings must be a JSON object, got a {type(settings).__name__}.")
     for key, (is_right, wanted) in _RULES.items():
-        if settings.get(key) is not None and not is_right(settings[key]):
+        is_given = key in settings and (settings[key] is not None or key in _NEEDED)
+        if is_given and not is_right(settings[key]):
             raise ValueError(f"{label}: `{key}` in its settings must be {wanted}, got {shown(settings[key])}.")
 
 
@@ -209,7 +220,7 @@ def fitting_adapter(
         )
     if missing:
         config.target_modules = given & named
-    if _holds_pairs(config):
+    if not other_tensors(config):
         problems += _wrong_pairs(config, own, {name: layers[name] for name in given & named})
     problems += _wrong_numbers(own)
     if problems:
@@ -305,11 +316,14 @@ def _named_in_errors(label: str, key: str) -> Iterator[None]:
         ) from error
 
 
-def _holds_pairs(config: Any) -> bool:
-    """Whether an adapter has two matrices for each layer, and nothing but magnitudes and biases beside."""
+def other_tensors(config: Any) -> list[str]:
+    """Settings by which an adapter has something else than two matrices for each layer, with magnitudes and biases of their
+    own beside them."""
+    if config.peft_type != "LORA":
+        return ["peft_type"]
     variants = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_lora_variant")]
-    others = {*variants, *_OTHER_TENSORS} - {"use_dora"}
-    return config.peft_type == "LORA" and config.bias == "none" and not any(getattr(config, name) for name in others)
+    found = [name for name in (*variants, *_OTHER_TENSORS) if name != "use_dora" and getattr(config, name)]
+    return found if config.bias == "none" else [*found, "bias"]
 
 
 def _pair(config: Any, name: str, layer: Any) -> dict[str, tuple[int, ...]]:

@@ -43,9 +43,9 @@ DTYPES = {
     "F64": torch.float64,
 }
 
-# Of a large tensor, how many rows are looked at, and how many of one that is read whole are in memory at a time.
+# Of a large tensor, how many rows are looked at, and how many bytes of one that is read whole are in memory at a time.
 _SAMPLED_ROWS = 4
-_ROWS_AT_ONCE = 4096
+_BYTES_AT_ONCE = 2**24
 
 
 class TensorHeader(NamedTuple):
@@ -335,12 +335,12 @@ def check_values(headers: Mapping[str, TensorHeader], name: str | os.PathLike) -
 
 def _looked_at(key: str, header: TensorHeader) -> Iterator[torch.Tensor]:
     rows = header.shape[0] if len(header.shape) > 1 else 1
+    row_bytes = math.prod(header.shape) // max(rows, 1) * header.dtype.itemsize
     if rows <= _SAMPLED_ROWS or key.endswith("lm_head.weight"):
-        places: Iterable[int] = range(0, rows, _ROWS_AT_ONCE)
-        count = min(rows, _ROWS_AT_ONCE)
+        count = min(rows, max(1, _BYTES_AT_ONCE // max(row_bytes, 1)))
+        places: Iterable[int] = range(0, rows, max(count, 1))
     else:
         places, count = (index * (rows - 1) // (_SAMPLED_ROWS - 1) for index in range(_SAMPLED_ROWS)), 1
-    row_bytes = math.prod(header.shape) // max(rows, 1) * header.dtype.itemsize
     with open(header.file, "rb", buffering=0) as stream:
         for place in places:
             stream.seek(header.start + place * row_bytes)

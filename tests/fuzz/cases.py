@@ -6,6 +6,7 @@ import base64
 import contextlib
 import copy
 import io
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from convert_bagel_to_hf import main as convert
+from merge_lora import main as merge
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -32,6 +34,10 @@ DRAWING = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "
 
 class WrongResultError(Exception):
     """Something was done, and what came out is not right."""
+
+
+class RefusedError(ValueError):
+    """A script has refused something in its own words."""
 
 
 def expect(condition: Any, what: str) -> None:
@@ -286,19 +292,45 @@ def arguments(world: World, folder: Path, rng: random.Random) -> tuple[str, Call
     return ", ".join(f"{name}={value!r:.60}" for name, value in given.items()), draw
 
 
+def run_command(main: Callable[[list[str]], int], arguments: list[Path | str], target: Path) -> None:
+    """A script of conversion/, whose last words are an error of its own."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = main([str(argument) for argument in arguments])
+    if code:
+        message = said.getvalue().strip().splitlines()[-1]
+        expect(not target.exists(), f"something is left of what was refused: {message}")
+        raise RefusedError(message[:500])
+
+
+def merges(world: World, folder: Path, rng: random.Random) -> tuple[str, Callable]:
+    copied = world.copy_of(world.adapter, folder / "adapter")
+    (copied / "pytorch_lora_weights.safetensors").unlink()
+    what = broken_file(copied, rng, "adapter_model.safetensors", "adapter_config.json", "adapter_config.json")
+    target = folder / "merged"
+
+    def run() -> None:
+        run_command(merge, [world.own, target, "--loras", copied], target)
+        stored = load_file(copied / "adapter_model.safetensors")
+        before, after = (load_file(place / "model.safetensors") for place in (world.own, target))
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        expect(before.keys() == after.keys(), "other tensors")
+        expect(all(after[name].isfinite().all() for name in changed), "numbers that are not finite")
+        pairs = [(stored[name.replace("lora_B", "lora_A")], stored[name]) for name in stored if "lora_B" in name]
+        alpha = json.loads((copied / "adapter_config.json").read_text()).get("lora_alpha", 8)
+        merged = sum(bool(alpha) and bool((b.double() @ a.double()).any()) for a, b in pairs)
+        expect(len(changed) == merged, "a part was not merged")
+
+    return what, run
+
+
 def conversions(world: World, folder: Path, rng: random.Random) -> tuple[str, Callable]:
     copied = world.copy_of(world.original, folder / "original")
     what = broken_file(copied, rng, ".json", ".safetensors", ".txt")
     target = folder / "converted"
 
     def run() -> None:
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            code = convert([str(copied), str(target)])
-        if code:
-            message = said.getvalue().strip().splitlines()[-1]
-            expect(not target.exists(), f"something is left of what was refused: {message}")
-            raise ValueError(message[:500])
+        run_command(convert, [copied, target], target)
         check_model(BagelForConditionalGeneration.from_pretrained(target).eval(), [copied / "ema.safetensors"])
 
     return what, run
@@ -311,6 +343,7 @@ KINDS: dict[str, Callable[[World, Path, random.Random], tuple[str, Callable[[], 
     "images": images,
     "messages": messages,
     "arguments": arguments,
+    "merges": merges,
     "conversions": conversions,
 }
 # How many of a hundred cases are of a kind: the slow ones are fewer.
@@ -319,7 +352,8 @@ SHARES = {
     "processor files": 10,
     "adapters": 10,
     "images": 20,
-    "messages": 20,
+    "messages": 17,
     "arguments": 15,
+    "merges": 3,
     "conversions": 5,
 }

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.fuzz.cases import KINDS, SHARES, World, WrongResultError
+from tests.fuzz.cases import KINDS, SHARES, RefusedError, World, WrongResultError
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,8 +104,7 @@ def judged(error: BaseException) -> tuple[str, str]:
     message = str(error)
     detail = f"{type(error).__name__}: {message[:300]} {_where(error)}"
     frames = traceback.extract_tb(error.__traceback__)
-    is_ours = frames[-1].filename.startswith(OURS) or frames[-1].name == "run"
-    if not is_ours:
+    if not (isinstance(error, RefusedError) or frames[-1].filename.startswith(OURS)):
         return "foreign error", detail
     if not message or len(message) > 1200:
         return "long error", detail

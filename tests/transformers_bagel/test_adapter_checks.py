@@ -100,6 +100,8 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         "`alpha_pattern`|adapter_config.*Infinity is no number",
     ),
     "a huge alpha": ({"lora_alpha": 1e30}, "`lora_alpha`"),
+    "no alpha": ({"lora_alpha": None}, "`lora_alpha`"),
+    "no ranks": ({"rank_pattern": None}, "`rank_pattern`"),
     "true for alpha": ({"lora_alpha": True}, "`lora_alpha`"),
     "a list of ranks": ({"rank_pattern": [4]}, "`rank_pattern`"),
     "a million ranks": ({"rank_pattern": {f"layer{i}": 4 for i in range(1_000_000)}}, "`rank_pattern`"),
