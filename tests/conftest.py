@@ -38,6 +38,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# Where models of the tests lie: BAGEL_TEST_DEVICE=cuda runs on a GPU what runs on a CPU here (`scripts/gpu.sh`).
+DEVICE = torch.device(os.environ.get("BAGEL_TEST_DEVICE", "cpu"))
+# The golden numbers are of float32, which cuDNN's convolutions round by default.
+torch.backends.cudnn.allow_tf32 = False
 GOLDEN = Path(__file__).parent / "golden" / "a"
 CHECKPOINT = GOLDEN / "checkpoint"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -107,7 +111,9 @@ def training_samples(*names: str) -> list[dict]:
 
 
 def load_model(**kwargs) -> BagelForConditionalGeneration:
-    return BagelForConditionalGeneration.from_pretrained(CHECKPOINT, **kwargs)
+    model = BagelForConditionalGeneration.from_pretrained(CHECKPOINT, **kwargs)
+    # Some are placed by what loads them.
+    return model if kwargs.keys() & {"device_map", "quantization_config"} else model.to(DEVICE)
 
 
 def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
@@ -117,7 +123,7 @@ def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
 
 def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    return (actual.float() - expected.float()).abs().max().item()
+    return (actual.cpu().float() - expected.cpu().float()).abs().max().item()
 
 
 @contextmanager
@@ -162,7 +168,7 @@ def processor() -> BagelProcessor:
 
 @pytest.fixture(scope="session")
 def vae():
-    return load_original_vae(CHECKPOINT)
+    return load_original_vae(CHECKPOINT).to(DEVICE)
 
 
 class PickyVae:
@@ -205,7 +211,7 @@ def encode(processor):
             return_dict=True,
             return_tensors="pt",
             **kwargs,
-        )
+        ).to(DEVICE)
 
     return apply
 

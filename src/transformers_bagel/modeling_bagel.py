@@ -143,8 +143,10 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
         One graph serves all layers of a kind, and one all lengths of prompts.
 
         Args:
-            args, kwargs: Of [`torch.compile`].
+            args, kwargs: Of [`torch.compile`]. `recompile_limit` is 64 by default: reading, writing, drawing and editing
+                in all their forms come to some thirty graphs, of which torch would allow eight.
         """
+        kwargs.setdefault("recompile_limit", 64)
         for module in self.modules():
             if type(module).__name__ in self._no_split_modules:
                 module.compile(*args, **kwargs)
