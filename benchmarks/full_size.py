@@ -27,7 +27,7 @@ from transformers_bagel import BagelConfig, BagelForConditionalGeneration, Bagel
 
 DTYPE = torch.bfloat16
 NEW_TOKENS = 64
-SECTIONS = ("steps", "drawing", "bounds", "text", "compiled", "casting", "offloading")
+SECTIONS = ("steps", "drawing", "bounds", "text", "compiled", "casting", "offloading", "float8")
 rows: list[dict[str, Any]] = []
 
 
@@ -149,11 +149,13 @@ def text(pipe: BagelPipeline) -> None:
     timed("read a picture of 980 px", lambda: model(**inputs, use_cache=True, logits_to_keep=1), repeats=3)
 
 
-def compiled(pipe: BagelPipeline) -> None:
+def compiled(pipe: BagelPipeline, suffix: str = "") -> None:
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    timed("compiling, first drawing of 1024 px, 2 steps", lambda: pipe(PROMPT, num_inference_steps=2), warm=False)
-    steps(pipe, ", layers compiled")
-    timed("drawing, 1024 px, 49 steps, layers compiled", lambda: pipe(PROMPT), warm=False)
+    timed(f"compiling, first drawing, 2 steps{suffix}", lambda: pipe(PROMPT, num_inference_steps=2), warm=False)
+    steps(pipe, f", layers compiled{suffix}")
+    timed(f"drawing, 1024 px, 49 steps, layers compiled{suffix}", lambda: pipe(PROMPT), warm=False)
+    for module in pipe.transformer.modules():
+        module._compiled_call_impl = None
     torch._dynamo.reset()
 
 
@@ -168,6 +170,18 @@ def offloading(pipe: BagelPipeline) -> None:
     pipe.enable_group_offload("cuda", offload_type="block_level", num_blocks_per_group=2, use_stream=True)
     torch.cuda.empty_cache()
     timed("drawing, 1024 px, 10 steps, groups of 2 layers offloaded", lambda: pipe(PROMPT, num_inference_steps=10))
+
+
+def float8(pipe: BagelPipeline) -> None:
+    """Products in float8, weights and inputs rounded, compiled: the layers only, as `quantization_config` rounds them."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(
+        pipe.transformer.model.language_model.layers,
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+    )
+    torch.cuda.empty_cache()
+    compiled(pipe, ", float8")
 
 
 def main() -> None:

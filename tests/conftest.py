@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
+from accelerate.utils import send_to_device
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -113,7 +114,12 @@ def training_samples(*names: str) -> list[dict]:
 def load_model(**kwargs) -> BagelForConditionalGeneration:
     model = BagelForConditionalGeneration.from_pretrained(CHECKPOINT, **kwargs)
     # Some are placed by what loads them.
-    return model if kwargs.keys() & {"device_map", "quantization_config"} else model.to(DEVICE)
+    if DEVICE.type == "cpu" or kwargs.keys() & {"device_map", "quantization_config"}:
+        return model
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: send_to_device((args, kwargs), module.device), with_kwargs=True
+    )
+    return model.to(DEVICE)
 
 
 def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:

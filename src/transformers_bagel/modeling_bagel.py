@@ -123,11 +123,12 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
-    # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner:
-    # each of them has to be moved by itself.
+    # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner or
+    # stand around the layers: each is moved by itself. With a stream only the innermost owner of layers may have
+    # modules that are not named here, since it alone learns in which order they are used.
     _group_offload_block_modules = [
-        *("model", "language_model", "vision_tower", "encoder"),
-        *("embed_tokens", "rotary_emb", "norm_moe_gen", "connector", "vit_pos_embed"),
+        *("model", "language_model", "vision_tower", "encoder", "embed_tokens", "rotary_emb", "norm_moe_gen"),
+        *("connector", "vit_pos_embed", "time_embedder", "vae2llm", "llm2vae", "latent_pos_embed", "lm_head"),
     ]
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -15,7 +15,9 @@ import torch
 from peft import LoraConfig
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.contexts import BagelContext, ContextReader
 from tests.conftest import CHECKPOINT, conversation, golden_image, load_processor, max_error, training_samples
+from tests.diffusers_bagel.conftest import encoded
 from tests.quantization import QUANTIZATIONS, quantized_layers
 from transformers_bagel import (
     LORA_TARGETS,
@@ -107,20 +109,22 @@ class TestSynchronization:
             torch.cuda.set_sync_debug_mode("default")
 
     @torch.no_grad()
-    def test_prefill_of_text_does_not_wait(self, on_gpu):
-        ids = torch.randint(5, 400, (1, 16), device=GPU)
+    @pytest.mark.parametrize("parts", [["a red circle"], ["@square", "make it green"]])
+    def test_the_pipeline_reads_a_prompt_without_waiting(self, parts, on_gpu):
+        segments = encoded(on_gpu, conversation(parts))
+        reader = ContextReader(on_gpu.transformer, on_gpu.processor, GPU)
+        reader.read([BagelContext()], [segments])
         with no_synchronization():
-            on_gpu.transformer(input_ids=ids, use_cache=True, logits_to_keep=1)
+            reader.read([BagelContext()], [segments])
 
     @torch.no_grad()
-    def test_prefill_of_a_prompt_that_was_laid_out_on_the_cpu_does_not_wait(self, on_gpu):
-        prompts = [on_gpu.encode_conversation(conversation(["a red circle"]))]
-        from diffusers_bagel.contexts import BagelContext, ContextReader
-
-        reader = ContextReader(on_gpu.transformer, on_gpu.processor, GPU)
-        reader.read([BagelContext()], prompts)
+    def test_a_token_is_written_without_waiting(self, on_gpu):
+        ids = torch.randint(5, 400, (1, 16), device=GPU)
+        cache = on_gpu.transformer(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        step = {"input_ids": ids[:, :1], "position_ids": ids[:, :1], "past_key_values": cache}
+        on_gpu.transformer(**step)
         with no_synchronization():
-            reader.read([BagelContext()], prompts)
+            on_gpu.transformer(**step)
 
 
 class TestDrawing:
@@ -225,7 +229,7 @@ class TestMemory:
         self.check(pipe, expected)
 
     def test_auto_map_with_a_bound(self, expected, tmp_path):
-        model = model_of(device_map="auto", max_memory={0: "300KB", "cpu": "1GB"}, offload_folder=tmp_path)
+        model = model_of(device_map="auto", max_memory={0: 700_000, "cpu": 10**9}, offload_folder=tmp_path)
         assert len({str(device) for device in model.hf_device_map.values()}) > 1
         pipe = load(transformer=model)
         pipe.vae.to(GPU)
@@ -289,7 +293,13 @@ class TestCompiling:
 class TestTraining:
     @pytest.fixture
     def collator(self, on_gpu) -> BagelDataCollator:
-        none = {"text_dropout": 0.0, "vit_dropout": 0.0, "vae_dropout": 0.0, "vae_sample_mode": "argmax"}
+        none = {
+            "text_dropout": 0.0,
+            "vit_dropout": 0.0,
+            "vae_dropout": 0.0,
+            "vae_sample_mode": "argmax",
+            "return_layout": True,
+        }
         return BagelDataCollator(on_gpu.processor, vae=on_gpu.vae, generator=torch.Generator().manual_seed(0), **none)
 
     @pytest.fixture
@@ -318,7 +328,6 @@ class TestTraining:
             assert max_error(gradients_on_gpu[name], gradient) <= 1e-4, name
 
     def test_a_forward_of_a_batch_with_its_layout_does_not_wait(self, batch):
-        """Counts waits of the host in a training step, after the first one."""
         model = model_of().to(GPU).train()
         moved = batch.to(GPU)
         model(**moved).loss.backward()
