@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import INSTRUCTION, PROMPT, denoise, picture, random_ids
+from cases import INSTRUCTION, PROMPT, Work, denoise, picture, random_ids
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from models import CHECKPOINT, IMAGE_SIZES, write_tokens
 from run import machine
@@ -85,10 +85,18 @@ def timed(name: str, run: Callable[[], object], repeats: int = 1, warm: bool = T
     return seconds
 
 
-def steps(pipe: BagelPipeline, suffix: str = "") -> None:
+def steps(pipe: BagelPipeline) -> None:
     """A denoising step at 1024 px beside its floor."""
-    for branches, name in ((1, "drawing, 1 branch"), (2, "drawing, 2 branches"), (3, "edit, 3 branches")):
-        work = denoise(pipe, 1024, branches)
+    time_steps(step_works(pipe))
+
+
+def step_works(pipe: BagelPipeline) -> dict[str, Work]:
+    kinds = ((1, "drawing, 1 branch"), (2, "drawing, 2 branches"), (3, "edit, 3 branches"))
+    return {name: denoise(pipe, 1024, branches) for branches, name in kinds}
+
+
+def time_steps(works: dict[str, Work], suffix: str = "") -> None:
+    for name, work in works.items():
         times, floors = seconds_of((work.run, work.floor), 5, default_device())
         (seconds, spread), (floor, _) = median_and_spread(times), median_and_spread(floors)
         note(f"step, {name}{suffix}", seconds, spread=spread, floor=floor, ratio=seconds / floor)
@@ -150,9 +158,11 @@ def text(pipe: BagelPipeline) -> None:
 
 
 def compiled(pipe: BagelPipeline, suffix: str = "") -> None:
+    # Behind the recording of the floors, which needs the modules to be called.
+    works = step_works(pipe)
     pipe.transformer.compile_repeated_blocks(fullgraph=True)
     timed(f"compiling, first drawing, 2 steps{suffix}", lambda: pipe(PROMPT, num_inference_steps=2), warm=False)
-    steps(pipe, f", layers compiled{suffix}")
+    time_steps(works, f", layers compiled{suffix}")
     timed(f"drawing, 1024 px, 49 steps, layers compiled{suffix}", lambda: pipe(PROMPT), warm=False)
     for module in pipe.transformer.modules():
         module._compiled_call_impl = None
