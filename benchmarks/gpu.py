@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The 7B model's sizes with random weights in bfloat16, on one GPU of 80 GB: `python benchmarks/full_size.py`.
+"""The 7B model's sizes with random weights in bfloat16, on one GPU of 80 GB: `python benchmarks/gpu.py`.
 
 What it computes takes the time that it takes with the published weights, but for where a text ends; pictures are noise.
 Each section prints its own rows, so that a run that is cut off has told what it could.
