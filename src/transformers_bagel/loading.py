@@ -342,8 +342,8 @@ def _stays_in_files(device_map: Any, files: list[str]) -> bool:
     choices = ("auto", "balanced", "balanced_low_0", "sequential")
     on_disk = "disk" in device_map.values() if isinstance(device_map, dict) else device_map in choices
     try:
-        for file in files if on_disk else ():
-            safe_open(file, framework="pt")
-    except (OSError, RuntimeError, SafetensorError):
+        # All at once, as the library does.
+        _ = [safe_open(file, framework="pt") for file in files if on_disk]
+    except (OSError, RuntimeError, MemoryError, SafetensorError):
         return False
     return on_disk
