@@ -9,9 +9,9 @@ from pathlib import Path
 
 from safe_files import PICKLES
 from sources import CARD, Source, tensors_of
-from stored_tensors import StoredTensor
 
 from diffusers_bagel.loading import VAE_FILE
+from transformers_bagel.stored_tensors import StoredTensor
 
 
 # Original weights: the average that the publisher gives out, and the weights of the last step beside it in trainings.

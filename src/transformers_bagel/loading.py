@@ -38,7 +38,6 @@ from .checkpoints import (
     module_name,
     open_tensors,
     own_names,
-    read_headers,
     read_json,
     shard_names,
 )
@@ -232,14 +231,13 @@ class BagelLoadingMixin:
         if os.path.isdir(source):
             check_stated_ids(marker_ids(config), f"the config.json of '{source}'", source, **source_hub)
         tensors = open_tensors(files)
-        headers = read_headers(files)
         is_compared = bool(tensors) and not kwargs.get("key_mapping")
         if is_compared:
             check_layers(config, tensors, source)
         empty = _empty_model(cls, config, model_args, kwargs)
         if is_compared:
-            check_tensors(empty, headers, source, kwargs.get("ignore_mismatched_sizes", False))
-            check_values({name: headers[name] for name in own_names(empty, headers)}, source)
+            check_tensors(empty, tensors, source, kwargs.get("ignore_mismatched_sizes", False))
+            check_values({name: tensors[name] for name in own_names(empty, tensors)}, source)
         if kwargs.get("quantization_config") is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:
@@ -256,7 +254,7 @@ class BagelLoadingMixin:
             model, info = load(path, *model_args, config=config, **hub, **kwargs)
         else:
             if kwargs.get("dtype", "auto") in (None, "auto") and config.dtype is None:
-                kwargs["dtype"] = next((header.dtype for header in headers.values()), None)
+                kwargs["dtype"] = next((tensor.dtype for tensor in tensors.values()), None)
             model, info = load(None, *model_args, config=config, state_dict=tensors, **kwargs)
             for module in model.modules():
                 if getattr(module, "config", None) is model.config:
@@ -344,8 +342,8 @@ def _stays_in_files(device_map: Any, files: list[str]) -> bool:
     choices = ("auto", "balanced", "balanced_low_0", "sequential")
     on_disk = "disk" in device_map.values() if isinstance(device_map, dict) else device_map in choices
     try:
-        for file in files if on_disk else ():
-            safe_open(file, framework="pt")
-    except (OSError, RuntimeError, SafetensorError):
+        # All at once, as the library does.
+        _ = [safe_open(file, framework="pt") for file in files if on_disk]
+    except (OSError, RuntimeError, MemoryError, SafetensorError):
         return False
     return on_disk
