@@ -40,6 +40,10 @@ class BagelGenerationMixin(GenerationMixin):
         if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):
             # What is false and not `False` has a cache made, into which everything is fed again at every token.
             settings["use_cache"] = kwargs["use_cache"] = use_cache is None or bool(use_cache)
+        ids, types = kwargs.get("input_ids", inputs), kwargs.get("mm_token_type_ids")
+        if ids is not None and types is not None and ids.ndim == 2 and types.shape[1] < ids.shape[1]:
+            # Those of the prompt, when what was generated goes on: it is text.
+            kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
         self._check_images(kwargs, settings["prefill_chunk_size"])
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
