@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
@@ -19,7 +20,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextIn
 from .checkpoints import check_folder, read_json
 from .configuration_bagel import BagelConfig
 from .errors import shown
-from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs, check_rgb
+from .image_processing_bagel import (
+    BagelImageProcessor,
+    BagelImageProcessorKwargs,
+    check_rgb,
+    image_from_array,
+)
 from .loading import InstalledCodeMixin, check_stated_ids, find_file, hub_arguments
 from .original_config import is_original_config
 from .segments import (
@@ -89,6 +95,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         """
         check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         kwargs |= hub_arguments(pretrained_model_name_or_path, kwargs)
+        if kwargs.get("_from_pipeline") == "any-to-any":
+            # That pipeline says too late whether it wants a picture, which begins from the images' latents.
+            kwargs.setdefault("return_vae_pixel_values", True)
         _check_files(pretrained_model_name_or_path, hub_arguments(pretrained_model_name_or_path, kwargs))
         try:
             processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -272,6 +281,28 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         settings = self._merge_kwargs(**kwargs)["images_kwargs"]
         counts = [self.image_processor.get_number_of_image_patches(*size, settings) for size in image_sizes]
         return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[str] | list[Image.Image]:
+        """
+        Like the parent's, which decodes texts; and the pictures of `generate(..., generation_mode="image")` as PIL images.
+
+        Args:
+            generated_outputs (`torch.Tensor` or `Sequence[torch.Tensor]`): Token ids, or pictures in [0, 1].
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether texts lose their special tokens.
+            generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
+            kwargs: Of the tokenizer's `decode`.
+        """
+        if generation_mode == "image":
+            return [image_from_array(image) for image in generated_outputs]
+        return super().post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
+        )
 
     @property
     def model_input_names(self) -> list[str]:
