@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transformers_bagel.errors import shown
-from transformers_bagel.segments import check_conversation
+from transformers_bagel.segments import check_conversation, content_parts
 
 from .guidance import RENORM_TYPES
 
@@ -194,6 +194,8 @@ def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
         raise ValueError("Pass `prompt`, or `messages` for anything interleaved.")
     if messages is not None:
         check_conversation(messages, "messages")
+        if not all(any(map(content_parts, conversation)) for conversation in as_conversations(None, None, messages)):
+            raise ValueError("`messages` holds a conversation without text and image. Say what to draw.")
         return
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):

@@ -5,10 +5,11 @@ import base64
 import io
 import os
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401  diffusers looks it up here
 from transformers.image_processing_utils import BatchFeature
@@ -96,25 +97,43 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     try:
         if isinstance(source, bytes):
             return Image.open(io.BytesIO(source))
-        if name.startswith(("http://", "https://")):
+        if name[:8].lower().startswith(("http://", "https://")):
             return Image.open(io.BytesIO(fetch(name)))
         if os.path.exists(name):
             if not os.path.isfile(name):
                 raise OSError("it is no file")
             return Image.open(name)
-        encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
-        return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
+        return Image.open(io.BytesIO(_from_base64(name)))
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
     except UnidentifiedImageError as error:
         # Pillow's message would name a file object in memory.
         raise ValueError(f"`images` holds {shown(name)}, in which Pillow can identify no image.") from error
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
+        _check_chunks(error, shown(name))
         raise ValueError(
             f"`images` holds {shown(name)}, which is no path, URL or base64 text of an image ({error})."
         ) from error
     except (OSError, SyntaxError) as error:
         raise OSError(f"`images` holds {shown(name)}, which cannot be read: {error}") from error
+
+
+def _from_base64(text: str) -> bytes:
+    """What base64 text stands for, alone or in a data URI: wrapped in lines, in either alphabet, with its end or not."""
+    if text[:5].lower() == "data:":
+        text = unquote(text.partition(",")[2])
+    text = "".join(text.split()).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_" if {"-", "_"} & set(text) else None, validate=True)
+
+
+def _check_chunks(error: ValueError, name: str) -> None:
+    """Explain that Pillow reads no larger texts and colour profiles in a PNG, if that is what it says."""
+    if "too large" in str(error) or "text chunks" in str(error):
+        raise ValueError(
+            f"`images` holds {name}, a PNG with a text or colour profile above Pillow's limit of "
+            f"{PngImagePlugin.MAX_TEXT_CHUNK} bytes. Save it without, or raise `PIL.PngImagePlugin.MAX_TEXT_CHUNK` if you "
+            "trust its source."
+        ) from error
 
 
 def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -209,6 +228,8 @@ def to_rgb(image: Any) -> Image.Image:
     except (OSError, SyntaxError) as error:
         raise OSError(f"`images` holds {name}, whose file is truncated or broken: {error}.") from error
     except (ValueError, AttributeError) as error:
+        if isinstance(error, ValueError):
+            _check_chunks(error, name)
         raise ValueError(f"`images` holds {name}, which was closed: {error}.") from error
     image = shallow(image)
     if not image.has_transparency_data:
@@ -285,6 +306,13 @@ class BagelImageProcessor(PilBackend):
         _check_settings(kwargs)
         return super().preprocess(images, *args, **kwargs)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the parent's. `backend` and `use_fast`, by which others choose, choose nothing: there is one backend."""
+        for name in ("backend", "use_fast"):
+            kwargs.pop(name, None)
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Load an image, or the images of a list or of a list of lists, see [`to_rgb`]."""
         if not isinstance(image_url_or_urls, (list, tuple)):
@@ -294,8 +322,9 @@ class BagelImageProcessor(PilBackend):
         return [self.fetch_images(item) for item in image_url_or_urls]
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
-        images = self.fetch_images(images)
-        flat = [image for item in _items(images) for image in _items(item)]
+        if not kwargs["do_convert_rgb"]:
+            check_rgb(images)
+        flat = _flat(self.fetch_images(images))
         if not flat:
             raise ValueError("`images` holds no image. Leave it out for text alone.")
         return self._preprocess(flat, *args, **kwargs)
@@ -369,6 +398,26 @@ class BagelImageProcessor(PilBackend):
 
 def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_rgb(images: Any) -> None:
+    """
+    Refuse PIL images whose mode would have to be changed.
+
+    Raises:
+        ValueError: naming the mode.
+    """
+    modes = {image.mode for image in _flat(images) if isinstance(image, Image.Image)} - {"RGB"}
+    if modes:
+        raise ValueError(
+            f"`do_convert_rgb=False` takes RGB images, got one of mode {min(modes)}. Convert it, or leave "
+            "`do_convert_rgb` out."
+        )
+
+
+def _flat(images: Any) -> list[Any]:
+    """The images of a list, or of a list of lists."""
+    return [image for item in _items(images) for image in _items(item)]
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

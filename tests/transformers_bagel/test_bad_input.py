@@ -113,7 +113,6 @@ BAD_MESSAGES: dict[str, Any] = {
     "no_content": [{"role": "user"}],
     "content_number": [{"role": "user", "content": 1}],
     "content_dict": [{"role": "user", "content": {"type": "text", "text": "a"}}],
-    "no_parts": [{"role": "user", "content": []}],
     "part_words": [{"role": "user", "content": ["a"]}],
     "part_without_type": [{"role": "user", "content": [{"text": "a"}]}],
     "unknown_part": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],

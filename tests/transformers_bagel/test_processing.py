@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.trainer_utils import align_special_tokens
 
 from tests.conftest import (
@@ -379,3 +380,97 @@ def test_a_template_of_a_repository_is_bounded_too_and_one_that_ends_is_not(tmp_
     file.write_text(LOOPS["nested"], encoding="utf-8")
     with pytest.raises(ValueError, match="The chat template ran 10000 lines"):
         load_processor(tmp_path).apply_chat_template(many)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda text: "\n".join(text[start : start + 76] for start in range(0, len(text), 76)),
+        lambda text: "\r\n".join(text[start : start + 64] for start in range(0, len(text), 64)) + "\r\n",
+        lambda text: text.rstrip("="),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: f"data:IMAGE/PNG;BASE64,{text}",
+        lambda text: f"DATA:image/png;charset=utf-8;base64,{text}",
+        lambda text: f"data:application/octet-stream;base64,{text}",
+        lambda text: "data:image/png;base64," + text.replace("=", "%3D").replace("+", "%2B"),
+    ],
+    ids=["wrapped", "wrapped_as_mail", "no_end", "url_alphabet", "capitals", "charset", "octets", "percent"],
+)
+def test_base64_is_read_as_it_comes(spelled):
+    image = golden_image("wide").convert("RGB")
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    text = base64.b64encode(content.getvalue()).decode()
+    assert {"+", "/"} & set(text)
+    assert to_rgb(spelled(text)).tobytes() == image.tobytes()
+
+
+def png_with(kind: str) -> bytes:
+    """A PNG with 2 MiB of something beside its pixels."""
+    info = PngInfo()
+    profile = np.random.default_rng(0).bytes(2 << 20) if kind == "profile" else None
+    if kind != "profile":
+        info.add_text("comment", "x" * (2 << 20), zip=True)
+    content = io.BytesIO()
+    golden_image("square").convert("RGB").save(content, "PNG", icc_profile=profile, pnginfo=info)
+    if kind != "text_at_the_end":
+        return content.getvalue()
+    # Pillow reads what follows the pixels only when they are asked for.
+    chunks, place = [content.getvalue()[:8]], 8
+    while place < len(content.getvalue()):
+        length = int.from_bytes(content.getvalue()[place : place + 4], "big") + 12
+        chunks.append(content.getvalue()[place : place + length])
+        place += length
+    chunks.sort(key=lambda chunk: {b"zTXt": 1, b"IEND": 2}.get(chunk[4:8], 0))
+    return b"".join(chunks)
+
+
+@pytest.mark.parametrize("kind", ["profile", "text", "text_at_the_end"])
+def test_a_large_text_or_colour_profile_is_named_with_the_limit_and_the_remedy(kind, tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_with(kind))
+    with pytest.raises(ValueError, match=r"large\.png.*limit of 1048576 bytes.*`PIL\.PngImagePlugin\.MAX_TEXT_CHUNK`"):
+        to_rgb(path)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 4 << 20)
+    assert to_rgb(path).tobytes() == golden_image("square").convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("loader", [BagelProcessor, AutoProcessor, BagelImageProcessor, AutoImageProcessor])
+@pytest.mark.parametrize("choice", [{"backend": "pil"}, {"backend": "torchvision"}, {"use_fast": False}], ids=str)
+def test_a_saved_processor_loads_with_a_backend(loader, choice, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path, **choice)
+    images = getattr(loaded, "image_processor", loaded)
+    assert images.backend == "pil"
+    assert images.to_dict() == processor.image_processor.to_dict()
+
+
+def test_who_converts_no_images_gets_none_converted(processor):
+    square = golden_image("square").convert("RGB")
+    expected = processor.image_processor(square)["pixel_values"]
+    text = "<|vision_start|><|image_pad|><|vision_end|>"
+    for kept in (
+        processor.image_processor(square, do_convert_rgb=False),
+        processor(text=text, images=square, do_convert_rgb=False),
+        processor(text=text, images=np.asarray(square), images_kwargs={"do_convert_rgb": False}),
+    ):
+        assert np.array_equal(kept["pixel_values"], expected)
+    for image in (square.convert("RGBA"), square.convert("L")):
+        message = f"`do_convert_rgb=False` takes RGB images, got one of mode {image.mode}"
+        with pytest.raises(ValueError, match=message):
+            processor.image_processor([square, image], do_convert_rgb=False)
+        with pytest.raises(ValueError, match=message):
+            processor(text=text, images=image, do_convert_rgb=False)
+
+
+def test_servers_learn_the_number_of_tokens_from_sizes_alone(processor):
+    images = [golden_image(name) for name in ("square", "wide", "tall")]
+    features = processor.image_processor(images)
+    counts = features["image_grid_hw"].prod(-1).tolist()
+    data = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
+    assert data["num_image_tokens"] == data["num_image_patches"] == counts
+    smaller = {"size": {"shortest_edge": 28, "longest_edge": 56}}
+    features = processor.image_processor(images, **smaller)
+    data = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images], **smaller)
+    assert data["num_image_tokens"] == features["image_grid_hw"].prod(-1).tolist()
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
