@@ -49,6 +49,7 @@ from .inputs import (
     check_size,
     check_whole_number,
     takes_sigmas,
+    with_plain_numbers,
 )
 from .loading import CheckedDownloadMixin, is_original, load_original_components, name_own_modules
 from .lora import BagelLoraLoaderMixin, check_no_adapters
@@ -411,6 +412,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         return guidance_contexts(reader, prompts, full, guidance), plans
 
     @torch.no_grad()
+    @with_plain_numbers
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -637,7 +639,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         self, num_inference_steps: int, sigmas: Sequence[float] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps of the scheduler, and the sigma in [0, 1] of each, on the CPU; exact where it knows them."""
-        levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.tensor(sigmas)
+        levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.as_tensor(sigmas)
         if takes_sigmas(self.scheduler):
             self.scheduler.set_timesteps(sigmas=levels.float().numpy(), device=self._execution_device)
         else:

@@ -23,6 +23,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .errors import shown
+from .scalars import plain_numbers
 from .urls import fetch
 
 
@@ -117,8 +118,57 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         raise OSError(f"`images` holds {shown(name)}, which cannot be read: {error}") from error
 
 
+def as_bytes(values: np.ndarray) -> np.ndarray:
+    """The values of an image, or of a batch of them, as bytes.
+
+    Which of the ranges in use they have, they tell themselves; those that could be of two are refused.
+
+    Raises:
+        TypeError: if they are no numbers.
+        ValueError: if they are out of range.
+    """
+    if values.dtype.kind not in "buif":
+        raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
+    if not values.size:
+        return values.astype(np.uint8)
+    low, high = values.min(), values.max()
+    is_whole = values.dtype.kind in "ui"
+    if low >= 0 and high <= 255 and (is_whole or high >= 2):
+        return values.round().astype(np.uint8)
+    if low >= 0 and high <= 1:
+        return (values * 255).round().astype(np.uint8)
+    if values.dtype == np.uint16:
+        return (values / 257).round().astype(np.uint8)
+    # Values that are barely negative come from resizing an image in [0, 1].
+    if not is_whole and -1 <= low <= -0.25 and 0 < high <= 1:
+        return ((values / 2 + 0.5) * 255).round().astype(np.uint8)
+    raise ValueError(
+        f"`images` holds an array with values from {low} to {high}; pass integers from 0 to 255, or numbers from 0 to 1, "
+        "from 0 to 255 or from -1 to 1, cut off at these ends."
+    )
+
+
+def as_array(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    """The numbers of an array or tensor in a type that NumPy has, which lacks bfloat16."""
+    if not isinstance(images, torch.Tensor):
+        return images
+    is_short = images.is_floating_point() and images.itemsize < 4
+    return (images.float() if is_short else images).detach().cpu().numpy()
+
+
+def unbatched(images: Any) -> Any:
+    """What holds several images as a list: also an array or tensor of four axes, whose images have one range of values."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    if not isinstance(images, (np.ndarray, torch.Tensor)) or images.ndim != 4:
+        return images
+    pixels = as_bytes(as_array(images))
+    return list(torch.from_numpy(pixels) if isinstance(images, torch.Tensor) else pixels)
+
+
 def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    """An image from values in [0, 1] or 0 to 255, of shape `(height, width)`, or with 1, 3 or 4 channels at either end.
+    """An image from values in [0, 1], [-1, 1] or 0 to 255, or in 16 bits, of shape `(height, width)`, or with 1, 3 or 4
+    channels at either end, alone or in a batch of one.
 
     Where both ends could be the channels, a tensor has them first and an array last, as their libraries do.
 
@@ -126,13 +176,10 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         TypeError: if the values are no numbers.
         ValueError: if the shape is not that of an image, or if values are out of range.
     """
-    values, axes = array, (-1, 0)
-    if isinstance(array, torch.Tensor):
-        # NumPy has no bfloat16.
-        short = array.is_floating_point() and array.itemsize < 4
-        values, axes = (array.float() if short else array).detach().cpu().numpy(), (0, -1)
-    if values.dtype.kind not in "buif":
-        raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
+    axes = (0, -1) if isinstance(array, torch.Tensor) else (-1, 0)
+    values = as_array(array)
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
     if values.ndim == 3:
         ends = [axis for axis in axes if values.shape[axis] in (1, 3, 4)]
         values = np.moveaxis(values, ends[0], -1) if ends else values
@@ -141,14 +188,8 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
             f"`images` holds an array of shape {tuple(array.shape)}; pass (height, width), or with 1, 3 or 4 channels "
             "first or last."
         )
-    top = 1 if values.dtype.kind in "bf" else 255
-    if not (values.min() >= 0 and values.max() <= top):
-        raise ValueError(
-            f"`images` holds an array with values from {values.min()} to {values.max()}; pass integers from 0 to 255 "
-            "or numbers from 0 to 1."
-        )
-    pixels = (values * 255).round() if top == 1 else values
-    return Image.fromarray((pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).astype(np.uint8))
+    pixels = as_bytes(values)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
 def shallow(image: Image.Image) -> Image.Image:
@@ -158,7 +199,12 @@ def shallow(image: Image.Image) -> Image.Image:
         ValueError: if the values of a mode of 32 bits do not say what white is.
     """
     if image.mode == "F":
-        return image_from_array(np.asarray(image))
+        grays = np.asarray(image)
+        if not (grays.min() >= 0 and grays.max() <= 1):
+            raise ValueError(
+                f"`images` holds an image of mode F with values from {grays.min()} to {grays.max()}; scale them to [0, 1]."
+            )
+        return image_from_array(grays)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     grays = np.asarray(image)
@@ -263,7 +309,7 @@ class BagelImageProcessor(PilBackend):
     model_input_names = ["pixel_values", "image_grid_hw"]
 
     def __init__(self, **kwargs: Unpack[BagelImageProcessorKwargs]) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{name: plain_numbers(value) for name, value in kwargs.items()})
         _check_settings({name: getattr(self, name) for name in self.valid_kwargs.__annotations__})
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Unpack[BagelImageProcessorKwargs]) -> BatchFeature:
@@ -282,16 +328,18 @@ class BagelImageProcessor(PilBackend):
         Raises:
             TypeError, ValueError, OSError: if something is no image, or if a setting cannot be used.
         """
-        _check_settings(kwargs)
-        return super().preprocess(images, *args, **kwargs)
+        settings = {name: plain_numbers(value) for name, value in kwargs.items()}
+        _check_settings(settings)
+        return super().preprocess(images, *args, **settings)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Load an image, or the images of a list or of a list of lists, see [`to_rgb`]."""
-        if not isinstance(image_url_or_urls, (list, tuple)):
-            return to_rgb(image_url_or_urls)
-        if any(isinstance(nested, (list, tuple)) for item in image_url_or_urls for nested in _items(item)):
+        images = unbatched(image_url_or_urls)
+        if not isinstance(images, list):
+            return to_rgb(images)
+        if any(isinstance(nested, (list, tuple)) for item in images for nested in _items(item)):
             raise ValueError("`images` is nested too deeply: pass an image, a list, or a list of lists.")
-        return [self.fetch_images(item) for item in image_url_or_urls]
+        return [self.fetch_images(item) for item in images]
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         images = self.fetch_images(images)

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..errors import shown
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
+from ..scalars import plain_numbers
 from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, sample_segments
 from ..sequence import SequenceLayout, lay_out
 from .latents import LatentEncoder, WorkerDeviceError
@@ -113,6 +114,7 @@ class BagelDataCollator:
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
+        vars(self).update(plain_numbers(vars(self)))
         if not isinstance(self.processor, BagelProcessor):
             raise TypeError(f"`processor` must be a BagelProcessor, got a `{type(self.processor).__name__}`.")
         for name in ("text_dropout", "vit_dropout", "vae_dropout"):

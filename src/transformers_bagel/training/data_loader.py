@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from ..errors import shown
+from ..scalars import plain_numbers
 from .collator import BagelDataCollator
 from .samples import EncodedSample, SkippedSample, mixed_seed
 
@@ -68,6 +69,7 @@ class BagelDataLoader:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        vars(self).update(plain_numbers(vars(self)))
         if self.batch_size is None and self.collator.max_tokens is None:
             raise ValueError("Pass `batch_size`, or give the collator `max_tokens`: something must bound a batch.")
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
