@@ -51,7 +51,7 @@ from .inputs import (
     takes_sigmas,
     with_plain_numbers,
 )
-from .loading import CheckedDownloadMixin, is_original, load_original_components, name_own_modules
+from .loading import CheckedDownloadMixin, is_original, load_original_components, name_own_modules, with_dtypes
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
@@ -143,7 +143,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             quantization = kwargs["quantization_config"] = pipeline_quantization(quantization)
         hub = hub_arguments(path, kwargs)
         if not is_original(path, "vae" in kwargs, hub):
-            return super().from_pretrained(path, **(kwargs | hub))
+            return super().from_pretrained(path, **(with_dtypes(kwargs) | hub))
         pipe = cls(**load_original_components(path, hub, **kwargs))
         if quantization is not None:
             pipe.quantization_config = quantization
@@ -668,16 +668,12 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         images = []
         for grid, own in zip(grids, latents, strict=True):
             own = own[: grid[0] * grid[1]]
-            if output_type == "latent":
-                images.append(own)
-            else:
-                images.append(self.decode_latents(own.unsqueeze(0), grid, output_type)[0])
+            images.append(own if output_type == "latent" else self.decode_latents(own[None], grid, output_type)[0])
         return images
 
     def _grid(self, segments: list[EncodedSegment], height: int | None, width: int | None) -> tuple[int, int]:
         """Rows and columns of tokens of a drawing: as asked for, else like the last image, else the default size."""
-        default = self.default_sample_size // self.vae_scale_factor
-        rows, columns = default, default
+        rows = columns = self.default_sample_size // self.vae_scale_factor
         for segment in segments:
             if segment.segment.type == "vae_image" and segment.grid is not None:
                 rows, columns = segment.grid

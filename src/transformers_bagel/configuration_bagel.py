@@ -278,6 +278,12 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Like the parent's; an original `config.json` is corrected from the weights and the tokenizer beside it."""
+        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if not os.path.isdir(folder) and os.path.isfile(
+            os.path.join(pretrained_model_name_or_path, "model_index.json")
+        ):
+            # Where the model lies at the root of a pipeline, diffusers asks in a folder named by it, too.
+            kwargs.pop("subfolder")
         check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         hub = hub_arguments(pretrained_model_name_or_path, kwargs)
         is_file = os.path.isfile(pretrained_model_name_or_path)
