@@ -12,7 +12,7 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .adapters import LORA_TARGETS, register_lora_targets
+from .adapters import LORA_TARGETS, register_adapter_targets
 from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
 from .checkpoints import WEIGHT_RENAMINGS
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
@@ -46,7 +46,7 @@ def _register() -> None:
     register_checkpoint_conversion_mapping(
         BagelConfig.model_type, [WeightRenaming(*pair) for pair in WEIGHT_RENAMINGS], overwrite=True
     )
-    register_lora_targets()
+    register_adapter_targets()
 
 
 _register()

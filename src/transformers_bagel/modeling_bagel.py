@@ -490,8 +490,8 @@ class BagelModel(BagelPreTrainedModel):
         if document_ids is not None and attention_mask is not None:
             document_ids = document_ids.masked_fill(attention_mask == 0, -1)
         if layout is None:
-            has_images = not (pixel_values is None and image_outputs is None and latents is None)
-            types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, has_images)
+            images = [given for given in (pixel_values, image_outputs, latents) if given is not None]
+            types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, images)
             if types is not None:
                 layout = SequenceLayout.from_inputs(types, image_grid_hw, latent_grid_hw, timesteps, document_ids)
         if past_key_values is not None and not is_torchdynamo_compiling() and past_key_values.get_seq_length() == 0:
@@ -571,17 +571,17 @@ class BagelModel(BagelPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
         mm_token_type_ids: torch.LongTensor | None,
         document_ids: torch.LongTensor | None,
-        has_images: bool,
+        images: list[Any],
     ) -> torch.LongTensor | None:
         """Type of each token, or `None` for one sample of text alone."""
         types = mm_token_type_ids
         if types is None and input_ids is not None:
             types = token_types_from_ids(input_ids, self.config.image_token_id, self.config.latent_token_id)
-        if types is None and document_ids is not None and not has_images:
-            types = torch.zeros_like(document_ids)
-        if types is None and has_images:
+        if types is None and (images or document_ids is not None) and not any(map(len, images)):
+            types = torch.zeros_like(inputs_embeds[..., 0], dtype=torch.long)  # type: ignore[index]
+        if types is None and images:
             raise ValueError("`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand.")
-        if types is None or has_images or document_ids is not None:
+        if types is None or images or document_ids is not None:
             return types
         # A decoding step holds no image; asking the values would cost a synchronisation at every token.
         if types.shape[1] == 1 or is_torchdynamo_compiling():
