@@ -12,10 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -23,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import BagelAdapterMixin
 from .attention import choose_attention
-from .cache import GrowingCache, PrefixCache, PrefixView, layer_caches
+from .cache import GrowingCache, PrefixCache, PrefixView, check_equal_lengths, layer_caches
 from .checks import (
     check_image_inputs,
     check_layout,
@@ -274,17 +271,18 @@ class BagelTextModel(BagelPreTrainedModel):
             if routing.freeze_und:
                 und_states, gen_states = split_experts(routing, hidden_states)
                 hidden_states = join_experts((und_states.detach(), gen_states))
-        for index, (layer, layer_cache) in enumerate(
-            zip(self.layers, layer_caches(cache, len(self.layers)), strict=True)
-        ):
+        caches = layer_caches(cache, self.config.num_hidden_layers)
+        layouts = [attention_layout.layer(index) for index in range(len(caches))]
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                attention_layouts=layouts,
+                layer_caches=caches,
                 position_embeddings=position_embeddings,
-                attention_layout=attention_layout.layer(index),
-                layer_cache=layer_cache,
                 routing=routing,
                 **kwargs,
             )
+        check_equal_lengths(caches)
         states = split_experts(routing, hidden_states)
         latent_hidden_states = None if routing is None else states[1]
         hidden_states = join_experts(route(routing, states, self.norm, self.norm_moe_gen))
