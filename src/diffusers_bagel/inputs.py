@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from transformers_bagel.arrays import unbatched
 from transformers_bagel.errors import shown
-from transformers_bagel.image_processing_bagel import unbatched
 from transformers_bagel.scalars import plain_number, plain_numbers
 from transformers_bagel.segments import check_conversation
 

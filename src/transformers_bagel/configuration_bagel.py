@@ -234,7 +234,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         original = {key: kwargs.pop(key) for key in ORIGINAL_KEYS if key in kwargs}
         if type(self) is BagelConfig:
             # Names files of the repository that it was read from, which are not written beside a saved configuration.
-            kwargs.pop("auto_map", None)
+            kwargs["auto_map"] = {}
         # A converted repository has both spellings; the original ones are there for other engines.
         if self.text_config is None:
             for key, value in rename_original_keys(original).items():
@@ -259,6 +259,8 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         output = super().to_dict()
         output.pop("freeze_und", None)
         output.pop("original_config", None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
     correct = correct_config

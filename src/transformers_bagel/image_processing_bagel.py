@@ -22,6 +22,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .arrays import as_array, as_bytes, unbatched
 from .errors import shown
 from .scalars import plain_numbers
 from .urls import fetch
@@ -45,6 +46,9 @@ class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         Whether the ViT sees the image after the VAE's resize, as the original demo does, or the original.
     return_vae_pixel_values (`bool`, *optional*, defaults to `False`):
         Whether to return the VAE's view too.
+    return_image_grid_thw (`bool`, *optional*, defaults to `False`):
+        Whether to return `image_grid_thw`, with a one before rows and columns, instead of `image_grid_hw`: for trainers
+        that pass on a fixed list of names.
     """
 
     patch_size: int
@@ -53,6 +57,7 @@ class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     max_pixels: int
     resize_before_vit: bool
     return_vae_pixel_values: bool
+    return_image_grid_thw: bool
 
 
 def resized_size(
@@ -116,54 +121,6 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         ) from error
     except (OSError, SyntaxError) as error:
         raise OSError(f"`images` holds {shown(name)}, which cannot be read: {error}") from error
-
-
-def as_bytes(values: np.ndarray) -> np.ndarray:
-    """The values of an image, or of a batch of them, as bytes.
-
-    Which of the ranges in use they have, they tell themselves; those that could be of two are refused.
-
-    Raises:
-        TypeError: if they are no numbers.
-        ValueError: if they are out of range.
-    """
-    if values.dtype.kind not in "buif":
-        raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
-    if not values.size:
-        return values.astype(np.uint8)
-    low, high = values.min(), values.max()
-    is_whole = values.dtype.kind in "ui"
-    if low >= 0 and high <= 255 and (is_whole or high >= 2):
-        return values.round().astype(np.uint8)
-    if low >= 0 and high <= 1:
-        return (values * 255).round().astype(np.uint8)
-    if values.dtype == np.uint16:
-        return (values / 257).round().astype(np.uint8)
-    # Values that are barely negative come from resizing an image in [0, 1].
-    if not is_whole and -1 <= low <= -0.25 and 0 < high <= 1:
-        return ((values / 2 + 0.5) * 255).round().astype(np.uint8)
-    raise ValueError(
-        f"`images` holds an array with values from {low} to {high}; pass integers from 0 to 255, or numbers from 0 to 1, "
-        "from 0 to 255 or from -1 to 1, cut off at these ends."
-    )
-
-
-def as_array(images: np.ndarray | torch.Tensor) -> np.ndarray:
-    """The numbers of an array or tensor in a type that NumPy has, which lacks bfloat16."""
-    if not isinstance(images, torch.Tensor):
-        return images
-    is_short = images.is_floating_point() and images.itemsize < 4
-    return (images.float() if is_short else images).detach().cpu().numpy()
-
-
-def unbatched(images: Any) -> Any:
-    """What holds several images as a list: also an array or tensor of four axes, whose images have one range of values."""
-    if isinstance(images, (list, tuple)):
-        return list(images)
-    if not isinstance(images, (np.ndarray, torch.Tensor)) or images.ndim != 4:
-        return images
-    pixels = as_bytes(as_array(images))
-    return list(torch.from_numpy(pixels) if isinstance(images, torch.Tensor) else pixels)
 
 
 def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
@@ -286,7 +243,7 @@ class BagelImageProcessor(PilBackend):
     Args:
         size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224, "longest_edge": 980}`):
             Bounds of an image that the ViT reads.
-        patch_size, vae_size, vae_stride, max_pixels, resize_before_vit:
+        patch_size, vae_size, vae_stride, max_pixels, resize_before_vit, return_image_grid_thw:
             See [`BagelImageProcessorKwargs`].
     """
 
@@ -305,6 +262,7 @@ class BagelImageProcessor(PilBackend):
     max_pixels = 14 * 14 * 9 * 1024
     resize_before_vit = True
     return_vae_pixel_values = False
+    return_image_grid_thw = False
     valid_kwargs = BagelImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_hw"]
 
@@ -365,6 +323,7 @@ class BagelImageProcessor(PilBackend):
         max_pixels: int,
         resize_before_vit: bool,
         return_vae_pixel_values: bool,
+        return_image_grid_thw: bool,
         return_tensors: str | TensorType | None = None,
         **kwargs: Unpack[BagelImageProcessorKwargs],
     ) -> BatchFeature:
@@ -396,7 +355,9 @@ class BagelImageProcessor(PilBackend):
             grids.append((vit_image.height // patch_size, vit_image.width // patch_size))
             if return_vae_pixel_values:
                 vae_pixels.append(normalized(vae_image))
-        data: dict[str, Any] = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids)}
+        name, frames = ("image_grid_thw", (1,)) if return_image_grid_thw else ("image_grid_hw", ())
+        grid = np.array([(*frames, *sides) for sides in grids])
+        data: dict[str, Any] = {"pixel_values": torch.cat(patches).numpy(), name: grid}
         features = BatchFeature(data, tensor_type=return_tensors)
         if return_vae_pixel_values:
             # One tensor an image: padding to a common size would change what the VAE sees at the borders.

@@ -468,7 +468,8 @@ class BagelModel(BagelPreTrainedModel):
         """See [`BagelForConditionalGeneration.forward`]."""
         if latent_hidden_states is not None:
             return self._with_velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
-        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw)
+        frames = kwargs.pop("image_grid_thw", None)  # type: ignore[typeddict-item]  # TRL's name
+        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw, frames)
         check_image_inputs(self.config, pixel_values, image_grid_hw, latents, latent_grid_hw, timesteps)
         if input_ids is None and inputs_embeds is None:
             if latents is None or position_ids is None:
@@ -786,7 +787,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             use_cache (`bool`, *optional*): Whether to return `past_key_values`.
             pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`, *optional*):
                 Packed ViT patches, values in (row, column, channel) order.
-            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of ViT patches.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                Rows and columns of ViT patches; or `image_grid_thw` of shape `(images, 3)`, with ones before them.
             latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
                 Packed VAE latents, values in (row, column, channel) order. Clean ones if `noise` is passed.
             latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of latent tokens.
