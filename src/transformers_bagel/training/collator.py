@@ -351,7 +351,10 @@ class BagelDataCollator:
                 batch["document_ids"],
             )
             batch["layout"] = replace(layout, labels=batch["labels"])
-        return batch
+        # The longest first: of a streamed dataset `Trainer` takes as many rows of each tensor as the first has, and those of
+        # packed images are more than there are sequences.
+        in_order = sorted(batch, key=lambda name: len(batch[name]) if name != "layout" else 0, reverse=True)
+        return BatchFeature({name: batch[name] for name in in_order})
 
 
 __all__ = ["BagelDataCollator", "EncodedSample", "SkippedSample"]
