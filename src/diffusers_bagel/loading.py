@@ -105,6 +105,21 @@ def _component_dtypes(dtype: Any, torch_dtype: Any) -> dict[str, torch.dtype | s
     return {name: _dtype(given.get(name, given.get("default"))) for name in ("transformer", "vae")}
 
 
+def with_dtypes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the library's `from_pretrained`, which takes types by name for `float32`, without a name for any.
+
+    Raises:
+        ValueError: if something is no floating type, or name of one.
+    """
+    kwargs = dict(kwargs)
+    given, old = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+    given = old if given is None else given
+    if isinstance(given, dict):
+        found = {name: _dtype(value) for name, value in given.items()}
+        return kwargs | {"dtype": {name: None if value == "auto" else value for name, value in found.items()}}
+    return kwargs if given in (None, "auto") else kwargs | {"dtype": _dtype(given)}
+
+
 def _dtype(value: Any) -> torch.dtype | str:
     found = getattr(torch, value, None) if isinstance(value, str) else value
     if value is None:

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto import modeling_auto
 
-from .adapters import LORA_TARGETS, register_lora_targets
+from .adapters import LORA_TARGETS, register_adapter_targets
 from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
 from .checkpoints import WEIGHT_RENAMINGS
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
@@ -55,7 +55,7 @@ def _register() -> None:
     register_checkpoint_conversion_mapping(
         BagelConfig.model_type, [WeightRenaming(*pair) for pair in WEIGHT_RENAMINGS], overwrite=True
     )
-    register_lora_targets()
+    register_adapter_targets()
 
 
 _register()

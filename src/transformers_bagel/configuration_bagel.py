@@ -234,7 +234,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         original = {key: kwargs.pop(key) for key in ORIGINAL_KEYS if key in kwargs}
         if type(self) is BagelConfig:
             # Names files of the repository that it was read from, which are not written beside a saved configuration.
-            kwargs.pop("auto_map", None)
+            kwargs["auto_map"] = {}
         # A converted repository has both spellings; the original ones are there for other engines.
         if self.text_config is None:
             for key, value in rename_original_keys(original).items():
@@ -259,6 +259,8 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         output = super().to_dict()
         output.pop("freeze_und", None)
         output.pop("original_config", None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
     correct = correct_config
@@ -278,6 +280,12 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Like the parent's; an original `config.json` is corrected from the weights and the tokenizer beside it."""
+        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if not os.path.isdir(folder) and os.path.isfile(
+            os.path.join(pretrained_model_name_or_path, "model_index.json")
+        ):
+            # Where the model lies at the root of a pipeline, diffusers asks in a folder named by it, too.
+            kwargs.pop("subfolder")
         check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         hub = hub_arguments(pretrained_model_name_or_path, kwargs)
         is_file = os.path.isfile(pretrained_model_name_or_path)

@@ -14,7 +14,14 @@ from .cache import GrowingCache
 from .checks import check_image_inputs, check_placeholders, check_position_range
 from .errors import shown
 from .segments import IMAGE_TOKEN, LATENT_TOKEN
-from .sequence import SequenceLayout, blocks_per_sample, image_block_ids, rope_positions, token_types_from_ids
+from .sequence import (
+    SequenceLayout,
+    blocks_per_sample,
+    grids_of_frames,
+    image_block_ids,
+    rope_positions,
+    token_types_from_ids,
+)
 
 
 LATENT_INPUTS = ("latents", "latent_grid_hw", "timesteps")
@@ -43,6 +50,8 @@ class BagelGenerationMixin(GenerationMixin):
         if mode == "image":
             return self._draw(inputs, generation_config, kwargs)
         config = generation_config or self.generation_config
+        if "image_grid_thw" in kwargs:
+            kwargs["image_grid_hw"] = grids_of_frames(kwargs.get("image_grid_hw"), kwargs.pop("image_grid_thw"))
         settings = {
             name: kwargs.get(name, getattr(config, name, None))
             for name in ("prefill_chunk_size", "cache_implementation", "use_cache", "is_assistant")

@@ -183,7 +183,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of the tokens of an image: of its latents, if they are asked for, and of the ViT."""
-        seen = self.image_token * int(image_inputs["image_grid_hw"][image_idx].prod())
+        grids = image_inputs["image_grid_thw" if "image_grid_thw" in image_inputs else "image_grid_hw"]
+        seen = self.image_token * int(grids[image_idx].prod())
         if "vae_pixel_values" not in image_inputs:
             return seen
         # One replacement serves both placeholders of an image; `get_text_with_replacements` parts them.

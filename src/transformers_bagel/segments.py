@@ -172,7 +172,7 @@ def encode_segments(processor: BagelProcessor, segments: Sequence[Segment]) -> l
                 # `datasets` hands out an image that it did not decode as a mapping.
                 source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
             features[key] = processor.image_processor(
-                to_rgb(source), return_vae_pixel_values=True, return_tensors="pt"
+                to_rgb(source), return_vae_pixel_values=True, return_image_grid_thw=False, return_tensors="pt"
             )
         encoded.append(_encode_image(processor, segment, features[key]))
     return encoded

@@ -176,6 +176,19 @@ class TestImages:
             lambda array: array.transpose(2, 0, 1),
             lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1),
             lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+            lambda array: (torch.from_numpy(array.copy()).permute(2, 0, 1) / 255).bfloat16(),
+            lambda array: (array / 255).astype(np.float16),
+            lambda array: array / 127.5 - 1,
+            lambda array: array.astype(np.float32),
+            lambda array: array.astype(np.uint16) * 257,
+            lambda array: torch.from_numpy(array.copy()).long().permute(2, 0, 1),
+            lambda array: array[None],
+            lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1)[None] / 127.5 - 1,
+            lambda array: [array[None] / 255],
+        ],
+        ids=[
+            *("bytes", "unit", "channels first", "tensor of bytes", "unit tensor", "bfloat16", "float16"),
+            *("signed", "floats to 255", "16 bits", "int64", "batch of one", "signed batch", "batch in a list"),
         ],
     )
     def test_arrays_and_tensors_equal_the_image(self, convert, processor):
@@ -183,6 +196,16 @@ class TestImages:
         expected = processor.image_processor(image, return_tensors="pt")["pixel_values"]
         given = processor.image_processor(convert(np.asarray(image)), return_tensors="pt")["pixel_values"]
         assert torch.equal(given, expected)
+
+    def test_a_batch_has_one_range_of_values(self, processor):
+        """A dark image in [-1, 1] or of bytes looks by itself as if it were in [0, 1]."""
+        light, dark = golden_image("wide").convert("RGB"), Image.new("RGB", golden_image("wide").size, (1, 1, 1))
+        expected = processor.image_processor([light, dark])["pixel_values"]
+        batch = np.stack([np.asarray(light), np.asarray(dark)])
+        for given in (batch, torch.from_numpy(batch).permute(0, 3, 1, 2).float(), batch / 127.5 - 1):
+            features = processor.image_processor(given)
+            assert np.array_equal(features["pixel_values"], expected)
+            assert len(features["image_grid_hw"]) == 2
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_photos_stand_upright_however_they_are_passed(self, orientation, processor, tmp_path):
