@@ -20,10 +20,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, other_tensors
 from transformers_bagel.adapters import adapted_layers, strength_settings
-from transformers_bagel.checkpoints import read_json
+from transformers_bagel.checkpoints import module_name, read_json
 from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
-from transformers_bagel.loading import HUB_ARGUMENTS, module_name
+from transformers_bagel.files import HUB_ARGUMENTS
 
 from .adapter_scale import lora_layers
 

@@ -1,0 +1,206 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Weights that others have made smaller: FP8 with scales, GGUF, DFloat11. Their tensors are unpacked one by one, when the
+library reads them; those of DFloat11 stay packed, and its own library unpacks them in every forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoints import TensorHeader, module_name, open_tensors, read_headers
+from .errors import some
+
+
+# What makers of FP8 files call the factors of `<layer>.weight`; all of them multiply.
+_SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+# Of activations, or marks without numbers of the model.
+_FP8_MARKS = re.compile(r"(^|\.)(scale_input|input_scale|scaled_fp8|comfy_quant)$")
+_DF11 = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps", "split_positions")
+
+
+class Unpacked:
+    """A tensor that does not exist until it is read at `[...]`, like a slice of a safetensors file."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[], torch.Tensor]):
+        self.shape = shape
+        self.read = read
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+
+def open_weights(files: list[str]) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+    """
+    The tensors of files of weights, and what is known of them before they are read: see [`open_tensors`] and
+    [`read_headers`]. What has no place in a file, because it is packed there, starts at -1.
+
+    Raises:
+        ImportError: if a library is missing that reads files of this kind.
+        OSError, ValueError: if a file is broken, or is of another model.
+    """
+    if files and files[0].endswith(".gguf"):
+        return _open_gguf(files[0])
+    return _without_scales(open_tensors(files), read_headers(files))
+
+
+def default_dtype(headers: Mapping[str, TensorHeader]) -> torch.dtype | None:
+    """The type of a model from its files: that of the first tensor of more than 8 bits, in which nothing computes."""
+    types = [header.dtype for header in headers.values()]
+    return next((dtype for dtype in types if dtype.itemsize > 1), torch.bfloat16 if types else None)
+
+
+def _without_scales(
+    tensors: dict[str, Any], headers: dict[str, TensorHeader]
+) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+    def scale_of(name: str) -> str | None:
+        layer = name.removesuffix("weight")
+        return next((layer + scale for scale in _SCALES if layer + scale in tensors), None)
+
+    scales = {
+        name: scale
+        for name, header in headers.items()
+        if header.dtype.itemsize == 1 and header.dtype.is_floating_point and (scale := scale_of(name))
+    }
+    gone = {*scales.values(), *(name for name in tensors if _FP8_MARKS.search(name))}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    for name, scale in scales.items():
+        packed, factor = tensors[name], tensors[scale]
+        kept[name] = Unpacked(headers[name].shape, partial(_scaled_at_last, packed, factor))
+    return kept, {name: header for name, header in headers.items() if name not in gone}
+
+
+def _scaled_at_last(weight: Any, scale: Any) -> torch.Tensor:
+    return scaled(weight[...], scale[...])
+
+
+def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    A weight of FP8 in float32.
+
+    Args:
+        weight (`torch.Tensor` of shape `(rows, columns)`)
+        scale (`torch.Tensor`): Of any shape: one for all, for each row, or for blocks, of which the last may be cut.
+    """
+    scale = scale.float()
+    if scale.numel() > 1:
+        scale = scale.reshape(*scale.shape, *[1] * (weight.dim() - scale.dim()))
+        for axis, side in enumerate(weight.shape):
+            if scale.shape[axis] not in (1, side):
+                # Blocks are powers of two, and the last may be cut.
+                block = 1 << (-(-side // scale.shape[axis]) - 1).bit_length()
+                scale = scale.repeat_interleave(block, axis).narrow(axis, 0, side)
+    return weight.float() * scale
+
+
+def _open_gguf(file: str) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+    gguf = _library("gguf", file, "gguf")
+    try:
+        reader = gguf.GGUFReader(file)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise OSError(f"'{file}' is truncated or is no GGUF file ({error}). Download it again.") from error
+    names = [tensor.name for tensor in reader.tensors]
+    if any(re.match(r"(blk|v\.blk|token_embd)\.", name) for name in names):
+        architecture = reader.fields.get("general.architecture")
+        raise ValueError(
+            f"'{file}' is a GGUF of the architecture {architecture.contents() if architecture else 'unknown'}, made for "
+            f"llama.cpp, with {some(names)}: it is no BAGEL. Pass one with the names of the original checkpoint."
+        )
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    own = [plain[tensor.tensor_type.name] for tensor in reader.tensors if tensor.tensor_type.name in plain]
+    own_type = next((dtype for dtype in own if dtype.itemsize == 2), torch.float32)
+    tensors, headers = {}, {}
+    for tensor in reader.tensors:
+        # The sides of a GGUF are in the reverse order.
+        shape = tuple(int(side) for side in reversed(tensor.shape))
+        headers[tensor.name] = TensorHeader(shape, plain.get(tensor.tensor_type.name, own_type), file, -1)
+        tensors[tensor.name] = Unpacked(shape, partial(_dequantized, tensor, shape))
+    return tensors, headers
+
+
+def _dequantized(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    values = _library("gguf", tensor.name, "gguf").quants.dequantize(tensor.data, tensor.tensor_type)
+    return torch.from_numpy(values.copy()).reshape(shape)
+
+
+def is_df11(names: Any) -> bool:
+    return any(name.endswith(".encoded_exponent") for name in names)
+
+
+def with_df11_weights(
+    tensors: dict[str, Any], headers: dict[str, TensorHeader], settings: Any, model: nn.Module, path: Any
+) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+    """
+    The tensors of a DFloat11 folder with empty weights in place of the packed ones, for a model that is loaded before
+    [`load_df11`] fills it.
+
+    Args:
+        tensors, headers (`dict`): See [`open_weights`].
+        settings (`Any`): The `dfloat11_config` of its `config.json`.
+        model (`nn.Module`): On any device.
+        path (`str`): What errors call it.
+
+    Raises:
+        ImportError: if its library is missing.
+        ValueError: if the settings do not say what is packed where.
+    """
+    _library("dfloat11", path, "dfloat11[cuda12]")
+    patterns = settings.get("pattern_dict") if isinstance(settings, dict) else None
+    if not isinstance(patterns, dict):
+        raise ValueError(f"`dfloat11_config` in the config.json of '{path}' must have a `pattern_dict`.")
+    shapes = {name.removeprefix("model."): tuple(value.shape) for name, value in model.state_dict().items()}
+    packed = {name for name in tensors if name.rpartition(".")[2] in _DF11}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    known = {name: headers[name] for name in kept}
+    for module in sorted({name.rpartition(".")[0] for name in packed}):
+        parts = next((parts for pattern, parts in patterns.items() if re.fullmatch(pattern, module)), ())
+        for weight in [f"{module}.{part}.weight" for part in parts] or [f"{module}.weight"]:
+            shape = shapes.get(module_name(weight).removeprefix("model."), ())
+            kept[weight] = Unpacked(shape, partial(torch.empty, shape, dtype=torch.bfloat16))
+            known[weight] = TensorHeader(shape, torch.bfloat16, str(path), -1)
+    return kept, known
+
+
+def load_df11(model: Any, folder: str) -> None:
+    """Give a model the packed weights of a DFloat11 folder, in place of its own; they are unpacked on a GPU."""
+    _library("dfloat11", folder, "dfloat11[cuda12]").DFloat11Model.from_pretrained(
+        folder, device="cpu", bfloat16_model=_original_tree(model)
+    )
+
+
+def _original_tree(model: Any) -> nn.Module:
+    """The modules of a model under the names of the original code, by which the library of DFloat11 looks for them."""
+
+    def tree(**children: nn.Module) -> nn.Module:
+        module = nn.Module()
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    inner = model.model
+    root = tree(language_model=tree(model=inner.language_model, lm_head=model.lm_head))
+    if model.config.visual_und:
+        root.add_module("vit_model", tree(vision_model=inner.vision_tower))
+        root.add_module("connector", inner.connector)
+        root.add_module("vit_pos_embed", inner.vit_pos_embed)
+    if model.config.visual_gen:
+        times = inner.time_embedder
+        root.add_module("time_embedder", tree(mlp=nn.Sequential(times.linear_1, times.act, times.linear_2)))
+        for name in ("vae2llm", "llm2vae", "latent_pos_embed"):
+            root.add_module(name, getattr(inner, name))
+    return root
+
+
+def _library(name: str, path: Any, package: str) -> Any:
+    if find_spec(name) is None:
+        raise ImportError(f"'{path}' needs the library `{name}`: pip install '{package}'.")
+    return __import__(name)
