@@ -172,7 +172,8 @@ def shard_names(index: str | os.PathLike) -> list[str]:
     wrong = [name for name in names if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/")]
     if wrong or not names:
         raise ValueError(
-            f"`weight_map` in '{index}' must name the file of each tensor, in its folder, got {shown(next(iter(wrong), {}))}."
+            f"`weight_map` in '{index}' must name the file of each tensor, in its folder, got "
+            f"{shown(next(iter(wrong), {}))}{', which leads out of it' if wrong else ''}."
         )
     return sorted(set(names))
 

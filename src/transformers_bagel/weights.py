@@ -45,6 +45,7 @@ def find_weights(
     variant: str | None = None,
     kind: str | None = None,
     stated: str | None = None,
+    strict: bool = True,
 ) -> Weights | None:
     """
     The weights of the model in a directory or a repository of the Hub, nothing of them downloaded.
@@ -55,6 +56,7 @@ def find_weights(
         variant (`str`, *optional*): As in `from_pretrained`: the `fp16` of `model.fp16.safetensors`.
         kind (`str`, *optional*): `"ema"` or `"model"`, if files of no other name will do.
         stated (`str`, *optional*): What the settings say the file is; it is taken if it is there.
+        strict (`bool`, *optional*, defaults to `True`): Whether there must be such weights; otherwise `None` will do.
 
     Returns:
         [`Weights`], or `None` if there are none, or pickles only.
@@ -88,6 +90,8 @@ def find_weights(
             if order[rank] in ("ema", "model", "gguf") or is_model(_shapes(path, found[name], hub))
         } or ranks
     best = [name for name in ranks if ranks[name] == min(ranks.values())]
+    if len(best) != 1 and not strict:
+        return None
     if len(best) > 1:
         raise ValueError(
             f"'{path}' holds several files of weights: {some(best, 10)}. Name one: "
@@ -95,10 +99,7 @@ def find_weights(
         )
     if not best and stale:
         index, missing = next(iter(stale.items()))
-        raise OSError(
-            f"'{index}' in '{path}' names the file '{missing}', which is not there: {seen(names)}. Download the "
-            "checkpoint again."
-        )
+        raise _absent(path, index, missing, names)
     if not best:
         if variant is not None:
             raise OSError(f"'{path}' has no weights of the `variant` {variant!r}: {seen(names)}.")
@@ -152,8 +153,8 @@ def check_kind(config: Any, names: Iterable[str], path: str | os.PathLike) -> No
         )
     if hasattr(config, "text_config") and not is_model(names):
         raise ValueError(
-            f"'{path}' holds the weights of another model: it has {some(names)}, and a BAGEL has "
-            "language_model.model.layers.0.self_attn.q_proj.weight and so on."
+            f"The checkpoint '{path}' does not fit its configuration: it holds the weights of another model, {some(names)}, "
+            "and none such as language_model.model.layers.0.self_attn.q_proj.weight."
         )
 
 
@@ -165,8 +166,8 @@ def is_model(names: Iterable[str]) -> bool:
 def find_shapes(
     path: str | os.PathLike, hub: dict[str, Any], **choice: Any
 ) -> tuple[Weights | None, dict[str, tuple[int, ...]]]:
-    """See [`find_weights`]; the weights with the shapes of their tensors."""
-    weights = find_weights(path, hub, **choice)
+    """The weights of a repository, if it has any, with the shapes of their tensors; see [`find_weights`]."""
+    weights = find_weights(path, hub, strict=False, **choice)
     is_safe = weights is not None and weights.files[0].endswith(".safetensors")
     return weights, _shapes(path, weights.files, hub) if weights is not None and is_safe else {}
 
@@ -195,8 +196,15 @@ def _named_weights(path: str | os.PathLike, names: list[str], hub: dict[str, Any
     else:
         return Weights(named, (named,))
     if missing := [name for name in files if name not in names]:
-        raise OSError(f"'{named}' in '{path}' names the file '{missing[0]}', which is not there: {seen(names)}.")
+        raise _absent(path, named, missing[0], names)
     return Weights(named, files)
+
+
+def _absent(path: str | os.PathLike, index: str, missing: str, names: list[str]) -> OSError:
+    return OSError(
+        f"'{os.path.join(path, index)}' names the file '{missing}', which is not there. Download it again: there is no file "
+        f"'{missing}' in '{path}'; {seen(names)}."
+    )
 
 
 def _candidates(
