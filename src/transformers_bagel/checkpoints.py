@@ -221,11 +221,6 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
     return headers
 
 
-def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of safetensors files by name, see [`open_tensors`]."""
-    return {name: tuple(tensor.get_shape()) for name, tensor in open_tensors(files).items()}
-
-
 def module_name(name: str) -> str:
     """A weight's name in the module tree, from its name in a file; others stay as they are."""
     for pattern, replacement in WEIGHT_RENAMINGS:

@@ -33,7 +33,7 @@ from .checkpoints import (
 )
 from .errors import shown, some
 from .files import HUB_ARGUMENTS, SETTINGS, TOKENIZER, find_file, folder_and_file, hub_arguments, place_of
-from .packed import default_dtype, is_df11, load_df11, open_weights, with_df11_weights
+from .packed import default_dtype, df11_dtype, is_df11, load_df11, open_weights, with_df11_weights
 from .quantization import named_as_modules, spare_sensitive_layers
 from .segments import SPECIAL_TOKENS
 from .weights import Weights, check_kind, contents, find_weights, has_pickles
@@ -172,6 +172,7 @@ class BagelLoadingMixin:
         empty = _empty_model(cls, config, model_args, kwargs)
         in_df11, in_files = is_df11(tensors), headers
         if in_df11:
+            kwargs["dtype"] = df11_dtype(kwargs.get("dtype"))
             tensors, headers = with_df11_weights(tensors, headers, config.dfloat11_config, empty, source)
         if is_compared:
             ignored = (kwargs.get("ignore_mismatched_sizes", False), ignores_extra)
@@ -195,7 +196,7 @@ class BagelLoadingMixin:
         else:
             vars(config).pop("transformers_weights", None)
             if kwargs.get("dtype", "auto") in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
-                kwargs["dtype"] = torch.bfloat16 if in_df11 else default_dtype(headers)
+                kwargs["dtype"] = default_dtype(headers)
             model, info = load(None, *model_args, config=config, state_dict=tensors, **kwargs)
             for module in model.modules():
                 if getattr(module, "config", None) is model.config:

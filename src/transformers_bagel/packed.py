@@ -136,6 +136,17 @@ def is_df11(names: Any) -> bool:
     return any(name.endswith(".encoded_exponent") for name in names)
 
 
+def df11_dtype(dtype: Any) -> torch.dtype:
+    """The type of a model in DFloat11, for which a caller asks.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    if dtype not in (None, "auto", "bfloat16", torch.bfloat16):
+        raise ValueError(f"`dtype` of weights in DFloat11 is bfloat16, got {dtype}. Leave it out.")
+    return torch.bfloat16
+
+
 def with_df11_weights(
     tensors: dict[str, Any], headers: dict[str, TensorHeader], settings: Any, model: nn.Module, path: Any
 ) -> tuple[dict[str, Any], dict[str, TensorHeader]]:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from transformers.utils import logging
 
-from .checkpoints import read_json, read_shapes, shard_names
+from .checkpoints import read_json, shard_names
 from .errors import some
 from .files import file_names, find_cached, find_file, in_subfolder, is_offline
+from .packed import open_weights
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +68,8 @@ def find_weights(
     """
     names = file_names(path, **hub)
     settings = _settings(path, names, hub)
+    if "dfloat11_config" in settings:
+        return _folder_of_df11(names)
     stated = stated or settings.get("transformers_weights")
     if (
         named is None
@@ -78,8 +81,6 @@ def find_weights(
     if named is not None:
         return _named_weights(path, names, hub, named)
     found, stale = _candidates(path, names, hub, variant)
-    if "dfloat11_config" in settings:
-        return _folder_of_df11(names)
     order = _ORDER_OF_THE_LIBRARY if "text_config" in settings else _ORDER
     ranks = {name: order.index(_kind(files[0], variant)) for name, files in found.items()}
     ranks = {name: rank for name, rank in ranks.items() if kind is None or order[rank] == kind}
@@ -168,8 +169,7 @@ def find_shapes(
 ) -> tuple[Weights | None, dict[str, tuple[int, ...]]]:
     """The weights of a repository, if it has any, with the shapes of their tensors; see [`find_weights`]."""
     weights = find_weights(path, hub, strict=False, **choice)
-    is_safe = weights is not None and weights.files[0].endswith(".safetensors")
-    return weights, _shapes(path, weights.files, hub) if weights is not None and is_safe else {}
+    return weights, {} if weights is None else _shapes(path, weights.files, hub)
 
 
 def _settings(path: str | os.PathLike, names: list[str], hub: dict[str, Any]) -> dict[str, Any]:
@@ -258,9 +258,11 @@ def _shapes(path: str | os.PathLike, files: Iterable[str], hub: dict[str, Any]) 
 
 
 def _shapes_in(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    file = find_file(path, name, **hub) if os.path.isdir(path) else find_cached(path, name, hub)
+    # What is known of a GGUF is at no fixed place in it.
+    is_whole = os.path.isdir(path) or name.endswith(".gguf")
+    file = find_file(path, name, **hub) if is_whole else find_cached(path, name, hub)
     if isinstance(file, str):
-        return read_shapes([file])
+        return {key: header.shape for key, header in open_weights([file])[1].items()}
     if os.path.isdir(path) or is_offline(hub):
         return None
     access = {"revision": hub.get("revision"), "token": hub.get("token")}
