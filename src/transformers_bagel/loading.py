@@ -33,7 +33,17 @@ from .checkpoints import (
 )
 from .errors import shown, some
 from .files import HUB_ARGUMENTS, SETTINGS, TOKENIZER, find_file, folder_and_file, hub_arguments, place_of
-from .packed import default_dtype, df11_dtype, is_df11, load_df11, open_weights, with_df11_weights
+from .packed import (
+    default_dtype,
+    df11_dtype,
+    is_df11,
+    is_gguf_config,
+    load_df11,
+    load_gguf_layers,
+    open_weights,
+    with_df11_weights,
+    with_gguf_layers,
+)
 from .quantization import named_as_modules, spare_sensitive_layers
 from .segments import SPECIAL_TOKENS
 from .weights import Weights, check_kind, contents, find_weights, has_pickles
@@ -170,7 +180,10 @@ class BagelLoadingMixin:
             check_kind(config, tensors, source)
             check_layers(config, tensors, source, told_by)
         empty = _empty_model(cls, config, model_args, kwargs)
+        if files and kwargs.get("dtype", "auto") in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
+            kwargs["dtype"] = None if is_df11(tensors) else default_dtype(headers)
         in_df11, in_files = is_df11(tensors), headers
+        packed: dict[str, Any] = {}
         if in_df11:
             kwargs["dtype"] = df11_dtype(kwargs.get("dtype"))
             tensors, headers = with_df11_weights(tensors, headers, config.dfloat11_config, empty, source)
@@ -179,7 +192,11 @@ class BagelLoadingMixin:
             check_tensors(empty, headers, source, *ignored, told_by)
             in_files = {name: header for name, header in headers.items() if header.start >= 0}
             check_values({name: headers[name] for name in own_names(empty, in_files)}, source)
-        if kwargs.get("quantization_config") is not None and not is_quantized:
+        if is_gguf_config(quantization := kwargs.get("quantization_config")):
+            compute_dtype = as_dtype(kwargs.get("dtype"), config)
+            tensors, packed = with_gguf_layers(tensors, empty, compute_dtype, source)
+            del kwargs["quantization_config"]
+        elif quantization is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:
             kwargs["generation_config"] = _generation_config(settings, config, settings_hub)
@@ -195,8 +212,6 @@ class BagelLoadingMixin:
             model, info = load(path, *model_args, config=config, **hub, **kwargs)
         else:
             vars(config).pop("transformers_weights", None)
-            if kwargs.get("dtype", "auto") in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
-                kwargs["dtype"] = default_dtype(headers)
             model, info = load(None, *model_args, config=config, state_dict=tensors, **kwargs)
             for module in model.modules():
                 if getattr(module, "config", None) is model.config:
@@ -206,7 +221,15 @@ class BagelLoadingMixin:
             raise ValueError(f"The checkpoint '{source}' lacks {listed(missing)}. Download it again.")
         if in_df11:
             load_df11(model, os.path.dirname(files[0]))
+        if packed:
+            load_gguf_layers(model, packed, model.dtype)
         return (model, info) if wants_info else model
+
+
+def as_dtype(dtype: Any, config: Any) -> torch.dtype:
+    """The type in which a model is loaded, of what `from_pretrained` is told and its configuration says."""
+    dtype = config.dtype if dtype in (None, "auto") else dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
 
 
 def _base_model(

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import TensorHeader, module_name, open_tensors, read_headers
+from .checkpoints import TensorHeader, any_of, module_name, open_tensors, read_headers
 from .errors import some
+from .quantization import SENSITIVE_MODULES
 
 
 # What makers of FP8 files call the factors of `<layer>.weight`; all of them multiply.
@@ -28,9 +29,11 @@ _DF11 = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps"
 class Unpacked:
     """A tensor that does not exist until it is read at `[...]`, like a slice of a safetensors file."""
 
-    def __init__(self, shape: tuple[int, ...], read: Callable[[], torch.Tensor]):
+    def __init__(self, shape: tuple[int, ...], read: Callable[[], torch.Tensor], packed: Any = None):
         self.shape = shape
         self.read = read
+        # What it is in a GGUF, if its values are packed there.
+        self.packed = packed
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -123,7 +126,8 @@ def _open_gguf(file: str) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
         # The sides of a GGUF are in the reverse order.
         shape = tuple(int(side) for side in reversed(tensor.shape))
         headers[tensor.name] = TensorHeader(shape, plain.get(tensor.tensor_type.name, own_type), file, -1)
-        tensors[tensor.name] = Unpacked(shape, partial(_dequantized, tensor, shape))
+        packed = None if tensor.tensor_type.name in plain else tensor
+        tensors[tensor.name] = Unpacked(shape, partial(_dequantized, tensor, shape), packed)
     return tensors, headers
 
 
@@ -176,9 +180,71 @@ def with_df11_weights(
         parts = next((parts for pattern, parts in patterns.items() if re.fullmatch(pattern, module)), ())
         for weight in [f"{module}.{part}.weight" for part in parts] or [f"{module}.weight"]:
             shape = shapes.get(module_name(weight).removeprefix("model."), ())
-            kept[weight] = Unpacked(shape, partial(torch.empty, shape, dtype=torch.bfloat16))
+            kept[weight] = _placeholder(shape, torch.bfloat16)
             known[weight] = TensorHeader(shape, torch.bfloat16, str(path), -1)
     return kept, known
+
+
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Unpacked:
+    """A tensor that takes no memory, for a weight that is taken away once the model is loaded."""
+    return Unpacked(shape, lambda: torch.empty((), dtype=dtype).expand(shape))
+
+
+def is_gguf_config(quantization_config: Any) -> bool:
+    """Whether it is diffusers' [`GGUFQuantizationConfig`], or its `dict`."""
+    method = getattr(quantization_config, "quant_method", None)
+    if isinstance(quantization_config, dict):
+        method = quantization_config.get("quant_method")
+    return getattr(method, "value", method) == "gguf"
+
+
+def with_gguf_layers(
+    tensors: dict[str, Any], model: nn.Module, dtype: torch.dtype, path: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    The tensors of a GGUF without those that its linear layers keep packed, and the latter by the names of their modules, for
+    [`load_gguf_layers`].
+
+    Args:
+        tensors (`dict`): See [`open_weights`].
+        model (`nn.Module`): On any device.
+        dtype (`torch.dtype`): In which it will be loaded.
+        path (`str`): What errors call it.
+
+    Raises:
+        ValueError: if they are of no GGUF.
+    """
+    spared = any_of([*SENSITIVE_MODULES, "lm_head"])
+    modules = {
+        f"{name}.weight".removeprefix("model."): name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not re.match(spared, name)
+    }
+    layers = {}
+    for key, tensor in tensors.items():
+        name = modules.get(module_name(key).removeprefix("model."))
+        if name is not None and getattr(tensor, "packed", None) is not None:
+            layers[name] = tensor.packed
+            tensors = tensors | {key: _placeholder(tensor.shape, dtype)}
+    if not layers:
+        raise ValueError(
+            f"`quantization_config` is that of a GGUF, and no layer in '{path}' is packed as one. Leave it out."
+        )
+    return tensors, layers
+
+
+def load_gguf_layers(model: nn.Module, layers: dict[str, Any], compute_dtype: torch.dtype) -> None:
+    """Put diffusers' layers, which unpack their weights in every forward, in place of a model's own."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    for name, packed in layers.items():
+        own = model.get_submodule(name)
+        assert isinstance(own, nn.Linear)
+        layer = GGUFLinear(own.in_features, own.out_features, False, compute_dtype, device="meta")
+        layer.weight = GGUFParameter(torch.from_numpy(packed.data.copy()), quant_type=packed.tensor_type)
+        layer.bias = own.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
 
 
 def load_df11(model: Any, folder: str) -> None:

@@ -348,3 +348,148 @@ def test_df11_is_bfloat16_alone(dfloat11, repository):
     folder = repository(df11_tensors(), "model.safetensors", settings=DF11_SETTINGS)
     with pytest.raises(ValueError, match=r"`dtype`.*bfloat16"):
         BAGEL.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_layers_of_a_gguf_may_stay_packed(kind, dtype, tmp_path, repository, encode):
+    whole = write_gguf(tmp_path / "bagel.gguf", WEIGHTS, kind)
+    from diffusers import GGUFQuantizationConfig
+
+    config = GGUFQuantizationConfig(compute_dtype=dtype)
+    packed = BAGEL.from_pretrained(tmp_path / "bagel.gguf", base=CHECKPOINT, dtype=dtype, quantization_config=config)
+    unpacked = BAGEL.from_pretrained(repository(whole, folder="whole"), dtype=dtype)
+    layer = packed.model.language_model.layers[0].mlp_moe_gen.gate_proj.weight
+    bits = {"Q8_0": 8.5, "Q4_0": 4.5}[kind]
+    assert layer.nbytes == unpacked.model.language_model.layers[0].mlp_moe_gen.gate_proj.weight.numel() * bits / 8
+    # diffusers multiplies by the factors of blocks in float16.
+    tolerance = 5e-3 if dtype == torch.float32 else 0.05
+    assert max_error(logits(packed), logits(unpacked)) <= tolerance
+    assert max_error(drawn(packed), drawn(unpacked)) <= tolerance
+    inputs = encode(["@wide", "what?"])
+    assert packed.generate(**inputs, max_new_tokens=4).shape == unpacked.generate(**inputs, max_new_tokens=4).shape
+
+
+def test_layers_of_other_files_are_not_packed_as_those_of_a_gguf():
+    with pytest.raises(ValueError, match="no layer in .* is packed as one"):
+        BAGEL.from_pretrained(CHECKPOINT, quantization_config={"quant_method": "gguf"})
+
+
+class FourBits(nn.Module):
+    """A layer as auto-round writes it in GPTQ's packing: eight numbers in one of 32 bits, factors of groups."""
+
+    def __init__(self, columns: int, rows: int, group: int):
+        super().__init__()
+        self.group = group
+        self.register_buffer("qweight", torch.zeros(columns // 8, rows, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(columns // group, rows // 8, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(columns // group, rows))
+        self.register_buffer("bias", None)
+
+    def weight(self) -> torch.Tensor:
+        shifts = torch.arange(0, 32, 4)
+        values = (self.qweight[:, None] >> shifts[:, None]) & 15
+        return ((values.reshape(-1, values.shape[-1]) - 8) * self.scales.repeat_interleave(self.group, 0)).T
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weight().to(inputs.dtype).T
+
+
+def four_bits(weight: torch.Tensor, group: int) -> FourBits:
+    layer = FourBits(weight.shape[1], weight.shape[0], group)
+    layer.scales = weight.T.unflatten(0, (-1, group)).abs().amax(1) / 7
+    values = (weight.T / layer.scales.repeat_interleave(group, 0)).round().clamp(-8, 7).to(torch.int32) + 8
+    parts = values.unflatten(0, (-1, 8))
+    layer.qweight = sum((parts[:, index] << (4 * index) for index in range(8)), torch.zeros_like(layer.qweight))
+    return layer
+
+
+@pytest.fixture
+def auto_round(monkeypatch):
+    """What the library does before weights are loaded: it replaces the layers that the settings name."""
+
+    def convert_hf_model(model, device):
+        settings = model.config.quantization_config
+        blocks, extra = settings.block_name_to_quantize, settings.extra_config
+        assert all(name in dict(model.named_modules()) for name in [*blocks, *extra])
+        for name, module in list(model.named_modules()):
+            whole = extra.get(name, {}).get("bits") == 16
+            if isinstance(module, nn.Linear) and name.startswith(tuple(blocks)) and not whole:
+                parent, _, leaf = name.rpartition(".")
+                layer = FourBits(module.in_features, module.out_features, settings.group_size)
+                setattr(model.get_submodule(parent), leaf, layer.to("meta"))
+        return model, []
+
+    contents = {"convert_hf_model": convert_hf_model, "infer_target_device": lambda device_map: "cpu"}
+    modules = {name: types.ModuleType(name) for name in ("auto_round", "auto_round.inference")}
+    modules["auto_round.inference.convert_model"] = types.ModuleType("auto_round.inference.convert_model")
+    vars(modules["auto_round.inference.convert_model"]).update(contents, post_init=lambda model, backends: None)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("transformers.quantizers.quantizer_auto_round.is_auto_round_available", lambda: True)
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_gptq"])
+def test_a_repository_of_auto_round_is_the_model_that_it_stands_for(packing, auto_round, repository):
+    """As its library writes a BAGEL: the understanding MLPs in four bits, names of the original code in the settings, and in
+    the file all buffers and the VAE."""
+    group, packed, whole = 32, {}, {}
+    for name, tensor in WEIGHTS.items():
+        packed[name] = whole[name] = tensor
+        if is_layer(name) and ".mlp." in name:
+            layer, stem = four_bits(packed.pop(name), group), name.removesuffix("weight")
+            packed |= {stem + part: value for part, value in layer.state_dict().items()}
+            whole[name] = layer.weight().contiguous()
+    packed |= {"language_model.model.rotary_emb.inv_freq": torch.zeros(8), "encoder.conv_in.weight": torch.zeros(2)}
+    spared = [name.removesuffix(".weight") for name in whole if is_layer(name) and ".mlp." not in name]
+    spared += [name.removesuffix(".weight") for name in whole if name.endswith("_proj_moe_gen.weight")]
+    settings = {
+        "quant_method": "auto-round",
+        **{"bits": 4, "group_size": group, "sym": True, "data_type": "int", "packing_format": packing},
+        "block_name_to_quantize": "language_model.model.layers",
+        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in spared},
+    }
+    folder = repository(
+        packed, "model.safetensors", settings={"quantization_config": settings, "torch_dtype": "float32"}
+    )
+    loaded = BAGEL.from_pretrained(folder)
+    assert sum(isinstance(module, FourBits) for module in loaded.modules()) == 9
+    unpacked = BAGEL.from_pretrained(repository(whole, folder="whole"))
+    assert max_error(logits(loaded), logits(unpacked)) <= 1e-5
+    assert max_error(drawn(loaded), drawn(unpacked)) <= 1e-5
+
+
+def test_tensors_that_a_quantiser_adds_are_not_missed(model):
+    """As those of Quanto, which keeps factors of activations beside every weight."""
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    try:
+
+        @register_quantization_config("factors")
+        class Config(QuantizationConfigMixin):
+            def __init__(self, **kwargs):
+                self.quant_method = "factors"
+
+        @register_quantizer("factors")
+        class Quantizer(HfQuantizer):
+            is_trainable = False
+
+            def is_serializable(self):
+                return False
+
+            def _process_model_before_weight_loading(self, model, **kwargs):
+                for module in list(model.modules()):
+                    if isinstance(module, nn.Linear):
+                        module.register_buffer("input_scale", torch.ones((), device="meta"))
+
+            def _process_model_after_weight_loading(self, model, **kwargs):
+                return model
+
+        loaded = BAGEL.from_pretrained(CHECKPOINT, quantization_config=Config())
+        assert torch.equal(logits(loaded), logits(model))
+        assert "model.connector.fc1.input_scale" in loaded.state_dict()
+    finally:
+        AUTO_QUANTIZATION_CONFIG_MAPPING.pop("factors", None)
+        AUTO_QUANTIZER_MAPPING.pop("factors", None)
