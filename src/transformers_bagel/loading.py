@@ -135,6 +135,9 @@ def ignored_weights(visual_gen: bool, visual_und: bool) -> list[str]:
 class BagelLoadingMixin:
     """Loading that compares a checkpoint with the model before it reads a tensor, and maps no file into memory."""
 
+    # Position tables are computed where a file lacks them.
+    _keys_to_ignore_on_load_missing = [r"(latent|vit)_pos_embed\.pos_embed$"]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -180,12 +183,10 @@ class BagelLoadingMixin:
             check_kind(config, tensors, source)
             check_layers(config, tensors, source, told_by)
         empty = _empty_model(cls, config, model_args, kwargs)
-        if files and kwargs.get("dtype", "auto") in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
-            kwargs["dtype"] = None if is_df11(tensors) else default_dtype(headers)
+        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors, headers)
         in_df11, in_files = is_df11(tensors), headers
         packed: dict[str, Any] = {}
         if in_df11:
-            kwargs["dtype"] = df11_dtype(kwargs.get("dtype"))
             tensors, headers = with_df11_weights(tensors, headers, config.dfloat11_config, empty, source)
         if is_compared:
             ignored = (kwargs.get("ignore_mismatched_sizes", False), ignores_extra)
@@ -224,6 +225,15 @@ class BagelLoadingMixin:
         if packed:
             load_gguf_layers(model, packed, model.dtype)
         return (model, info) if wants_info else model
+
+
+def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any], headers: dict[str, Any]) -> Any:
+    """What `from_pretrained` is told of the type, or, if neither it nor the configuration names one, that of the files."""
+    if is_df11(tensors):
+        return df11_dtype(dtype)
+    if headers and dtype in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
+        return default_dtype(headers)
+    return dtype
 
 
 def as_dtype(dtype: Any, config: Any) -> torch.dtype:

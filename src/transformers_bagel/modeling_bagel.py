@@ -121,8 +121,6 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
-    # Position tables are computed where a file lacks them.
-    _keys_to_ignore_on_load_missing = [r"(latent|vit)_pos_embed\.pos_embed$"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
     # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner:

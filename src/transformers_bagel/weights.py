@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .checkpoints import read_json, shard_names
 from .errors import some
-from .files import file_names, find_cached, find_file, in_subfolder, is_offline
+from .files import SETTINGS, file_names, find_cached, find_file, folder_and_file, in_subfolder, is_offline
 from .packed import open_weights
 
 
@@ -91,6 +91,9 @@ def find_weights(
             if order[rank] in ("ema", "model", "gguf") or is_model(_shapes(path, found[name], hub))
         } or ranks
     best = [name for name in ranks if ranks[name] == min(ranks.values())]
+    if len({_stem(found[name][0], variant) for name in best}) == 1:
+        # One name, uploaded whole and in shards: whole, as the library has it.
+        best = sorted(best, key=lambda name: (len(found[name]) > 1, not name.endswith(".json")))[:1]
     if len(best) != 1 and not strict:
         return None
     if len(best) > 1:
@@ -159,9 +162,35 @@ def check_kind(config: Any, names: Iterable[str], path: str | os.PathLike) -> No
         )
 
 
+def check_no_model(path: str | os.PathLike, name: str | None, hub: dict[str, Any]) -> None:
+    """
+    Refuse a model where a LoRA is asked for, before it is downloaded or read.
+
+    Args:
+        path (`str` or `os.PathLike`): A directory, a Hub id, or a file.
+        name (`str`, *optional*): Of a file in it.
+        hub (`dict`): See [`hub_arguments`].
+
+    Raises:
+        ValueError: if it is one.
+    """
+    path, own = folder_and_file(path)
+    name = name or own
+    if name is None:
+        names = {*file_names(path, **hub)}
+        found = not names.isdisjoint((*SETTINGS, "model_index.json")) and names.isdisjoint(LORA_FILES)
+    else:
+        found = os.path.isfile(os.path.join(path, name)) and is_model(_shapes(path, (name,), hub))
+    if found:
+        raise ValueError(
+            f"'{path}' is a model, and no LoRA: pass it to `from_pretrained`, or name a file of LoRA weights."
+        )
+
+
 def is_model(names: Iterable[str]) -> bool:
     """Whether tensors are those of a BAGEL, by their names."""
-    return any(re.match(r"(model\.)?language_model\.(model\.)?layers\.\d+\..*_proj", name) for name in names)
+    own = r"(model\.)?language_model\.(model\.)?layers\.\d+\..*_proj(_moe_gen)?\.(weight|bias|qweight|weight_\w+)"
+    return any(re.fullmatch(own, name) for name in names)
 
 
 def find_shapes(
@@ -245,9 +274,13 @@ def _index_files(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> tup
     return () if file is None else tuple(name for name in shard_names(file) if not _OTHER_FILES.match(name))
 
 
-def _kind(file: str, variant: str | None) -> str:
+def _stem(file: str, variant: str | None) -> str:
     stem = match[1] if (match := _SHARD.fullmatch(file)) else os.path.splitext(file)[0]
-    stem = stem if variant is None else stem.replace(f".{variant}", "")
+    return stem if variant is None else stem.replace(f".{variant}", "")
+
+
+def _kind(file: str, variant: str | None) -> str:
+    stem = _stem(file, variant)
     if file.endswith(".gguf") or stem in ("ema", "model"):
         return "gguf" if file.endswith(".gguf") else stem
     return "other" if stem.lower().startswith(("ema", "model")) else "own"

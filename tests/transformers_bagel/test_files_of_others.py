@@ -108,6 +108,7 @@ BOTH = {
         {"ema.safetensors": WEIGHTS, **halves("rvr", TUNED)},
         "rvr-00001-of-00002.safetensors",
     ),
+    "pushed_whole_over_shards": ({"model.safetensors": TUNED, **halves("model", WEIGHTS)}, "model.safetensors"),
     "an_eight_bit_copy": ({"ema.safetensors": TUNED, "ema-FP8.safetensors": WEIGHTS}, "ema.safetensors"),
 }
 
