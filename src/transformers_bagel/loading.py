@@ -258,7 +258,12 @@ def _base_model(
 
 def _folder_and_name(path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, str | None]:
     """Where weights are, and the name of their file if the user gives one: in the path, or as the library takes it."""
-    names = [name for name in (kwargs.pop("transformers_weights", None), kwargs.pop("gguf_file", None)) if name]
+    gguf = kwargs.pop("gguf_file", None)
+    if gguf is not None and os.path.isfile(gguf):
+        # Elsewhere than the settings, as the library takes it, too.
+        kwargs.setdefault("base", path)
+        path, gguf = folder_and_file(gguf)
+    names = [name for name in (kwargs.pop("transformers_weights", None), gguf) if name]
     path, own = folder_and_file(path)
     names = names if own is None else [*names, own]
     if len({*names}) > 1:

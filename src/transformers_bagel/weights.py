@@ -56,7 +56,8 @@ def find_weights(
         named (`str`, *optional*): The file or the index to take.
         variant (`str`, *optional*): As in `from_pretrained`: the `fp16` of `model.fp16.safetensors`.
         kind (`str`, *optional*): `"ema"` or `"model"`, if files of no other name will do.
-        stated (`str`, *optional*): What the settings say the file is; it is taken if it is there.
+        stated (`str`, *optional*): What a configuration says the file is; it is taken if it is there, and no variant is asked
+            for.
         strict (`bool`, *optional*, defaults to `True`): Whether there must be such weights; otherwise `None` will do.
 
     Returns:
@@ -70,14 +71,8 @@ def find_weights(
     settings = _settings(path, names, hub)
     if "dfloat11_config" in settings:
         return _folder_of_df11(names)
-    stated = stated or settings.get("transformers_weights")
-    if (
-        named is None
-        and kind is None
-        and stated in names
-        and f".{variant}" in (f".{None}", *re.findall(r"\.\w+", stated))
-    ):
-        named = stated
+    if named is None and variant is None and kind is None and settings.get("transformers_weights") in names:
+        named = settings["transformers_weights"]
     if named is not None:
         return _named_weights(path, names, hub, named)
     found, stale = _candidates(path, names, hub, variant)
@@ -94,8 +89,10 @@ def find_weights(
     if len({_stem(found[name][0], variant) for name in best}) == 1:
         # One name, uploaded whole and in shards: whole, as the library has it.
         best = sorted(best, key=lambda name: (len(found[name]) > 1, not name.endswith(".json")))[:1]
-    if len(best) != 1 and not strict:
-        return None
+    if stated in names and variant is None and best != [stated]:
+        return _named_weights(path, names, hub, str(stated))
+    if not strict:
+        return Weights(best[0], found[best[0]]) if len(best) == 1 else None
     if len(best) > 1:
         raise ValueError(
             f"'{path}' holds several files of weights: {some(best, 10)}. Name one: "

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from tests.conftest import CHECKPOINT, load_model, max_error
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
@@ -162,6 +163,14 @@ def test_a_name_of_no_file_is_refused_with_the_files_that_were_seen(name, reposi
     seen = "ema.safetensors, rvr.safetensors" if name.startswith("absent") else "in its folder"
     with pytest.raises((OSError, ValueError), match=seen):
         head(folder, transformers_weights=name)
+
+
+@pytest.mark.parametrize("kwargs", [{"transformers_weights": "rvr.safetensors"}, {"variant": "fp16"}, {}], ids=str)
+def test_auto_classes_read_the_same_file(kwargs, repository, caplog):
+    folder = repository({"ema.safetensors": WEIGHTS, "rvr.safetensors": TUNED, "model.fp16.safetensors": TUNED})
+    with caplog.at_level(logging.WARNING):
+        assert is_tuned(AutoModelForImageTextToText.from_pretrained(folder, **kwargs).lm_head.weight)
+    assert ("rvr.safetensors is read" in caplog.text) == (not kwargs)
 
 
 VARIANTS = {

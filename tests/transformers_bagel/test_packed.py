@@ -181,6 +181,7 @@ def test_a_gguf_alone_takes_the_rest_from_a_base(tmp_path):
     write_gguf(tmp_path / "bagel.gguf", WEIGHTS, "Q8_0")
     loaded = BAGEL.from_pretrained(tmp_path / "bagel.gguf", base=CHECKPOINT)
     assert max_error(logits(loaded), logits(BAGEL.from_pretrained(CHECKPOINT))) < 0.5
+    assert_same(BAGEL.from_pretrained(CHECKPOINT, gguf_file=str(tmp_path / "bagel.gguf")), loaded)
 
 
 def test_several_ggufs_ask_for_one(tmp_path):
