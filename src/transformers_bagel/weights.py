@@ -76,19 +76,16 @@ def find_weights(
     if named is not None:
         return _named_weights(path, names, hub, named)
     found, stale = _candidates(path, names, hub, variant)
+    kinds = {name: _kind(files[0], variant) for name, files in found.items()}
+    kinds = {name: own for name, own in kinds.items() if kind in (None, own)}
+    if len(kinds) > 1:
+        kinds = {
+            name: own
+            for name, own in kinds.items()
+            if own not in ("own", "other") or is_model(_shapes(path, found[name], hub))
+        } or kinds
     order = _ORDER_OF_THE_LIBRARY if "text_config" in settings else _ORDER
-    ranks = {name: order.index(_kind(files[0], variant)) for name, files in found.items()}
-    ranks = {name: rank for name, rank in ranks.items() if kind is None or order[rank] == kind}
-    if len(ranks) > 1:
-        ranks = {
-            name: rank
-            for name, rank in ranks.items()
-            if order[rank] in ("ema", "model", "gguf") or is_model(_shapes(path, found[name], hub))
-        } or ranks
-    best = [name for name in ranks if ranks[name] == min(ranks.values())]
-    if len({_stem(found[name][0], variant) for name in best}) == 1:
-        # One name, uploaded whole and in shards: whole, as the library has it.
-        best = sorted(best, key=lambda name: (len(found[name]) > 1, not name.endswith(".json")))[:1]
+    best = _first(kinds, found, order, variant)
     if stated in names and variant is None and best != [stated]:
         return _named_weights(path, names, hub, str(stated))
     if not strict:
@@ -105,13 +102,25 @@ def find_weights(
         if variant is not None:
             raise OSError(f"'{path}' has no weights of the `variant` {variant!r}: {seen(names)}.")
         return None
-    if others := [name for name in [*ranks, *stale] if name != best[0]]:
+    if others := [name for name in [*kinds, *stale] if name != best[0]]:
         logger.warning(
             f"'{path}' holds several files of weights: {best[0]} is read, and not {some(others)}"
             + "".join(f"; {name} names '{file}', which is not there" for name, file in stale.items())
             + ". Another is read if `transformers_weights=` names it."
         )
     return Weights(best[0], found[best[0]])
+
+
+def _first(
+    kinds: dict[str, str], found: dict[str, tuple[str, ...]], order: tuple[str, ...], variant: str | None
+) -> list[str]:
+    """Of several files of weights the one that is read, or those among which nothing chooses."""
+    first = min((order.index(kind) for kind in kinds.values()), default=0)
+    best = [name for name, kind in kinds.items() if order.index(kind) == first]
+    if len({_stem(found[name][0], variant) for name in best}) == 1:
+        # One name, uploaded whole and in shards: whole, as the library has it.
+        best = sorted(best, key=lambda name: (len(found[name]) > 1, not name.endswith(".json")))[:1]
+    return best
 
 
 def seen(names: Iterable[str]) -> str:
