@@ -44,8 +44,10 @@ from tqdm.auto import tqdm
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, open_tensors
+from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, open_tensors, own_names
+from transformers_bagel.fine_tunes import image_settings
 from transformers_bagel.original_config import corrections, read_original_config
+from transformers_bagel.weights import check_kind
 
 
 PUBLISHER = "ByteDance-Seed/BAGEL-7B-MoT"
@@ -58,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base", help="complete checkpoint, for what SRC lacks: settings, tokenizer, VAE")
     parser.add_argument("--which", choices=("ema", "model"), help="weights, if there are both; the average by default")
     parser.add_argument("--revision", help="branch, tag or commit of SRC on the Hub")
+    parser.add_argument(
+        "--ignore-unexpected-keys", action="store_true", help="leave out tensors of modules that a BAGEL has not"
+    )
     parser.add_argument(
         "--allow-pickle",
         dest="pickles",
@@ -84,6 +89,7 @@ def convert(
     verify: bool = False,
     repo_id: str | None = None,
     base_model: str = PUBLISHER,
+    ignore_unexpected_keys: bool = False,
 ) -> None:
     """
     See the module's docstring, and `--help` for the arguments.
@@ -96,20 +102,24 @@ def convert(
     files = find_original_files(opened(src, revision), None if base is None else opened(base), which, pickles)
     tensors = files.tensors()
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    shards, index = plan_shards(tensors, dtype, max_shard_size, WEIGHTS_PATTERN)
     original = read_original(files.descriptions)
-    config, processor = described(files, original, shapes)
+    config, processor = described(files, original, shapes, src)
+    check_kind(config, shapes, src)
     check_layers(config, shapes, src)
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
-    check_tensors(model, {tensor.name: tensor for tensor in tensors}, src)
+    check_tensors(model, {tensor.name: tensor for tensor in tensors}, src, False, ignore_unexpected_keys)
+    kept = {*own_names(model, shapes)}
+    tensors = [tensor for tensor in tensors if tensor.name in kept]
+    shards, index = plan_shards(tensors, dtype, max_shard_size, WEIGHTS_PATTERN)
     if verify:
         with tqdm(
             total=sum(shard.num_bytes for shard in shards), desc="Checked", unit="B", unit_scale=True
         ) as progress:
             check_finite(tensors, progress)
     elif not files.pickled:
-        check_values(open_tensors(files.weights), src)
+        opened_weights = open_tensors(files.weights)
+        check_values({name: opened_weights[name] for name in opened_weights if name in kept}, src)
     pipe = BagelPipeline(
         transformer=model,
         vae=vae_from_file(files.vae, dtype),
@@ -134,7 +144,7 @@ def convert(
 
 
 def described(
-    files: OriginalFiles, original: dict, shapes: dict[str, tuple[int, ...]]
+    files: OriginalFiles, original: dict, shapes: dict[str, tuple[int, ...]], src: str
 ) -> tuple[BagelConfig, BagelProcessor]:
     """The settings, corrected from the weights and the tokenizer, and the processor.
 
@@ -144,7 +154,8 @@ def described(
     with assembled(files) as folder:
         try:
             config = BagelConfig.from_dict(read_original_config(original, folder, shapes))
-            processor = BagelProcessor.from_pretrained(folder, trust_remote_code=False)
+            sizes = {} if "preprocessor_config.json" in files.descriptions else image_settings(src)
+            processor = BagelProcessor.from_pretrained(folder, trust_remote_code=False, **sizes)
         except Exception as error:  # The library that reads tokenizer.json raises no other.
             sources = ", ".join(sorted({str(file.parent) for file in files.descriptions.values()}))
             raise ValueError(f"The settings or the tokenizer in '{sources}' cannot be used: {error}") from error

@@ -79,6 +79,9 @@ def within(said: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lost_weights(tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    for table in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"):
+        if table not in tensors:
+            yield f"{table} is missing, which the original code does not compute when it loads"
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             yield f"{name} is of {tensor.dtype}: the weights are quantised"

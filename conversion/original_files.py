@@ -10,8 +10,10 @@ from pathlib import Path
 from safe_files import PICKLES
 from sources import CARD, Source, tensors_of
 
-from diffusers_bagel.loading import VAE_FILE
+from diffusers_bagel.loading import VAE_FILE, VAE_FILES
+from transformers_bagel.files import file_names
 from transformers_bagel.stored_tensors import StoredTensor
+from transformers_bagel.weights import find_weights, seen
 
 
 # Original weights: the average that the publisher gives out, and the weights of the last step beside it in trainings.
@@ -65,7 +67,7 @@ def find_original_files(
     """
     places = [source] if base is None else [source, base]
     descriptions = one_group(places, SETTINGS, NEEDED_SETTINGS) | one_group(places, TOKENIZER, NEEDED_TOKENIZER)
-    vae = next((file for place in places if (file := place.find(VAE_FILE)) is not None), None)
+    vae = next((file for place in places for name in VAE_FILES if (file := place.find(name)) is not None), None)
     if vae is None:
         raise FileNotFoundError(incomplete(places, VAE_FILE))
     weights = pickled_files(source, which, pickles) if pickles else weight_files(source, which)
@@ -102,18 +104,14 @@ def weight_files(source: Source, which: str | None) -> tuple[Path, ...]:
         if which is not None and source.file.name in set(WHICH.values()) - {WHICH[which]}:
             raise ValueError(f"--which {which}: '{source.file.name}' holds the other weights.")
         return (source.file,)
-    if which != "model" and (average := source.find(WHICH["ema"])) is not None:
-        return (average,)
-    if which != "ema":
-        # The original index names the average.
-        names = [name for name in source.indexed() if name != WHICH["ema"]]
-        if names:
-            return tuple(source.present(name) for name in names)
-        if (model := source.find(WHICH["model"])) is not None:
-            return (model,)
+    place, hub = (source.name, {"revision": source.revision}) if source.is_repository else (source.folder, {})
+    found = find_weights(place, hub, kind=which)
+    if found is not None and not found.name.endswith(".gguf"):
+        return tuple(source.present(name) for name in found.files)
     wanted = " or ".join(WHICH.values() if which is None else [WHICH[which]])
     raise FileNotFoundError(
-        f"'{source.name}' holds no {wanted}, and no index of such weights. Only safetensors are read."
+        f"'{source.name}' holds no {wanted}, and no index of such weights. Only safetensors are read; "
+        f"{seen(file_names(place, **hub))}."
     )
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator, init_empty_weights
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.attention import NO_FLEX_BACKWARD
-from transformers_bagel.loading import find_file
+from transformers_bagel.files import find_file
 
 
 def empty_model(path: str, **hub: Any) -> BagelForConditionalGeneration:

@@ -19,12 +19,19 @@ from transformers_bagel.checkpoints import (
     read_json,
 )
 from transformers_bagel.errors import shown
-from transformers_bagel.loading import HUB_ARGUMENTS, check_stated_ids, find_file
+from transformers_bagel.files import HUB_ARGUMENTS, find_file, folder_and_file, hub_arguments, place_of
+from transformers_bagel.loading import check_stated_ids
+from transformers_bagel.packed import default_dtype
+from transformers_bagel.weights import contents, find_weights
 
 from .memory import transformer_quantization
 
 
 VAE_FILE = "ae.safetensors"
+# Repositories in which all other safetensors are weights of the model have it in a folder.
+VAE_FILES = (VAE_FILE, f"vae/{VAE_FILE}")
+# In diffusers' layout.
+VAE_SETTINGS = "vae/config.json"
 
 COMPONENTS = ("transformer", "vae", "scheduler", "processor")
 
@@ -33,13 +40,44 @@ MAX_TRAIN_TIMESTEPS = 1_000_000
 
 # Of `DiffusionPipeline.from_pretrained`, beside the components, `dtype` and where files are.
 _FOR_TRANSFORMER = ("device_map", "max_memory", "offload_folder")
+# What of `from_pretrained` says which weights are read.
+_OF_WEIGHTS = ("variant", "transformers_weights", "gguf_file", "ignore_unexpected_keys")
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "offload_state_dict", "disable_mmap", "trust_remote_code")
 
 
-def is_original(path: str | os.PathLike, has_vae: bool, hub: dict[str, Any]) -> bool:
+def settled(
+    path: str | os.PathLike, kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike, dict[str, Any], dict[str, Any], bool]:
     """
-    Whether a repository has the original layout, and not diffusers'. Its VAE is looked for, and diffusers' is checked,
-    unless the caller has one.
+    What is to be loaded as a pipeline.
+
+    Args:
+        path (`str` or `os.PathLike`): A directory, a Hub id, or a file of weights.
+        kwargs (`dict[str, Any]`): Of [`BagelPipeline.from_pretrained`].
+
+    Returns:
+        The directory or the Hub id, the arguments by which the Hub is asked, the arguments of the loader, and whether that
+        is the one for the original layout.
+
+    Raises:
+        OSError, ValueError: see [`is_original`].
+    """
+    path, name = folder_and_file(path)
+    if name is not None:
+        kwargs = {"transformers_weights": name} | kwargs
+    hub = hub_arguments(path, kwargs)
+    if is_original(path, "vae" in kwargs, hub, kwargs.get("base")):
+        return path, hub, kwargs, True
+    of_the_library = {name: value for name, value in kwargs.items() if name not in ("base", "torch_dtype")}
+    return path, hub, of_the_library | saved_dtypes(path, kwargs, hub) | hub, False
+
+
+def is_original(
+    path: str | os.PathLike, has_vae: bool, hub: dict[str, Any], base: str | os.PathLike | None = None
+) -> bool:
+    """
+    Whether a repository has the original layout, and not diffusers'. Its VAE, or that of `base`, is looked for, and
+    diffusers' is checked, unless the caller has one.
 
     Raises:
         OSError: if it has neither.
@@ -52,12 +90,21 @@ def is_original(path: str | os.PathLike, has_vae: bool, hub: dict[str, Any]) -> 
         if os.path.isdir(path):
             check_saved_parts(path, has_vae)
         return False
-    if not has_vae and find_file(path, VAE_FILE, **hub) is None:
+    if not has_vae and _vae_place(path, base, hub) is None:
         raise OSError(
             f"'{path}' holds neither model_index.json (diffusers' layout) nor {VAE_FILE} (the original layout): it is no "
-            "BAGEL pipeline. Pass the folder of a checkpoint."
+            f"BAGEL pipeline; {contents(path, hub)}."
         )
     return True
+
+
+def _vae_place(
+    path: str | os.PathLike, base: str | os.PathLike | None, hub: dict[str, Any]
+) -> tuple[str | os.PathLike, dict[str, Any]] | None:
+    place, place_hub = place_of(path, base, (*VAE_FILES, VAE_SETTINGS), hub)
+    return (
+        (place, place_hub) if any(find_file(place, name, **place_hub) for name in (*VAE_FILES, VAE_SETTINGS)) else None
+    )
 
 
 def load_original_components(path: str | os.PathLike, hub: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -68,56 +115,64 @@ def load_original_components(path: str | os.PathLike, hub: dict[str, Any], **kwa
         OSError, TypeError, ValueError: before anything is loaded, if something is missing or an argument cannot work.
     """
     components = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
-    dtypes = _component_dtypes(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
+    dtypes = component_dtypes(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
+    base = kwargs.pop("base", None)
+    chosen = {name: kwargs.pop(name) for name in _OF_WEIGHTS if kwargs.get(name) is not None}
     placement = {name: kwargs.pop(name) for name in _FOR_TRANSFORMER if name in kwargs}
     quantization = kwargs.pop("quantization_config", None)
-    if kwargs.pop("variant", None) is not None:
-        raise ValueError("`variant`: the original layout has one set of weights. Leave it out, or give a `dtype`.")
     if kwargs.pop("use_safetensors", None) is False:
         raise ValueError("`use_safetensors=False`: the original layout is read from safetensors only. Leave it out.")
-    if unknown := kwargs.keys() - {*HUB_ARGUMENTS, *_WITHOUT_EFFECT}:
+    if chosen.keys() == {"variant"} and "transformer" not in components:
+        _check_variant(path, hub, chosen["variant"])
+    if unknown := kwargs.keys() - {*HUB_ARGUMENTS, *_OF_WEIGHTS, *_WITHOUT_EFFECT}:
         raise TypeError(
             f"{', '.join(sorted(unknown))}: unknown for the original layout. Load the components with their own "
             "`from_pretrained` and pass them by name."
         )
     if quantization is not None:
         quantization = transformer_quantization(quantization)
+    place = {} if base is None else {"base": base}
     if "transformer" not in components:
         components["transformer"] = BagelForConditionalGeneration.from_pretrained(
-            path, dtype=dtypes["transformer"], quantization_config=quantization, **placement, **hub
+            path, dtype=dtypes["transformer"], quantization_config=quantization, **chosen, **place, **placement, **hub
         )
     if "vae" not in components:
-        vae = load_original_vae(path, None if dtypes["vae"] == "auto" else dtypes["vae"], **hub)
+        vae_path, vae_hub = _vae_place(path, base, hub) or (path, hub)
+        vae = load_original_vae(vae_path, None if dtypes["vae"] == "auto" else dtypes["vae"], **vae_hub)
         is_placed = placement.get("device_map") is not None
         components["vae"] = vae.to(components["transformer"].device) if is_placed else vae
     if "scheduler" not in components:
         # Original behaviour, point 19.
         components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
     if "processor" not in components:
-        components["processor"] = BagelProcessor.from_pretrained(path, **hub)
+        components["processor"] = BagelProcessor.from_pretrained(path, **place, **hub)
     return components
 
 
-def _component_dtypes(dtype: Any, torch_dtype: Any) -> dict[str, torch.dtype | str]:
+def _check_variant(path: str | os.PathLike, hub: dict[str, Any], variant: str) -> None:
+    try:
+        find_weights(path, hub, variant=variant)
+    except OSError as error:
+        raise ValueError(f"`variant`: {error}") from error
+
+
+def component_dtypes(dtype: Any, torch_dtype: Any) -> dict[str, torch.dtype | str]:
     """Of the transformer and the VAE: types, or `"auto"` for that of the file."""
     given = torch_dtype if dtype is None else dtype
     given = given if isinstance(given, dict) else {"default": given}
+    given = {"default": given.get("")} | given
     return {name: _dtype(given.get(name, given.get("default"))) for name in ("transformer", "vae")}
 
 
-def with_dtypes(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the library's `from_pretrained`, which takes types by name for `float32`, without a name for any.
-
-    Raises:
-        ValueError: if something is no floating type, or name of one.
-    """
-    kwargs = dict(kwargs)
-    given, old = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-    given = old if given is None else given
-    if isinstance(given, dict):
-        found = {name: _dtype(value) for name, value in given.items()}
-        return kwargs | {"dtype": {name: None if value == "auto" else value for name, value in found.items()}}
-    return kwargs if given in (None, "auto") else kwargs | {"dtype": _dtype(given)}
+def saved_dtypes(path: str | os.PathLike, kwargs: dict[str, Any], hub: dict[str, Any]) -> dict[str, Any]:
+    """The `dtype` of a pipeline in diffusers' layout as the library takes it: types alone, none of them by its name."""
+    dtype, torch_dtype = kwargs.get("dtype"), kwargs.get("torch_dtype")
+    if dtype is None and torch_dtype is None:
+        return {}
+    dtypes: dict[str, Any] = component_dtypes(dtype, torch_dtype)
+    if dtypes["vae"] == "auto" and (file := find_file(path, "vae/diffusion_pytorch_model.safetensors", **hub)):
+        dtypes["vae"] = default_dtype(open_tensors([file]))
+    return {"dtype": dtypes}
 
 
 def _dtype(value: Any) -> torch.dtype | str:
@@ -139,7 +194,10 @@ def load_original_vae(path: str | os.PathLike, dtype: torch.dtype | None = None,
         OSError: if the file is missing or truncated.
         ValueError: if it is not the VAE of BAGEL.
     """
-    if (file := find_file(path, VAE_FILE, **hub)) is None:
+    if (file := next((file for name in VAE_FILES if (file := find_file(path, name, **hub))), None)) is None:
+        if find_file(path, VAE_SETTINGS, **hub) is not None:
+            folder = os.path.join(hub.get("subfolder", ""), "vae")
+            return AutoencoderKL.from_pretrained(path, **(hub | {"subfolder": folder}), dtype=dtype).eval()
         raise OSError(f"'{path}' has no {VAE_FILE}: the VAE of the original layout is missing.")
     return vae_from_file(file, dtype)
 

@@ -20,10 +20,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, other_tensors
 from transformers_bagel.adapters import adapted_layers, strength_settings
-from transformers_bagel.checkpoints import read_json
+from transformers_bagel.checkpoints import module_name, read_json
 from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
-from transformers_bagel.loading import HUB_ARGUMENTS, module_name
+from transformers_bagel.files import HUB_ARGUMENTS
+from transformers_bagel.weights import check_no_model
 
 from .adapter_scale import lora_layers
 
@@ -80,6 +81,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         if not isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike, dict)):
             raise TypeError(f"{SOURCE} must be {SOURCES}, got {type(pretrained_model_name_or_path_or_dict).__name__}.")
+        if isinstance(pretrained_model_name_or_path_or_dict, (str, os.PathLike)):
+            place = pretrained_model_name_or_path_or_dict
+            check_no_model(place, weight_name, {name: value for name, value in hub.items() if value is not None})
         hub = dict.fromkeys(HUB_ARGUMENTS) | hub
         try:
             state_dict, metadata = _fetch_state_dict(

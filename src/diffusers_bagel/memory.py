@@ -11,6 +11,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin as 
 from diffusers.utils import logging
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from transformers_bagel.packed import is_gguf_config
+
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +45,8 @@ def pipeline_quantization(config: Any) -> PipelineQuantizationConfig:
     """
     if not isinstance(config, PipelineQuantizationConfig):
         config = PipelineQuantizationConfig(quant_mapping={"transformer": config})
-    if isinstance((config.quant_mapping or {}).get("transformer"), DiffusersQuantizationConfig):
+    quantization = (config.quant_mapping or {}).get("transformer")
+    if isinstance(quantization, DiffusersQuantizationConfig) and not is_gguf_config(quantization):
         raise ValueError(
             "`quantization_config`: the transformer is a model of transformers. Import its configuration from "
             "`transformers`, not from `diffusers`."

@@ -22,7 +22,6 @@ from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
 from transformers_bagel.image_processing_bagel import patchify, unpatchify
 from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_posterior, scale_latents
-from transformers_bagel.loading import hub_arguments
 from transformers_bagel.segments import EncodedSegment, chat_segments
 
 from .adapter_scale import check_adapter_scale
@@ -51,7 +50,7 @@ from .inputs import (
     takes_sigmas,
     with_plain_numbers,
 )
-from .loading import CheckedDownloadMixin, is_original, load_original_components, name_own_modules, with_dtypes
+from .loading import CheckedDownloadMixin, load_original_components, name_own_modules, settled
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
@@ -132,7 +131,8 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or directory.
             kwargs: As in [`DiffusionPipeline.from_pretrained`]: `dtype`, `device_map`, `revision`, components by name.
-                `quantization_config` may be a [`PipelineQuantizationConfig`] or that of the transformer.
+                `quantization_config` may be a [`PipelineQuantizationConfig`] or that of the transformer. `base`, another
+                repository or directory, has the settings, the tokenizer and the VAE if there are weights alone.
 
         Raises:
             OSError: if there is no checkpoint.
@@ -141,9 +141,9 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         path, quantization = pretrained_model_name_or_path, kwargs.get("quantization_config")
         if quantization is not None:
             quantization = kwargs["quantization_config"] = pipeline_quantization(quantization)
-        hub = hub_arguments(path, kwargs)
-        if not is_original(path, "vae" in kwargs, hub):
-            return super().from_pretrained(path, **(with_dtypes(kwargs) | hub))
+        path, hub, kwargs, is_original = settled(path, kwargs)
+        if not is_original:
+            return super().from_pretrained(path, **kwargs)
         pipe = cls(**load_original_components(path, hub, **kwargs))
         if quantization is not None:
             pipe.quantization_config = quantization

@@ -24,7 +24,7 @@ from torch import nn
 from .adapters import LORA_TARGETS, adapted_layers, configured_strength
 from .checkpoints import WEIGHT_RENAMINGS, is_finite, module_name, read_json
 from .errors import shown, some
-from .loading import find_file
+from .files import find_file
 from .patterns import LONGEST_PATTERN, Names
 
 

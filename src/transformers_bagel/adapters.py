@@ -22,7 +22,7 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.utils import is_peft_available, logging
 
 from .destinations import destination
-from .loading import hub_arguments
+from .files import hub_arguments
 
 
 logger = logging.get_logger(__name__)

@@ -6,15 +6,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .errors import shown, some
 from .segments import SPECIAL_TOKENS
 from .stored_tensors import StoredTensor, stored_tensors
 
+
+logger = logging.get_logger(__name__)
+
+# Of a text of JSON.
+_STRING = r'("(?:\\.|[^"\\])*")'
 
 # Name in a file -> name in the module tree. Saving applies the inverse, so that one file serves every reader.
 WEIGHT_RENAMINGS = [
@@ -52,20 +60,60 @@ def check_folder(path: str | os.PathLike, *parts: str) -> None:
 
 def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """
-    Read a JSON file that holds an object of finite numbers.
+    Read a JSON file that holds an object of finite numbers. Comments, commas at an end and a byte order mark, of which JSON
+    has none, are left out, with a warning.
 
     Raises:
         OSError: if it cannot be read.
         ValueError: naming the file, if it holds anything else.
     """
     try:
-        with open(file, encoding="utf-8") as text:
-            content = json.load(text, parse_constant=_refuse_constant)
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read()
+        content = _parsed(text, file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' cannot be read as JSON ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"'{file}' must hold a JSON object, and it holds a {type(content).__name__}.")
     return content
+
+
+def _parsed(text: str, file: str | os.PathLike) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except ValueError:
+        plain = re.sub(
+            _STRING + r"|(?://|#)[^\n]*|/\*.*?\*/", _string_or_nothing, text.lstrip("\ufeff"), flags=re.DOTALL
+        )
+        plain = re.sub(_STRING + r"|,(?=\s*[}\]])", _string_or_nothing, plain)
+        if plain == text:
+            raise
+        content = json.loads(plain, parse_constant=_refuse_constant)
+    logger.warning(
+        f"'{file}' is no JSON: it was read without comments, commas at an end, or a byte order mark. Correct it."
+    )
+    return content
+
+
+def _string_or_nothing(match: re.Match) -> str:
+    return match[1] or ""
+
+
+@contextmanager
+def strict_json(file: str | os.PathLike) -> Iterator[str | os.PathLike]:
+    """A JSON file as other libraries can read it: itself, or, if only [`read_json`] can, a copy for the time being."""
+    content = read_json(file)
+    try:
+        with open(file, encoding="utf-8") as text:
+            json.load(text)
+    except ValueError:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = os.path.join(folder, os.path.basename(file))
+            with open(copy, "w", encoding="utf-8") as stream:
+                json.dump(content, stream)
+            yield copy
+        return
+    yield file
 
 
 def _refuse_constant(name: str) -> None:
@@ -98,7 +146,8 @@ def shard_names(index: str | os.PathLike) -> list[str]:
     wrong = [name for name in names if not isinstance(name, str) or os.path.isabs(name) or ".." in name.split("/")]
     if wrong or not names:
         raise ValueError(
-            f"`weight_map` in '{index}' must name the file of each tensor, in its folder, got {shown(next(iter(wrong), {}))}."
+            f"`weight_map` in '{index}' must name the file of each tensor, in its folder, got "
+            f"{shown(next(iter(wrong), {}))}{', which leads out of it' if wrong else ''}."
         )
     return sorted(set(names))
 
@@ -118,11 +167,6 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, StoredTensor]:
             raise ValueError(f"'{twice[0]}' is in '{tensors[twice[0]].file}' and in '{file}'. Remove one of them.")
         tensors |= found
     return tensors
-
-
-def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of safetensors files by name, see [`open_tensors`]."""
-    return {name: tensor.shape for name, tensor in open_tensors(files).items()}
 
 
 def module_name(name: str) -> str:
@@ -170,14 +214,14 @@ def marker_ids(config: Any) -> dict[str, int]:
     }
 
 
-def check_layers(config: Any, names: Any, name: str | os.PathLike) -> None:
+def check_layers(config: Any, names: Any, name: str | os.PathLike, settings: str = "its configuration") -> None:
     """
     Refuse a configuration with more layers than the checkpoint `name` has, before a model is made of it.
 
     Args:
         config ([`BagelConfig`])
         names (`Iterable[str]`): Of the tensors in the files.
-        name (`str`): What the error calls the checkpoint.
+        name, settings (`str`): What the error calls the checkpoint, and its configuration.
 
     Raises:
         ValueError: naming the key of `config.json`, and both numbers.
@@ -193,13 +237,18 @@ def check_layers(config: Any, names: Any, name: str | os.PathLike) -> None:
         found = count_matches(names, pattern)
         if part.num_hidden_layers > found:
             raise ValueError(
-                f"The checkpoint '{name}' does not fit its configuration: it lacks layers, `{prefix}num_hidden_layers` in "
+                f"The checkpoint '{name}' does not fit {settings}: it lacks layers, `{prefix}num_hidden_layers` in "
                 f"config.json is {part.num_hidden_layers}, and its files have {found}."
             )
 
 
 def check_shapes(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], name: str | os.PathLike, ignore_mismatched_sizes: bool = False
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str | os.PathLike,
+    ignore_mismatched_sizes: bool = False,
+    ignore_unexpected_keys: bool = False,
+    settings: str = "its configuration",
 ) -> None:
     """
     Compare names and shapes of the tensors of the checkpoint `name` with a model on any device.
@@ -217,8 +266,12 @@ def check_shapes(
     if missing := sorted(key for key in expected.keys() - stored.keys() if not re.search(optional, key)):
         problems.append(f"lacks {listed(missing)}")
     unknown = (stored[key] for key in sorted(stored.keys() - expected.keys()))
-    if unexpected := [key for key in unknown if not re.search(ignored, key)]:
-        problems.append(f"has the unknown {listed(unexpected)}")
+    unexpected = [] if ignore_unexpected_keys else [key for key in unknown if not re.search(ignored, key)]
+    if unexpected:
+        modules = some(dict.fromkeys(key.split(".")[0] for key in unexpected), 10)
+        problems.append(
+            f"has the unknown {listed(unexpected)}, in {modules} (`ignore_unexpected_keys=True` leaves them out)"
+        )
     misshapen = [
         f"{key} {shapes[key]} instead of {expected[own_name]}"
         for own_name, key in stored.items()
@@ -228,26 +281,24 @@ def check_shapes(
         problems.append(f"has the wrong shape of {listed(misshapen)}")
     if problems:
         raise ValueError(
-            f"The checkpoint '{name}' does not fit its configuration: it {'; it '.join(problems)}. Download it again, or "
-            "correct `config.json`."
+            f"The checkpoint '{name}' does not fit {settings}: it {'; it '.join(problems)}. Download it again, or correct "
+            "`config.json`."
         )
 
 
-def check_tensors(
-    model: Any, headers: Mapping[str, Any], name: str | os.PathLike, ignore_mismatched_sizes: bool = False
-) -> None:
+def check_tensors(model: Any, headers: Mapping[str, Any], name: str | os.PathLike, *ignored_and_settings: Any) -> None:
     """
     Compare what is known of the tensors of the checkpoint `name` with a model on any device.
 
     Args:
         model ([`PreTrainedModel`])
         headers (`Mapping[str, Any]`): By name in the file; each has a `shape` and a `dtype`.
-        name (`str`), ignore_mismatched_sizes (`bool`): See [`check_shapes`].
+        name (`str`), ignored_and_settings: See [`check_shapes`].
 
     Raises:
         ValueError: if a tensor is missing, unexpected, misshapen, or of another kind of numbers.
     """
-    check_shapes(model, {key: header.shape for key, header in headers.items()}, name, ignore_mismatched_sizes)
+    check_shapes(model, {key: header.shape for key, header in headers.items()}, name, *ignored_and_settings)
     for key in own_names(model, headers):
         if not headers[key].dtype.is_floating_point:
             raise ValueError(

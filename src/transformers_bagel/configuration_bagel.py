@@ -2,6 +2,7 @@
 """BAGEL configuration. Its defaults are the original 7B model; it reads the JSON files of that as they are."""
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from .checkpoints import check_folder, read_json
+from .checkpoints import check_folder, read_json, strict_json
 from .errors import shown
-from .loading import InstalledCodeMixin, find_file, hub_arguments
+from .files import HUB_ARGUMENTS, SETTINGS, TOKENIZER, find_file, hub_arguments, place_of
+from .loading import InstalledCodeMixin
 from .original_config import (
     ORIGINAL_KEYS,
     correct_config,
@@ -23,6 +25,7 @@ from .original_config import (
     rename_original_keys,
 )
 from .training.losses import LOSS_REDUCTIONS
+from .weights import contents, find_shapes
 
 
 logger = logging.get_logger(__name__)
@@ -279,41 +282,50 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Like the parent's; an original `config.json` is corrected from the weights and the tokenizer beside it."""
-        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if not os.path.isdir(folder) and os.path.isfile(
-            os.path.join(pretrained_model_name_or_path, "model_index.json")
+        """
+        Like the parent's; an original `config.json` is corrected from the weights and the tokenizer beside it.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id, directory, or file of settings.
+            kwargs: As in `from_pretrained`; `base`, another repository or directory, has the settings and the tokenizer
+                if this one lacks them. `variant` and `transformers_weights` say which weights are meant.
+        """
+        path, base = pretrained_model_name_or_path, kwargs.pop("base", None)
+        named = kwargs.pop("transformers_weights", None)
+        if not os.path.isdir(os.path.join(path, kwargs.get("subfolder") or "")) and os.path.isfile(
+            os.path.join(path, "model_index.json")
         ):
             # Where the model lies at the root of a pipeline, diffusers asks in a folder named by it, too.
             kwargs.pop("subfolder")
-        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        hub = hub_arguments(pretrained_model_name_or_path, kwargs)
-        is_file = os.path.isfile(pretrained_model_name_or_path)
-        file = (
-            pretrained_model_name_or_path
-            if is_file
-            else find_file(pretrained_model_name_or_path, "config.json", **hub)
-        )
-        if file is not None:
-            read_json(file)
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **(kwargs | hub))
-        if not config_dict:
+        check_folder(path, kwargs.get("subfolder") or "")
+        hub = hub_arguments(path, kwargs)
+        place, place_hub = (path, hub) if os.path.isfile(path) else place_of(path, base, SETTINGS, hub)
+        file = place if os.path.isfile(place) else find_file(place, "config.json", **place_hub)
+        with nullcontext(place) if file is None else strict_json(file) as readable:
+            readable = place if readable == file else readable
+            kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+            config_dict, kwargs = super().get_config_dict(readable, **kwargs, **place_hub)
+        if "text_config" not in config_dict and not is_original_config(config_dict):
             # The first repositories have llm_config.json and vit_config.json, and no config.json.
-            if find_file(pretrained_model_name_or_path, "llm_config.json", **hub) is None:
+            if find_file(place, "llm_config.json", **place_hub) is not None:
+                config_dict["llm_config"] = None
+            elif not config_dict:
                 raise OSError(
-                    f"'{pretrained_model_name_or_path}' has no config.json: it holds no BAGEL checkpoint. Pass the "
-                    "folder or the Hub id of one."
+                    f"'{place}' has no config.json: it is no BAGEL checkpoint; {contents(place, place_hub)}."
                 )
-            config_dict = {"llm_config": None}
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"`model_type` in the config.json of '{pretrained_model_name_or_path}' is {shown(config_dict['model_type'])}, "
-                f"expected {cls.model_type!r}."
+                f"`model_type` in the config.json of '{place}' is {shown(config_dict['model_type'])}, expected "
+                f"{cls.model_type!r}."
             )
         if is_original_config(config_dict):
-            config_dict = read_original_config(config_dict, _place(pretrained_model_name_or_path), **hub)
+            weights, shapes = find_shapes(_place(path), hub, named=named, variant=kwargs.get("variant"))
+            if weights is not None:
+                config_dict["transformers_weights"] = weights.name
+            tokenizer = place_of(_place(path), base, TOKENIZER, hub)
+            config_dict = read_original_config(config_dict, _place(place), shapes, tokenizer, **place_hub)
         # `from_dict` is told nothing of where it comes from.
-        return config_dict, kwargs | {"_read_from": str(pretrained_model_name_or_path)}
+        return config_dict, kwargs | {"_read_from": str(place)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -6,24 +6,16 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import (
-    cached_file,
-    find_adapter_config_file,
-    is_peft_available,
-    resolve_revision,
-)
+from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import cached_files
 
 from .checkpoints import (
@@ -36,17 +28,27 @@ from .checkpoints import (
     listed,
     marker_ids,
     module_name,
-    open_tensors,
     own_names,
     read_json,
-    shard_names,
 )
-from .errors import shown
-from .quantization import spare_sensitive_layers
+from .errors import shown, some
+from .files import HUB_ARGUMENTS, SETTINGS, TOKENIZER, find_file, folder_and_file, hub_arguments, place_of
+from .packed import (
+    default_dtype,
+    df11_dtype,
+    is_df11,
+    is_gguf_config,
+    load_df11,
+    load_gguf_layers,
+    open_weights,
+    with_df11_weights,
+    with_gguf_layers,
+)
+from .quantization import named_as_modules, spare_sensitive_layers
 from .segments import SPECIAL_TOKENS
+from .stored_tensors import StoredTensor
+from .weights import Weights, check_kind, contents, find_weights, has_pickles
 
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # Arguments of a model's `from_pretrained` that a configuration would take for its own.
 _OF_THE_MODEL = (
@@ -54,12 +56,13 @@ _OF_THE_MODEL = (
     *("attn_implementation", "experts_implementation", "trust_remote_code"),
 )
 
-# In the order in which the library looks for them; the last is the original layout's without an index.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "ema.safetensors")
-
 # Weights that only drawing needs, and those that only seeing needs.
 GENERATION_WEIGHTS = r"_moe_gen\.|vae2llm\.|llm2vae\.|time_embedder\.|latent_pos_embed\."
 UNDERSTANDING_WEIGHTS = r"vit_model\.|vision_tower\.|connector\.|vit_pos_embed\."
+
+
+# Tables that others save with a model, and its VAE.
+NO_WEIGHTS = (r"rotary_emb\.inv_freq$", r"^(encoder|decoder)\.")
 
 
 class InstalledCodeMixin:
@@ -70,57 +73,6 @@ class InstalledCodeMixin:
         """Like the parent's for classes outside this package. Those inside stay what they are: installed code."""
         if cls.__module__.split(".")[0] != __name__.split(".")[0]:
             super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]  # of the class beside this mixin
-
-
-def hub_arguments(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the `kwargs` of any `from_pretrained` that say where files are, with the revision resolved, so that all
-    files are of one commit."""
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    access = {name: hub[name] for name in ("token", "local_files_only", "cache_dir") if name in hub}
-    revision = resolve_revision(path, hub.get("revision"), **access)
-    return hub if revision is None else hub | {"revision": revision}
-
-
-def find_file(path: str | os.PathLike, name: str, **hub: Any) -> str | None:
-    """
-    The local path of a file of a directory, or of a repository of the Hub (see [`hub_arguments`]), from where it is
-    downloaded; `None` if there is no such file, or none in the cache when offline.
-
-    Raises:
-        OSError: if the Hub cannot tell.
-    """
-    if os.path.isdir(path):
-        file = os.path.join(path, hub.get("subfolder", ""), name)
-        return file if os.path.isfile(file) else None
-    try:
-        return hf_hub_download(str(path), name, **hub)
-    except LocalEntryNotFoundError:
-        if is_offline(hub) or find_cached(path, name, hub) is _CACHED_NO_EXIST:
-            return None
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError):
-        pass
-    # Raises what users of the library know.
-    return cached_file(path, name, **hub)
-
-
-def is_offline(hub: dict[str, Any]) -> bool:
-    return bool(hub.get("local_files_only")) or is_offline_mode()
-
-
-def find_cached(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> Any:
-    revision = hub.get("revision")
-    return try_to_load_from_cache(
-        str(path),
-        in_subfolder(name, hub),
-        cache_dir=hub.get("cache_dir"),
-        revision=getattr(revision, "resolved", revision),
-    )
-
-
-def in_subfolder(name: str, hub: dict[str, Any]) -> str:
-    return f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
 
 
 def special_token_ids(path: str | os.PathLike, **hub: Any) -> dict[str, int]:
@@ -160,24 +112,11 @@ def check_stated_ids(stated: Mapping[str, Any], name: str, path: str | os.PathLi
             )
 
 
-def weight_files(
-    path: str | os.PathLike, config: PreTrainedConfig, kwargs: dict[str, Any], hub: dict[str, Any]
-) -> list[str]:
-    """Local paths of the safetensors files of a checkpoint, downloaded; none if its weights are in another format. Of the
-    `kwargs` of `from_pretrained`, `variant` and `use_safetensors` count."""
-    if kwargs.get("use_safetensors") is False:
-        return []
-    explicit = getattr(config, "transformers_weights", None)
-    names = [explicit] if explicit else WEIGHT_FILES
-    if kwargs.get("variant") and not explicit:
-        names = [re.sub(r"(\.\w+)$", rf".{kwargs['variant']}\1", name) for name in WEIGHT_FILES]
-    file = next((file for name in names if (file := find_file(path, name, **hub)) is not None), None)
-    if file is None or not file.endswith(".json"):
-        return [] if file is None else [file]
-    shards = shard_names(file)
-    if os.path.isdir(path) and (missing := [name for name in shards if find_file(path, name, **hub) is None]):
-        raise OSError(f"'{file}' names the file '{missing[0]}', which is not there. Download the checkpoint again.")
-    return cached_files(path, shards, **hub) or []
+def weight_files(path: str | os.PathLike, weights: Weights, hub: dict[str, Any]) -> list[str]:
+    """Local paths of the files of a checkpoint, downloaded."""
+    if os.path.isdir(path):
+        return [find_file(path, name, **hub) or name for name in weights.files]
+    return cached_files(path, list(weights.files), **hub) or []
 
 
 def rename_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -190,12 +129,15 @@ def rename_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
 
 def ignored_weights(visual_gen: bool, visual_und: bool) -> list[str]:
     """Patterns of the weights that a model without `visual_gen` or `visual_und` leaves in the files."""
-    patterns = [] if visual_gen else [GENERATION_WEIGHTS]
+    patterns = [*NO_WEIGHTS] if visual_gen else [*NO_WEIGHTS, GENERATION_WEIGHTS]
     return patterns if visual_und else [*patterns, UNDERSTANDING_WEIGHTS]
 
 
 class BagelLoadingMixin:
     """Loading that compares a checkpoint with the model before it reads a tensor, and maps no file into memory."""
+
+    # Position tables are computed where a file lacks them.
+    _keys_to_ignore_on_load_missing = [r"(latent|vit)_pos_embed\.pos_embed$"]
 
     @classmethod
     def from_pretrained(
@@ -218,30 +160,49 @@ class BagelLoadingMixin:
                 numbers, before any is read; or if one holds numbers that are not finite, see [`check_values`].
         """
         path, load = pretrained_model_name_or_path, super().from_pretrained  # type: ignore[misc]  # of the class beside
-        if path is None or kwargs.get("gguf_file") or kwargs.get("state_dict") is not None:
+        if path is None or kwargs.get("state_dict") is not None:
             return load(path, *model_args, config=config, **kwargs)
+        path, named = _folder_and_name(path, kwargs)
+        base, ignores_extra = kwargs.pop("base", None), kwargs.pop("ignore_unexpected_keys", False)
         check_folder(path, kwargs.get("subfolder") or "")
         hub = hub_arguments(path, kwargs)
         source, has_adapter = _base_model(path, kwargs.get("adapter_kwargs"), hub)
         source_hub = hub_arguments(source, hub)
-        config, kwargs = _settle_config(cls.config_class, source, config, kwargs, source_hub)  # type: ignore[attr-defined]
+        settings, settings_hub = place_of(source, base, SETTINGS, source_hub)
+        config, kwargs = _settle_config(cls.config_class, source, config, named, base, kwargs, source_hub)  # type: ignore[attr-defined]
         is_quantized = getattr(config, "quantization_config", None) is not None
-        files = [] if is_quantized else weight_files(source, config, kwargs, source_hub)
-        check_token_ids(config, source)
-        if os.path.isdir(source):
-            check_stated_ids(marker_ids(config), f"the config.json of '{source}'", source, **source_hub)
-        tensors = open_tensors(files)
+        weights = _find_weights(source, config, named, kwargs, source_hub)
+        files = [] if is_quantized or weights is None else weight_files(source, weights, source_hub)
+        check_token_ids(config, settings)
+        tokenizer, tokenizer_hub = place_of(source, base, TOKENIZER, source_hub)
+        if os.path.isdir(tokenizer):
+            check_stated_ids(marker_ids(config), f"the config.json of '{settings}'", tokenizer, **tokenizer_hub)
+        tensors = open_weights(files)
         is_compared = bool(tensors) and not kwargs.get("key_mapping")
+        told_by = "its configuration" if settings == source else f"the configuration of `base` '{settings}'"
         if is_compared:
-            check_layers(config, tensors, source)
+            check_kind(config, tensors, source)
+            check_layers(config, tensors, source, told_by)
         empty = _empty_model(cls, config, model_args, kwargs)
+        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors)
+        in_df11 = is_df11(tensors)
+        packed: dict[str, Any] = {}
+        if in_df11:
+            tensors = with_df11_weights(tensors, config.dfloat11_config, empty, source)
+        # What has a place in a file, as others unpack.
+        stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, StoredTensor)}
         if is_compared:
-            check_tensors(empty, tensors, source, kwargs.get("ignore_mismatched_sizes", False))
-            check_values({name: tensors[name] for name in own_names(empty, tensors)}, source)
-        if kwargs.get("quantization_config") is not None and not is_quantized:
+            ignored = (kwargs.get("ignore_mismatched_sizes", False), ignores_extra)
+            check_tensors(empty, tensors, source, *ignored, told_by)
+            check_values({name: stored[name] for name in own_names(empty, stored)}, source)
+        if is_gguf_config(quantization := kwargs.get("quantization_config")):
+            compute_dtype = as_dtype(kwargs.get("dtype"), config)
+            tensors, packed = with_gguf_layers(tensors, empty, compute_dtype, source)
+            del kwargs["quantization_config"]
+        elif quantization is not None and not is_quantized:
             kwargs["quantization_config"] = spare_sensitive_layers(kwargs["quantization_config"], empty)
         if empty.can_generate() and kwargs.get("generation_config") is None:
-            kwargs["generation_config"] = _generation_config(source, config, source_hub)
+            kwargs["generation_config"] = _generation_config(settings, config, settings_hub)
 
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True
@@ -249,21 +210,38 @@ class BagelLoadingMixin:
             has_adapter
             or not tensors
             or is_deepspeed_zero3_enabled()
-            or _stays_in_files(kwargs.get("device_map"), files)
+            or (len(stored) == len(tensors) and _stays_in_files(kwargs.get("device_map"), files))
         ):
             model, info = load(path, *model_args, config=config, **hub, **kwargs)
         else:
-            if kwargs.get("dtype", "auto") in (None, "auto") and config.dtype is None:
-                kwargs["dtype"] = next((tensor.dtype for tensor in tensors.values()), None)
+            vars(config).pop("transformers_weights", None)
             model, info = load(None, *model_args, config=config, state_dict=tensors, **kwargs)
             for module in model.modules():
                 if getattr(module, "config", None) is model.config:
                     module.config.name_or_path = module.name_or_path = str(path)
-        if info["missing_keys"] and not has_adapter:
-            raise ValueError(
-                f"The checkpoint '{source}' lacks {listed(sorted(info['missing_keys']))}. Download it again."
-            )
+        # Quantisers add tensors of their own, which no file has.
+        if (missing := sorted(info["missing_keys"] & empty.state_dict().keys())) and not has_adapter:
+            raise ValueError(f"The checkpoint '{source}' lacks {listed(missing)}. Download it again.")
+        if in_df11:
+            load_df11(model, os.path.dirname(files[0]))
+        if packed:
+            load_gguf_layers(model, packed, model.dtype)
         return (model, info) if wants_info else model
+
+
+def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any]) -> Any:
+    """What `from_pretrained` is told of the type, or, if neither it nor the configuration names one, that of the files."""
+    if is_df11(tensors):
+        return df11_dtype(dtype)
+    if tensors and dtype in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
+        return default_dtype(tensors)
+    return dtype
+
+
+def as_dtype(dtype: Any, config: Any) -> torch.dtype:
+    """The type in which a model is loaded, of what `from_pretrained` is told and its configuration says."""
+    dtype = config.dtype if dtype in (None, "auto") else dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
 
 
 def _base_model(
@@ -280,8 +258,48 @@ def _base_model(
     return path if holds_model else read_json(adapter)["base_model_name_or_path"], True
 
 
+def _folder_and_name(path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, str | None]:
+    """Where weights are, and the name of their file if the user gives one: in the path, or as the library takes it."""
+    gguf = kwargs.pop("gguf_file", None)
+    if gguf is not None and os.path.isfile(gguf):
+        # Elsewhere than the settings, as the library takes it, too.
+        kwargs.setdefault("base", path)
+        path, gguf = folder_and_file(gguf)
+    names = [name for name in (kwargs.pop("transformers_weights", None), gguf) if name]
+    path, own = folder_and_file(path)
+    names = names if own is None else [*names, own]
+    if len({*names}) > 1:
+        raise ValueError(f"Two files of weights are named, {some(names)}. Name one.")
+    return path, names[0] if names else None
+
+
+def _find_weights(
+    path: str | os.PathLike, config: Any, named: str | None, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> Weights | None:
+    """See [`find_weights`]; `None` for pickles, which the library is left to look for. Their name is set in the configuration.
+
+    Raises:
+        OSError: if there are none.
+    """
+    if kwargs.get("use_safetensors") is False:
+        return None
+    stated = getattr(config, "transformers_weights", None)
+    weights = find_weights(path, hub, named, kwargs.get("variant"), stated=stated)
+    if weights is not None:
+        config.transformers_weights = weights.name
+    if weights is None and not has_pickles(path, hub):
+        raise OSError(f"'{path}' holds no weights of a BAGEL; {contents(path, hub)}.")
+    return weights
+
+
 def _settle_config(
-    config_class: Any, path: str | os.PathLike, config: Any, kwargs: dict[str, Any], hub: dict[str, Any]
+    config_class: Any,
+    path: str | os.PathLike,
+    config: Any,
+    named: str | None,
+    base: str | os.PathLike | None,
+    kwargs: dict[str, Any],
+    hub: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """The configuration, and what of `kwargs` is left for the library."""
     kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
@@ -289,14 +307,24 @@ def _settle_config(
         config = copy.deepcopy(config)
     else:
         kept = {name: kwargs.pop(name) for name in _OF_THE_MODEL if name in kwargs}
+        found = {"transformers_weights": named, "base": base}
+        found = {
+            name: value for name, value in found.items() if value is not None and hasattr(config_class, "correct")
+        }
         config, kwargs = config_class.from_pretrained(
-            path if config is None else config, return_unused_kwargs=True, **hub, **kwargs
+            path if config is None else config, return_unused_kwargs=True, **hub, **kwargs, **found
         )
         kwargs |= kept
     if getattr(config, "original_config", None) is not None:
         config.correct(path, **hub)
+    if getattr(config, "quantization_config", None) is not None:
+        config.quantization_config = named_as_modules(config.quantization_config)
     if kwargs.get("dtype") is None and "torch_dtype" in kwargs:
         kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if isinstance(dtypes := kwargs.get("dtype"), dict):
+        kwargs["dtype"] = next(
+            (dtypes[name] for name in ("", "transformer", "text_config", "default") if name in dtypes), None
+        )
     return config, kwargs
 
 

@@ -10,15 +10,18 @@ import math
 import os
 from typing import Any
 
-import huggingface_hub
-
-from .checkpoints import count_matches, json_value, read_json, read_shapes, shard_names
+from .checkpoints import count_matches, json_value, read_json
 from .errors import shown
-from .loading import WEIGHT_FILES, find_cached, find_file, in_subfolder, is_offline, special_token_ids
+from .files import find_file
+from .loading import special_token_ids
+from .weights import find_shapes
 
 
 # Keys of the original config.json that this package spells differently.
 ORIGINAL_KEYS = ("llm_config", "vit_config", "vae_config")
+
+# The side of the latent table in the JSON of the original checkpoint (original behaviour, point 10).
+WRONG_LATENT_SIDE = 32
 
 # Entries of the original llm_config and vit_config that describe other classes than ours.
 _FOREIGN_KEYS = ("model_type", "architectures", "transformers_version", "layer_module", "_name_or_path", "auto_map")
@@ -62,6 +65,7 @@ def read_original_config(
     config_dict: dict[str, Any],
     path: str | os.PathLike,
     shapes: dict[str, tuple[int, ...]] | None = None,
+    tokenizer: tuple[str | os.PathLike, dict[str, Any]] | None = None,
     **hub: Any,
 ) -> dict[str, Any]:
     """
@@ -71,6 +75,7 @@ def read_original_config(
         config_dict (`dict`): The parsed `config.json`; it is left as it is.
         path (`str`), hub: The directory, or the Hub id, that it comes from; see [`hub_arguments`].
         shapes (`dict[str, tuple[int, ...]]`, *optional*): Of the weights, by name; by default of those beside it.
+        tokenizer (`tuple`, *optional*): Where that is, if it is elsewhere: a path and its Hub arguments.
 
     Raises:
         OSError: if the Hub cannot be asked, or if a file of weights is truncated.
@@ -85,16 +90,17 @@ def read_original_config(
     text_config = config_dict.setdefault("text_config", {})
     vision_config = config_dict.setdefault("vision_config", {})
 
-    token_ids = special_token_ids(path, **hub)
+    tokenizer_path, tokenizer_hub = tokenizer or (path, hub)
+    token_ids = special_token_ids(tokenizer_path, **tokenizer_hub)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key in token_ids:
             text_config[key] = token_ids.pop(key)
     config_dict |= token_ids
 
     if shapes is None:
-        name, shapes = _find_shapes(path, hub)
-        if name == "ema.safetensors":
-            config_dict["transformers_weights"] = name
+        weights, shapes = find_shapes(path, hub)
+        if weights is not None:
+            config_dict["transformers_weights"] = weights.name
     _correct_from_shapes(config_dict, text_config, vision_config, shapes)
     return config_dict
 
@@ -143,38 +149,6 @@ def _set_changed(config: Any, stated: dict[str, Any], right: dict[str, Any]) -> 
                 config.layer_types = ["full_attention"] * value
 
 
-def _find_shapes(path: str | os.PathLike, hub: dict[str, Any]) -> tuple[str | None, dict[str, tuple[int, ...]]]:
-    """The file of weights, or their index, and the shapes; the weights themselves are not downloaded."""
-    for name in WEIGHT_FILES:
-        if not name.endswith(".json"):
-            shapes = _shapes_in(path, name, hub)
-        elif (index := find_file(path, name, **hub)) is not None:
-            shapes = {
-                key: shape
-                for shard in shard_names(index)
-                for key, shape in (_shapes_in(path, shard, hub) or {}).items()
-            }
-        else:
-            shapes = None
-        if shapes is not None:
-            return name, shapes
-    return None, {}
-
-
-def _shapes_in(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    file = find_file(path, name, **hub) if os.path.isdir(path) else find_cached(path, name, hub)
-    if isinstance(file, str):
-        return read_shapes([file])
-    if os.path.isdir(path) or is_offline(hub):
-        return None
-    access = {"revision": hub.get("revision"), "token": hub.get("token")}
-    name = in_subfolder(name, hub)
-    if not huggingface_hub.file_exists(str(path), name, **access):
-        return None
-    metadata = huggingface_hub.parse_safetensors_file_metadata(str(path), name, **access)
-    return {key: tuple(tensor.shape) for key, tensor in metadata.tensors.items()}
-
-
 def _correct_from_shapes(
     config_dict: dict[str, Any],
     text_config: dict[str, Any],
@@ -199,6 +173,13 @@ def _correct_from_shapes(
     for name, key in (("latent_pos_embed", "max_latent_size"), ("vit_pos_embed", "vit_max_num_patch_per_side")):
         if positions := side(f"{name}.pos_embed"):
             config_dict[key] = math.isqrt(positions)
+    if (
+        shapes
+        and "latent_pos_embed.pos_embed" not in shapes
+        and config_dict.get("max_latent_size") == WRONG_LATENT_SIDE
+    ):
+        # Without the table nothing tells its side, and the original code has another in itself than the JSON says.
+        del config_dict["max_latent_size"]
     if latent_dim := side("vae2llm.weight", axis=1):
         patch_size = config_dict.get("latent_patch_size", 2)
         if isinstance(patch_size, int) and patch_size:

@@ -20,13 +20,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextIn
 from .checkpoints import check_folder, read_json
 from .configuration_bagel import BagelConfig
 from .errors import shown
-from .image_processing_bagel import (
-    BagelImageProcessor,
-    BagelImageProcessorKwargs,
-    check_rgb,
-    image_from_array,
-)
-from .loading import InstalledCodeMixin, check_stated_ids, find_file, hub_arguments
+from .files import HUB_ARGUMENTS, TOKENIZER, find_file, folder_and_file, hub_arguments, place_of
+from .fine_tunes import image_settings
+from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs, check_rgb, image_from_array
+from .loading import InstalledCodeMixin, check_stated_ids
 from .original_config import is_original_config
 from .segments import (
     CHAT_TEMPLATE,
@@ -40,6 +37,7 @@ from .segments import (
     content_parts,
     encode_segments,
 )
+from .weights import contents
 
 
 # Seconds of work, and some hundred thousand messages.
@@ -87,28 +85,35 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or directory.
+            base (`str` or `os.PathLike`, *optional*): Where the tokenizer is, if this place has weights alone.
             kwargs: `revision`, `token` and so on, and settings of [`BagelImageProcessor`].
 
         Raises:
             OSError: if the tokenizer is missing.
             ValueError: naming the file, if one cannot be used, or if the `config.json` beside them contradicts them.
         """
-        check_folder(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        kwargs |= hub_arguments(pretrained_model_name_or_path, kwargs)
+        own, base = folder_and_file(pretrained_model_name_or_path)[0], kwargs.pop("base", None)
+        check_folder(own, kwargs.get("subfolder") or "")
+        own_hub = hub_arguments(own, kwargs)
+        path, hub = place_of(own, base, TOKENIZER, own_hub)
+        # Types are those of a model.
+        left_out = (*HUB_ARGUMENTS, "dtype", "torch_dtype")
+        kwargs = {name: value for name, value in kwargs.items() if name not in left_out} | hub
         if kwargs.get("_from_pipeline") == "any-to-any":
             # That pipeline says too late whether it wants a picture, which begins from the images' latents.
             kwargs.setdefault("return_vae_pixel_values", True)
-        _check_files(pretrained_model_name_or_path, hub_arguments(pretrained_model_name_or_path, kwargs))
+        _check_files(path, hub)
         try:
-            processor_dict, settings = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+            processor_dict, settings = cls.get_processor_dict(path, **kwargs)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"The processor in '{pretrained_model_name_or_path}' cannot be used: {error}") from error
-        image_settings = {
-            key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs
-        }
+            raise ValueError(f"The processor in '{path}' cannot be used: {error}") from error
+        given = {key: kwargs.pop(key) for key in BagelImageProcessor.valid_kwargs.__annotations__ if key in kwargs}
+        images, images_hub = place_of(own, path, _IMAGE_SETTINGS, own_hub)
+        if images != own or not any(find_file(own, name, **own_hub) for name in _IMAGE_SETTINGS):
+            given = image_settings(own) | given
         parts = [
-            _load_image_processor(pretrained_model_name_or_path, image_settings, kwargs),
-            _load_tokenizer(pretrained_model_name_or_path, kwargs),
+            _load_image_processor(images, given, kwargs | images_hub, (own, base, own_hub)),
+            _load_tokenizer(path, kwargs),
         ]
         return cls.from_args_and_dict(parts, processor_dict, **settings)
 
@@ -367,8 +372,10 @@ def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
+_IMAGE_SETTINGS = ("processor_config.json", "preprocessor_config.json")
+
 # All that the libraries read here, and what must be beside it if anything is.
-_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json")
+_FILES = (*_IMAGE_SETTINGS, "tokenizer_config.json", *TOKENIZER)
 
 
 def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
@@ -389,10 +396,10 @@ def _check_files(path: str | os.PathLike, hub: dict[str, Any]) -> None:
 
 
 def _load_image_processor(
-    path: str | os.PathLike, settings: dict[str, Any], kwargs: dict[str, Any]
+    path: str | os.PathLike, settings: dict[str, Any], kwargs: dict[str, Any], model: tuple
 ) -> BagelImageProcessor:
     hub = hub_arguments(path, kwargs)
-    whole, alone = (find_file(path, name, **hub) for name in ("processor_config.json", "preprocessor_config.json"))
+    whole, alone = (find_file(path, name, **hub) for name in _IMAGE_SETTINGS)
     if whole or alone:
         if whole and not alone and "image_processor" not in read_json(whole):
             raise ValueError(f"`image_processor` is missing in '{whole}'.")
@@ -401,7 +408,8 @@ def _load_image_processor(
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"The settings of images in '{path}' cannot be used: {error}") from error
     # The original layout has no image settings: the original sizes, and the patches of its config.json.
-    config = BagelConfig.from_pretrained(path, **hub)
+    own, base, own_hub = model
+    config = BagelConfig.from_pretrained(own, **own_hub, **({} if base is None else {"base": base}))
     original = {"patch_size": config.vision_config.patch_size, "vae_stride": config.latent_stride}
     return BagelImageProcessor(**(original | settings))
 
@@ -409,9 +417,12 @@ def _load_image_processor(
 def _load_tokenizer(path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     hub = hub_arguments(path, kwargs)
     if not any(find_file(path, name, **hub) for name in ("tokenizer.json", "vocab.json")):
-        raise OSError(f"'{path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing.")
+        raise OSError(
+            f"'{path}' has neither tokenizer.json nor vocab.json: its tokenizer is missing; {contents(path, hub)}."
+        )
     try:
-        return AutoTokenizer.from_pretrained(path, **kwargs)
+        # Given a configuration, the library does not read the file, which may not be strict JSON.
+        return AutoTokenizer.from_pretrained(path, config=BagelConfig(), **kwargs)
     except OSError:
         raise
     except Exception as error:  # The library that reads tokenizer.json raises no other.

@@ -11,6 +11,8 @@ from torch import nn
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from .checkpoints import module_name
+
 
 # Patterns of the layers between latents, pixels or timesteps and tokens: 0.2 % of the weights. Quantising them costs quality
 # and saves nothing. Quantisers leave norms, position tables, embeddings and the head alone by themselves.
@@ -37,6 +39,25 @@ def spare_sensitive_layers(quantization_config: Any, model: Any) -> Any:
             exceptions.extend(unpackable_modules(model))
         setattr(config, name, exceptions)
     return config
+
+
+def named_as_modules(quantization_config: Any) -> Any:
+    """What an `auto-round` config says of layers, by the names of our modules instead of the original ones."""
+    if not isinstance(quantization_config, dict) or "round" not in str(quantization_config.get("quant_method")):
+        return quantization_config
+    named = dict(quantization_config)
+    for key in ("block_name_to_quantize", "to_quant_block_names", "modules_to_not_convert"):
+        if (value := named.get(key)) is not None:
+            names = value.split(",") if isinstance(value, str) else value
+            named[key] = [own_name(name.strip()) for name in names]
+    if isinstance(named.get("extra_config"), dict):
+        named["extra_config"] = {own_name(name): value for name, value in named["extra_config"].items()}
+    return named
+
+
+def own_name(name: str) -> str:
+    """The name of a module, which may be the beginning of a name, from that in the original code."""
+    return module_name(f"{name}.").removesuffix(".")
 
 
 def unpackable_modules(model: nn.Module) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_bagel_to_hf import main
+from convert_bagel_to_hf import convert, main
 from convert_hf_to_bagel import convert_back
+from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -232,3 +233,29 @@ def test_the_card_takes_over_licence_training_and_evaluation(tmp_path):
     assert "What follows is from the card of `tuned`." in card.text and str(tmp_path) not in card.content
     assert "## Training details\n\n4 steps.\n\n## Benchmarks\n\n| a | b |" in card.text
     assert "Not taken over" not in card.text
+
+
+VAES = {
+    "of_another_width": {"block_out_channels": (32, 64), "layers_per_block": 1},
+    "without_attention_and_with_quantising_layers": {
+        **{"block_out_channels": (32, 32, 64), "mid_block_add_attention": False},
+        **{"use_quant_conv": True, "use_post_quant_conv": True},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_every_vae_that_the_original_layout_can_hold_goes_there_and_comes_back(kind, repository, tmp_path):
+    settings = {"layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    settings |= {"use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024} | VAES[kind]
+    levels = len(settings["block_out_channels"])
+    down, up = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
+    vae = AutoencoderKL(down_block_types=down, up_block_types=up, **settings)
+    source = Path(shutil.copytree(repository, tmp_path / "source"))
+    shutil.rmtree(source / "vae")
+    vae.save_pretrained(source / "vae")
+    convert_back(str(source), tmp_path / "back")
+    convert(str(tmp_path / "back"), tmp_path / "forth")
+    there = AutoencoderKL.from_pretrained(tmp_path / "forth" / "vae").state_dict()
+    assert there.keys() == vae.state_dict().keys()
+    assert all(torch.equal(there[name], tensor) for name, tensor in vae.state_dict().items())

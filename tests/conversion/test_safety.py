@@ -19,6 +19,7 @@ from sources import opened
 from streaming import pieces
 
 from tests.conftest import CHECKPOINT
+from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.stored_tensors import stored_tensors
 
 
@@ -494,3 +495,59 @@ def test_absurd_layers_are_refused_on_the_way_back_before_a_model_is_made(reposi
     (absurd / "config.json").write_text(json.dumps(settings))
     assert convert_back([str(absurd), str(tmp_path / "back")]) == 2
     assert "`text_config.num_hidden_layers` in config.json is 900" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model_bf16.safetensors", "rvr.safetensors"])
+def test_the_conversion_finds_weights_as_loading_does(name, source, tmp_path, capsys):
+    """A stale index and a file of another name; then BAGEL's own average beside it, too."""
+    average = load_file(source / "ema.safetensors")
+    tuned = average | {"llm2vae.bias": average["llm2vae.bias"] + 1}
+    save_file(tuned, source / name)
+    (source / "ema.safetensors").rename(source / "set aside")
+    for place in ("alone", "beside"):
+        if place == "beside":
+            (source / "set aside").rename(source / "ema.safetensors")
+        assert main([str(source), str(tmp_path / place)]) == 0
+        written = load_file(tmp_path / place / "model.safetensors")["llm2vae.bias"]
+        is_bagels = place == "beside" and name.startswith("model")
+        assert torch.equal(written, (average if is_bagels else tuned)["llm2vae.bias"])
+
+
+def test_the_conversion_says_which_files_it_saw(source, capsys):
+    (source / "ema.safetensors").rename(source / "tuned.bin")
+    (source / "model.safetensors.index.json").unlink()
+    assert "its files of weights are ae.safetensors, tuned.bin" in said(source, capsys)
+
+
+def test_extra_modules_are_left_out_when_asked(source, tmp_path, capsys):
+    weights = load_file(source / "ema.safetensors")
+    save_file(weights | {"depth_head.weight": torch.zeros(2)}, source / "ema.safetensors")
+    assert "depth_head" in said(source, capsys)
+    assert main([str(source), str(tmp_path / "out"), "--ignore-unexpected-keys", "--verify"]) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == weights.keys()
+
+
+def test_a_repository_without_position_tables_gets_them_when_it_is_loaded(source, tmp_path):
+    weights = load_file(source / "ema.safetensors")
+    table = weights.pop("vit_pos_embed.pos_embed")
+    save_file(weights, source / "ema.safetensors")
+    assert main([str(source), str(tmp_path / "out")]) == 0
+    loaded = BagelForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert (loaded.model.vit_pos_embed.pos_embed - table).abs().max() <= 1e-6
+
+
+def test_a_known_fine_tune_keeps_the_sizes_of_its_images(source, tmp_path):
+    twiff = source.rename(source.parent / "TwiFF-7B")
+    assert main([str(twiff), str(tmp_path / "out")]) == 0
+    settings = BagelProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert (settings.size["longest_edge"], settings.vae_size["longest_edge"]) == (518, 512)
+
+
+@pytest.mark.parametrize("kind", ["lora", "text model"])
+def test_what_is_no_bagel_is_not_converted(kind, source, capsys):
+    name = {
+        "lora": "language_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "text model": "model.layers.0.mlp.weight",
+    }
+    save_file({name[kind]: torch.zeros(2, 2)}, source / "ema.safetensors")
+    assert {"lora": "is a LoRA", "text model": "another model"}[kind] in said(source, capsys)

@@ -170,3 +170,92 @@ def test_the_command_line_refuses_another_model_type(word, shapes, capsys):
     assert main(["ask", picture, "what?", "--model", str(shapes)]) == 2
     error = capsys.readouterr().err
     assert "config.json" in error and "`model_type`" in error and word in error
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+    """diffusers' layout in bfloat16."""
+    folder = tmp_path_factory.mktemp("parts") / "pipeline"
+    BagelPipeline.from_pretrained(CHECKPOINT, dtype=BF16).save_pretrained(folder)
+    return folder
+
+
+SAVED_DTYPES = {
+    "name": ({"dtype": "float32"}, F32, F32),
+    "old_name": ({"torch_dtype": "bfloat16"}, BF16, BF16),
+    "of_the_files": ({"dtype": "auto"}, BF16, BF16),
+    "each": ({"dtype": {"transformer": "bfloat16", "default": "float32"}}, BF16, F32),
+    "all_but_one": ({"dtype": {"": "bfloat16", "vae": F32}}, BF16, F32),
+}
+
+
+@pytest.mark.parametrize("given", SAVED_DTYPES)
+def test_components_of_diffusers_layout_have_the_type_that_is_asked_for(given, in_parts):
+    """The library takes types by their name for a mistake, and loads float32."""
+    kwargs, transformer, vae = SAVED_DTYPES[given]
+    pipe = BagelPipeline.from_pretrained(in_parts, **kwargs)
+    assert (pipe.transformer.dtype, pipe.vae.dtype) == (transformer, vae)
+    with pytest.raises(ValueError, match="`dtype` must be a floating type"):
+        BagelPipeline.from_pretrained(in_parts, dtype="bf16")
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A folder with weights alone, under a name of their own, whose velocities are not those of the golden checkpoint."""
+    folder = tmp_path / "TwiFF-7B"
+    folder.mkdir()
+    weights = load_file(CHECKPOINT / "ema.safetensors")
+    save_file(weights | {"llm2vae.weight": weights["llm2vae.weight"] * 2}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("layout", ["original", "converted"])
+def test_a_pipeline_of_weights_alone_takes_the_rest_from_a_base(layout, as_file, tuned, tmp_path):
+    base = CHECKPOINT
+    original = BagelPipeline.from_pretrained(CHECKPOINT)
+    if layout == "converted":
+        base = tmp_path / "base"
+        original.transformer.save_pretrained(base)
+        original.processor.save_pretrained(base)
+        original.vae.save_pretrained(base / "vae")
+    pipe = BagelPipeline.from_pretrained(tuned / "model.safetensors" if as_file else tuned, base=base)
+    assert torch.equal(pipe.transformer.model.llm2vae.weight, original.transformer.model.llm2vae.weight * 2)
+    assert all(
+        torch.equal(one, other) for one, other in zip(pipe.vae.parameters(), original.vae.parameters(), strict=True)
+    )
+    assert pipe.scheduler.config.shift == 3.0
+    assert pipe.processor.image_processor.vae_size["longest_edge"] == 512
+    with pytest.raises(OSError, match="pass `base=`"):
+        BagelPipeline.from_pretrained(tuned)
+
+
+def test_a_pipeline_reads_the_weights_that_are_named(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    weights = load_file(CHECKPOINT / "ema.safetensors")
+    for name, factor in (("rvr.safetensors", 2), ("model.fp16.safetensors", 3)):
+        save_file(weights | {"llm2vae.bias": weights["llm2vae.bias"] * factor}, tmp_path / name)
+    for kwargs, factor in (({"transformers_weights": "rvr.safetensors"}, 2), ({"variant": "fp16"}, 3)):
+        pipe = BagelPipeline.from_pretrained(tmp_path, **kwargs)
+        assert torch.equal(pipe.transformer.model.llm2vae.bias, weights["llm2vae.bias"] * factor)
+
+
+@pytest.mark.parametrize("kind", ["a_lora", "a_vae"])
+def test_what_is_no_pipeline_is_called_by_its_name(kind, tmp_path):
+    if kind == "a_lora":
+        save_file(
+            {"transformer.lm_head.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors"
+        )
+    else:
+        shutil.copy(CHECKPOINT / "ae.safetensors", tmp_path)
+    with pytest.raises(OSError, match={"a_lora": "it is a LoRA", "a_vae": "it holds a VAE alone"}[kind]):
+        BagelPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "named"])
+def test_a_model_offered_as_a_lora_is_refused_before_it_is_read(place, pipe, monkeypatch):
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *args, **kwargs: pytest.fail("read"))
+    path = CHECKPOINT / "ema.safetensors" if place == "file" else CHECKPOINT
+    kwargs = {"weight_name": "ema.safetensors"} if place == "named" else {}
+    with pytest.raises(ValueError, match="is a model, and no LoRA: pass it to `from_pretrained`"):
+        pipe.load_lora_weights(str(path), **kwargs)

@@ -239,6 +239,7 @@ def test_an_index_of_files_that_are_not_there_is_named(spoilt):
     folder = spoilt("original")
     index = {"metadata": {}, "weight_map": {HEAD: "elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "ema.safetensors").unlink()
     with pytest.raises(OSError, match=r"index\.json' names the file 'elsewhere\.safetensors', which is not there"):
         LOADERS["model"](folder)
 

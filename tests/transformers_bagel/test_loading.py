@@ -30,9 +30,10 @@ from transformers_bagel import (
     BagelImageProcessor,
     BagelModel,
     BagelProcessor,
-    loading,
+    files,
 )
-from transformers_bagel.loading import find_file, module_name
+from transformers_bagel.checkpoints import module_name
+from transformers_bagel.files import find_file
 
 
 ORIGINAL = load_file(CHECKPOINT / "ema.safetensors")
@@ -349,8 +350,8 @@ def hub_that_fails(monkeypatch, tmp_path):
         def said(*args, **kwargs):
             raise OSError("said by the library")
 
-        monkeypatch.setattr(loading, "hf_hub_download", download)
-        monkeypatch.setattr(loading, "cached_file", said)
+        monkeypatch.setattr(files, "hf_hub_download", download)
+        monkeypatch.setattr(files, "cached_file", said)
 
     return fail
 
