@@ -56,6 +56,16 @@ class BagelContext:
             return self.cache
         return split_cache(self.cache, [0], [self.length])[0]
 
+    @property
+    def growing_cache(self) -> DynamicCache | None:
+        """The cache itself if nothing has been read behind these segments, else a copy that grows on its own.
+
+        A context of fewer segments in the same cache stays what it is while the cache grows.
+        """
+        if self.cache is None or self.cache.get_seq_length() == self.length:
+            return self.cache
+        return self.own_cache
+
     def fork(self) -> BagelContext:
         """The same context, which grows on its own. Nothing is copied until it does."""
         return self if self.cache is None else self._with(self.segments, fork_cache(self.cache))
@@ -227,7 +237,9 @@ class ContextReader:
         """One forward of texts, or of one conversation with images, and the last scores `(contexts, vocabulary)`."""
         sequences = [lay_out(new) for new in segments]
         past = [context.length for context in contexts]
-        cache: Any = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
+        cache: Any = contexts[0].growing_cache
+        if len(contexts) > 1:
+            cache = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
         if cache is None:
             cache = GrowingCache(self.transformer.config)
         longest = max(past)
@@ -365,7 +377,7 @@ class ContextReader:
                 input_ids=prompt,
                 mm_token_type_ids=types.to(self.device, non_blocking=True),
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=join_caches([] if context.own_cache is None else [context.own_cache]),
+                past_key_values=context.growing_cache,
                 return_dict_in_generate=True,
                 **settings.of_generate(),
             )

@@ -107,6 +107,7 @@ class InterleaveProtocol:
         size (`str`, *optional*): A picture is as large as the `"last"` image, or as the last one `"given"`.
         default_size (`tuple[int, int]`, *optional*): Height and width without any image.
         clean (`Callable[[str], str]`, *optional*): What is kept of a text that was written.
+        clean_last (`Callable[[str], str]`, *optional*): What is given out of the text that stops, after that.
         drops_cut_tokens (`int`, *optional*, defaults to 0): Tokens that a text which was cut off loses at its end.
         system_prompt (`str`, *optional*): The first segment of each conversation.
         think_prompt (`str`, *optional*): The same, if the caller asks the model to think.
@@ -135,6 +136,7 @@ class InterleaveProtocol:
     size: str = "last"
     default_size: tuple[int, int] = (1024, 1024)
     clean: Callable[[str], str] | None = None
+    clean_last: Callable[[str], str] | None = None
     drops_cut_tokens: int = 0
     system_prompt: str | None = None
     think_prompt: str | None = None
@@ -170,6 +172,11 @@ def inside_think(text: str) -> str:
     return (match[1] if match else text).strip()
 
 
+def without_marks(text: str) -> str:
+    """A text without tags and references to images."""
+    return " ".join(re.sub(r"<[^<>]*>", " ", text).split())
+
+
 def depth_or_segments(values: np.ndarray, text: str) -> Image.Image:
     """A picture of COOPER: depth is the mean of the channels, in the colours of a colour map."""
     if not re.search(r"<depth-estimation>.*?</depth-estimation>", text, re.DOTALL):
@@ -203,6 +210,7 @@ _SOT = _ZEBRA.with_changes(
     name="sot",
     stop=r"(?i:<assembly>|final assembly:)",
     clean=inside_think,
+    clean_last=without_marks,
     closing_picture=True,
     system_prompt=(
         "You are an AI assistant specialized in shape understanding and 3D object construction. Think step by step through "

@@ -318,8 +318,9 @@ class _Answer:
             if decides and not is_cut:
                 ids = torch.cat([item.token_ids for item in context.segments])[None].to(scores.device)
                 next_token = settings.choose(ids, scores)
-        self._finish({"type": "text", "text": text})
-        yield SessionEvent("text", text=text)
+        given_out = protocol.clean_last(text) if protocol.clean_last and protocol.stops(text) else text
+        self._finish({"type": "text", "text": given_out})
+        yield SessionEvent("text", text=given_out)
         return text, next_token
 
     def _text_settings(self) -> TextSettings:
