@@ -57,6 +57,11 @@ class BagelContext:
         return split_cache(self.cache, [0], [self.length])[0]
 
     @property
+    def token_ids(self) -> torch.Tensor:
+        """Of everything, `(1, tokens)`."""
+        return torch.cat([segment.token_ids for segment in self.segments])[None]
+
+    @property
     def growing_cache(self) -> DynamicCache | None:
         """The cache itself if nothing has been read behind these segments, else a copy that grows on its own.
 

@@ -249,6 +249,9 @@ class DenoisingLoop:
                 _check_finite(finite, self.levels)
         _check_finite(finite, self.levels)
 
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
     def is_whole_step(self, step: int) -> bool:
         """Whether a step of the scheduler's ends one of the caller's: some schedulers take several for it."""
         order = self.call.scheduler.order

@@ -11,78 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from transformers_bagel.segments import EncodedSegment
+from .conversation import IMAGE, TEXT, Update
 
 
-# What becomes of a context of guidance when the conversation grows: it stays, reads the same, or becomes a copy of the
-# full context before it, or after it. `"untagged"` is a copy before it that reads the text without its tag.
-UPDATES = ("keep", "read", "before", "after", "untagged")
 ENCODERS = ("vae", "vit")
-
-
-@dataclass(frozen=True)
-class Branch:
-    """
-    A context of guidance, as segments: the first ones of the full context, and its own behind them.
-
-    Attributes:
-        shared (`int`): Segments of the full context.
-        own (`tuple[EncodedSegment, ...]`)
-    """
-
-    shared: int = 0
-    own: tuple[EncodedSegment, ...] = ()
-
-
-@dataclass(frozen=True)
-class Track:
-    """
-    The segments of a conversation in one layout, and of the two contexts that guidance compares.
-
-    Attributes:
-        full (`tuple[EncodedSegment, ...]`): Everything.
-        no_text, no_image (`Branch`): See [`Update`].
-    """
-
-    full: tuple[EncodedSegment, ...] = ()
-    no_text: Branch = Branch()
-    no_image: Branch = Branch()
-
-    def grown(self, segments: tuple[EncodedSegment, ...], update: Update, untagged: Any = None) -> Track:
-        """The track with more segments of one text or image; `untagged` is the text without its tag."""
-
-        def updated(branch: Branch, kind: str) -> Branch:
-            if kind == "read":
-                return Branch(branch.shared, (*branch.own, *segments))
-            if kind == "untagged":
-                return Branch(len(self.full), tuple(untagged))
-            return {"keep": branch, "before": Branch(len(self.full)), "after": Branch(len(self.full) + len(segments))}[
-                kind
-            ]
-
-        return Track(
-            (*self.full, *segments), updated(self.no_text, update.no_text), updated(self.no_image, update.no_image)
-        )
-
-    def segments_of(self, name: str) -> tuple[EncodedSegment, ...]:
-        """Those of `"full"`, `"no_text"` or `"no_image"`."""
-        if name == "full":
-            return self.full
-        branch: Branch = getattr(self, name)
-        return (*self.full[: branch.shared], *branch.own)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a text or an image does to the contexts of guidance, see `UPDATES`."""
-
-    no_text: str = "keep"
-    no_image: str = "keep"
-
-
-# Of the pipeline: against everything before the last text, and against all texts (original behaviour, point 16).
-TEXT = Update("before", "read")
-IMAGE = Update("after", "keep")
 
 
 @dataclass(frozen=True)
@@ -96,8 +28,11 @@ class InterleaveProtocol:
             What a text is followed by a picture for: `"token"`, the token that the model predicts behind it; `"always"`;
             or what it holds, a regular expression or several, of which the first counts that is found.
         stop (`str`, *optional*): A regular expression; a text that holds it is the last.
+        begins_with (`str`, *optional*, defaults to `"text"`):
+            What an answer begins with, if it is left to the model: a `"text"`, or what the `"token"` behind the user's says.
         goes_on (`bool`, *optional*, defaults to `False`):
-            Whether another text follows one that neither triggers a picture nor stops. With a token, the token decides.
+            Whether another text follows one that neither triggers a picture nor stops. If a token decides: whether one does
+            that is neither the start of a text, nor that of a picture, nor the end.
         keeps_idle_texts (`bool`, *optional*, defaults to `True`): Whether such a text goes into the contexts.
         max_texts, max_images, max_items (`int`, *optional*): After how many of them an answer ends.
         given_text, given_image, written, drawn ([`Update`]): What each does to the contexts of guidance.
@@ -105,7 +40,7 @@ class InterleaveProtocol:
         drawn_as (`tuple[str, ...]`, *optional*): By which encoders a picture is read back.
         resizes_drawn (`bool`, *optional*, defaults to `True`): Whether the ViT sees a picture as the VAE does, resized.
         size (`str`, *optional*): A picture is as large as the `"last"` image, or as the last one `"given"`.
-        default_size (`tuple[int, int]`, *optional*): Height and width without any image.
+        default_size (`tuple[int, int]`, *optional*): Height and width without any image, by default the model's.
         clean (`Callable[[str], str]`, *optional*): What is kept of a text that was written.
         clean_last (`Callable[[str], str]`, *optional*): What is given out of the text that stops, after that.
         drops_cut_tokens (`int`, *optional*, defaults to 0): Tokens that a text which was cut off loses at its end.
@@ -121,6 +56,7 @@ class InterleaveProtocol:
     name: str
     trigger: str | tuple[str, ...] = "token"
     stop: str | None = None
+    begins_with: str = "text"
     goes_on: bool = False
     keeps_idle_texts: bool = True
     max_texts: int | None = None
@@ -134,7 +70,7 @@ class InterleaveProtocol:
     drawn_as: tuple[str, ...] = ENCODERS
     resizes_drawn: bool = True
     size: str = "last"
-    default_size: tuple[int, int] = (1024, 1024)
+    default_size: tuple[int, int] | None = None
     clean: Callable[[str], str] | None = None
     clean_last: Callable[[str], str] | None = None
     drops_cut_tokens: int = 0
@@ -223,6 +159,7 @@ _SOT = _ZEBRA.with_changes(
 _CANVAS = InterleaveProtocol(
     "canvas",
     trigger="token",
+    goes_on=True,
     max_items=10,
     given_text=Update("keep", "read"),
     given_image=Update("read", "keep"),
@@ -317,6 +254,6 @@ _COOPER = InterleaveProtocol(
     settings={"guidance_scale": 4.0, "image_guidance_scale": 2.0, "cfg_interval": (0.0, 1.0)}
     | {"cfg_renorm_type": "text_channel", "max_new_tokens": 4095, "do_sample": False},
 )
-# Of a BAGEL that nobody has trained to answer in turn, and of those that decide by the token behind a text.
-PLAIN = InterleaveProtocol("plain", max_items=10)
-PROTOCOLS = {protocol.name: protocol for protocol in (PLAIN, _THINKMORPH, _ZEBRA, _SOT, _CANVAS, _TWIFF, _COOPER)}
+# Decides by the token behind each part, the user's included.
+_PLAIN = InterleaveProtocol("plain", max_items=10, begins_with="token")
+PROTOCOLS = {protocol.name: protocol for protocol in (_PLAIN, _THINKMORPH, _ZEBRA, _SOT, _CANVAS, _TWIFF, _COOPER)}

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_bagel import BagelPipeline
-from diffusers_bagel import session as sessions
+from diffusers_bagel import BagelPipeline, answering
+from diffusers_bagel.contexts import ContextReader
 from diffusers_bagel.protocols import PROTOCOLS
+from diffusers_bagel.session import BagelSession
 from tests.conftest import GOLDEN, edges, load_processor, max_error
 
 
@@ -94,7 +95,7 @@ def test_case(name, case, pipe, monkeypatch):
     pipe.scheduler.set_shift(call.get("timestep_shift", 3.0))
 
     seen: dict[str, list] = {"reads": [], "draws": [], "latents": []}
-    write_on, denoiser, decode = sessions.ContextReader.write_on, sessions.Denoiser, pipe.decode_latents
+    write_on, denoiser, decode = ContextReader.write_on, answering.Denoiser, pipe.decode_latents
 
     def watched_write(reader, context, text_settings):
         script.next_text()
@@ -113,12 +114,12 @@ def test_case(name, case, pipe, monkeypatch):
         # The recorded pixels go back, as a byte that is rounded another way changes all that follows.
         return (arrays[event["pixels"]].numpy()[None] + 0.5) / 255
 
-    monkeypatch.setattr(sessions.ContextReader, "write_on", watched_write)
-    monkeypatch.setattr(sessions, "Denoiser", watched_denoiser)
+    monkeypatch.setattr(ContextReader, "write_on", watched_write)
+    monkeypatch.setattr(answering, "Denoiser", watched_denoiser)
     monkeypatch.setattr(pipe, "decode_latents", watched_decode)
 
     script = Script(generated)
-    session = sessions.BagelSession(pipe, protocol)
+    session = BagelSession(pipe, protocol)
     longest = generated[0]["max_length"]
     reply = session.send(
         [image(part[1:]) if part.startswith("@") else part for part in case["inputs"]],

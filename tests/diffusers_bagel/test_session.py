@@ -41,7 +41,7 @@ def test_a_turn_reads_its_own_tokens(pipe, tokens_read):
     session.send(
         [golden_image("wide"), "what is it, and what else do you see in it?"], output="text", max_new_tokens=3
     )
-    read = session._read.context(session._reader(None), session._said.writing.full).length
+    read = session._read.context(session._reader(None), session._said.seen.full).length
     tokens_read.clear()
     session.send("a", output="text", max_new_tokens=3)
     assert sum(tokens_read) < 16 < read
