@@ -25,6 +25,11 @@ from .protocols import ENCODERS, InterleaveProtocol
 if TYPE_CHECKING:
     from .session import BagelSession
 
+
+class Interrupted(Exception):
+    """An answer that somebody ended."""
+
+
 CONTEXTS = ("full", "no_text", "no_image")
 _GUIDANCE = {
     "guidance_scale": "text_scale",
@@ -180,6 +185,10 @@ class Answer:
         self.content.append(part)
         self.session._remember(part, self.said)
 
+    def _check_interrupted(self) -> None:
+        if self.session._is_interrupted():
+            raise Interrupted
+
     def _id(self, token: str) -> int:
         return self.pipe.processor.tokenizer.convert_tokens_to_ids(token)
 
@@ -197,6 +206,7 @@ class Answer:
         context = read.context(self.reader, track.full)
         seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
         written = yield from self._written(context, self._text_settings(seed))
+        self._check_interrupted()
         text, is_cut = self._text_of(written)
         in_turn = update is protocol.written
         decides = in_turn and protocol.trigger == "token" and not is_cut
@@ -294,11 +304,15 @@ class Answer:
         loop = pipe._prepare_loop(
             call, denoiser, noise, settings.get("num_inference_steps", 49), settings.get("sigmas")
         )
+        stops = loop.is_interrupted
+        loop.is_interrupted = lambda: stops() or self.session._is_interrupted()
         for step, _ in loop:
             every = self.settings.preview_every
             if every is not None and (step + 1) % every == 0 and step + 1 < len(loop):
                 yield SessionEvent("preview", image=self._picture(loop.clean_latents, grid, text), step=step)
+        self._check_interrupted()
         image = self._picture(loop.latents, grid, text)
+        self._check_interrupted()
         self._show(image)
         if protocol.reflection is not None:
             self._say(protocol.reflection, Update("after", "read"))

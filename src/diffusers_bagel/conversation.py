@@ -71,11 +71,11 @@ class Track:
 
     def at_next_turn(self) -> Track:
         """The track when the user speaks again."""
-        settled = {
-            name: Branch(branch.shared, (*branch.own, *branch.later))
-            for name, branch in (("no_text", self.no_text), ("no_image", self.no_image))
-        }
-        return replace(self, **settled)
+
+        def settled(branch: Branch) -> Branch:
+            return Branch(branch.shared, (*branch.own, *branch.later))
+
+        return Track(self.full, settled(self.no_text), settled(self.no_image))
 
     def segments_of(self, name: str) -> tuple[EncodedSegment, ...]:
         """Those of `"full"`, `"no_text"` or `"no_image"`."""

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 from transformers_bagel.errors import shown
 from transformers_bagel.segments import check_conversation
 
-from .answering import CONTEXTS, Answer, AnswerSettings, SessionEvent
+from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent
 from .contexts import BagelContext, ContextReader, ReadContexts
 from .conversation import Conversation
 from .inputs import check_flag, check_guidance, check_whole_number
@@ -107,7 +107,6 @@ class BagelSession:
     def interrupt(self) -> None:
         """End the answer that is being made, from another thread or between two events: its last whole part stays."""
         self._interrupted_at = time.monotonic()
-        self.pipe._interrupt = True
 
     def _is_interrupted(self) -> bool:
         return self._interrupted_at >= self._began_at
@@ -167,6 +166,8 @@ class BagelSession:
         self._said = answer.said
         try:
             yield from answer.events(output)
+        except Interrupted:
+            pass
         finally:
             self.pipe.maybe_free_model_hooks()
         yield SessionEvent("done", reply=BagelReply(answer.content))
