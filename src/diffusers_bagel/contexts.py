@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, GrowingCache, fork_cache
 from transformers_bagel.segments import END, START, EncodedSegment, Segment, without_images, without_last_text
@@ -54,6 +56,21 @@ class BagelContext:
             return self.cache
         return split_cache(self.cache, [0], [self.length])[0]
 
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Of everything, `(1, tokens)`."""
+        return torch.cat([segment.token_ids for segment in self.segments])[None]
+
+    @property
+    def growing_cache(self) -> DynamicCache | None:
+        """The cache itself if nothing has been read behind these segments, else a copy that grows on its own.
+
+        A context of fewer segments in the same cache stays what it is while the cache grows.
+        """
+        if self.cache is None or self.cache.get_seq_length() == self.length:
+            return self.cache
+        return self.own_cache
+
     def fork(self) -> BagelContext:
         """The same context, which grows on its own. Nothing is copied until it does."""
         return self if self.cache is None else self._with(self.segments, fork_cache(self.cache))
@@ -61,6 +78,11 @@ class BagelContext:
     def first(self, num_segments: int) -> BagelContext:
         """The context of the first segments, in the same cache."""
         return self._with(self.segments[:num_segments], self.cache)
+
+    def begins(self, other: BagelContext) -> bool:
+        """Whether another context holds the same segments first: not equal ones, but the very same, with the same images."""
+        count = len(self.segments)
+        return count <= len(other.segments) and all(map(operator.is_, self.segments, other.segments[:count]))
 
     def grown(self, segments: Sequence[EncodedSegment], cache: DynamicCache) -> BagelContext:
         """The context with more segments, whose tokens a cache holds behind its own."""
@@ -71,6 +93,89 @@ class BagelContext:
         length = self.length - sum(map(len, removed)) + sum(map(len, added))
         positions = sum(segment.num_positions for segment in added) - sum(item.num_positions for item in removed)
         return BagelContext(segments, cache, length, self.next_position + positions)
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """
+    How a text is written.
+
+    Attributes:
+        max_new_tokens (`int`)
+        do_sample, temperature: Of its tokens.
+        seed (`int`, *optional*): Of sampling.
+        logits_processor (`LogitsProcessorList`): Changes the scores from which tokens are chosen.
+        stopping_criteria (`StoppingCriteriaList`): What else ends it.
+        streamer (`BaseStreamer`, *optional*): Gets the tokens.
+    """
+
+    max_new_tokens: int = 1023
+    do_sample: bool = False
+    temperature: float = 1.0
+    seed: int | None = None
+    logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    streamer: Any = None
+
+    def of_generate(self) -> dict[str, Any]:
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
+        names = ("max_new_tokens", "logits_processor", "stopping_criteria", "streamer")
+        return {name: getattr(self, name) for name in names} | sampling
+
+    def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
+        """A token by its scores, as `generate` would choose it."""
+        scores = self.logits_processor(ids, scores.float())
+        if not self.do_sample:
+            return int(scores.argmax())
+        return int(torch.multinomial((scores / self.temperature).softmax(-1), 1))
+
+
+@dataclass(frozen=True)
+class Written:
+    """
+    A text as it was written.
+
+    Attributes:
+        tokens (`list[int]`): Behind the start token; the one that ends it included, if it came that far.
+        cache (`DynamicCache`): Of the context, the start token and all but the last of these.
+    """
+
+    tokens: list[int]
+    cache: DynamicCache
+
+
+class ReadContexts:
+    """Contexts that were read. One that begins like another goes on from there."""
+
+    def __init__(self, contexts: Sequence[BagelContext] = ()):
+        self._contexts = list(contexts)
+
+    def fork(self) -> ReadContexts:
+        return ReadContexts(self._contexts)
+
+    def context(self, reader: ContextReader, segments: Sequence[EncodedSegment]) -> BagelContext:
+        """The context of some segments; what no other has read is read now."""
+        nearest = self.nearest(segments)
+        missing = segments[len(nearest.segments) :]
+        if not missing:
+            return nearest
+        (context,) = reader.read([nearest], [missing])
+        self.keep(context)
+        return context
+
+    def nearest(self, segments: Sequence[EncodedSegment]) -> BagelContext:
+        """The context of as many of the segments as any has read."""
+        best = BagelContext()
+        for context in self._contexts:
+            pairs = zip(context.segments, segments, strict=False)
+            common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
+            if common > len(best.segments):
+                best = context if common == len(context.segments) else context.first(common)
+        return best
+
+    def keep(self, context: BagelContext) -> None:
+        """Remember a context, and none that it begins with: its cache has their tokens."""
+        self._contexts = [other for other in self._contexts if not other.begins(context)] + [context]
 
 
 class ContextReader:
@@ -126,18 +231,20 @@ class ContextReader:
                 shared = bucket_by_length([new_tokens[index] for index in joined], MAX_PREFILL_TOKENS, FORWARD_COST)
                 batches += [[joined[place] for place in batch] for batch in shared]
         for batch in batches:
-            grown = self._read_together([contexts[index] for index in batch], [segments[index] for index in batch])
+            grown, _ = self._read_together([contexts[index] for index in batch], [segments[index] for index in batch])
             for index, context in zip(batch, grown, strict=True):
                 read[index] = context
         return read
 
     def _read_together(
         self, contexts: list[BagelContext], segments: list[Sequence[EncodedSegment]]
-    ) -> list[BagelContext]:
-        """One forward of texts, or of one conversation with images."""
+    ) -> tuple[list[BagelContext], torch.Tensor]:
+        """One forward of texts, or of one conversation with images, and the last scores `(contexts, vocabulary)`."""
         sequences = [lay_out(new) for new in segments]
         past = [context.length for context in contexts]
-        cache: Any = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
+        cache: Any = contexts[0].growing_cache
+        if len(contexts) > 1:
+            cache = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
         if cache is None:
             cache = GrowingCache(self.transformer.config)
         longest = max(past)
@@ -154,7 +261,7 @@ class ContextReader:
                 .to(self.device, non_blocking=True)
             )
         with self.adapters.applied():
-            self.transformer(
+            outputs = self.transformer(
                 input_ids=ids.to(self.device, non_blocking=True),
                 attention_mask=mask,
                 position_ids=self._positions(contexts, sequences, ids.shape[1]).to(self.device, non_blocking=True),
@@ -166,7 +273,8 @@ class ContextReader:
             )
         lengths = [length + len(sequence.input_ids) for length, sequence in zip(past, sequences, strict=True)]
         caches = split_cache(cache, padding, lengths)
-        return [context.grown(new, own) for context, new, own in zip(contexts, segments, caches, strict=True)]
+        grown = [context.grown(new, own) for context, new, own in zip(contexts, segments, caches, strict=True)]
+        return grown, outputs.logits[:, -1]
 
     def _positions(self, contexts: list[BagelContext], sequences: list[EncodedSequence], length: int) -> torch.Tensor:
         """Rope positions `(contexts, length)`, which go on behind the tokens of the shorter texts."""
@@ -249,6 +357,55 @@ class ContextReader:
         stops = set(stops if isinstance(stops, list) else [stops])
         texts = [tokenizer.decode(_until_stop(tokens, stops)) for tokens in sequences[:, prompt.shape[1] :].tolist()]
         return [text.split(END)[0].split(START)[0] for text in texts]
+
+    def read_to_the_end(
+        self, context: BagelContext, segments: Sequence[EncodedSegment]
+    ) -> tuple[BagelContext, torch.Tensor]:
+        """One context with more segments, and the scores of the token behind them, `(1, vocabulary)`."""
+        (grown,), scores = self._read_together([context], [segments])
+        return grown, scores
+
+    def write_on(self, context: BagelContext, settings: TextSettings) -> Written:
+        """
+        What the model writes behind one context, which stays as it is.
+
+        The cache of what is written holds its tokens, too, so that it can be read without a second forward.
+        """
+        start_ids = torch.tensor([self.processor.tokenizer.convert_tokens_to_ids(START)])
+        segments = context.segments
+        prompt = torch.cat([*(item.token_ids for item in segments), start_ids])[None].to(
+            self.device, non_blocking=True
+        )
+        types = torch.cat([*(item.token_types for item in segments), torch.zeros_like(start_ids)])[None]
+        with self.adapters.applied(), seeded(settings.seed, self.device):
+            out = self.transformer.generate(
+                input_ids=prompt,
+                mm_token_type_ids=types.to(self.device, non_blocking=True),
+                attention_mask=torch.ones_like(prompt),
+                past_key_values=context.growing_cache,
+                return_dict_in_generate=True,
+                **settings.of_generate(),
+            )
+        tokens = out.sequences[0, prompt.shape[1] :].tolist()
+        return Written(tokens, out.past_key_values)
+
+    def end(
+        self, context: BagelContext, segment: EncodedSegment, written: Written
+    ) -> tuple[BagelContext, torch.Tensor]:
+        """A context that has read what was written behind it, of which only the last token is new, and the next scores."""
+        last = segment.token_ids[-1:]
+        with self.adapters.applied():
+            outputs = self.transformer(
+                input_ids=last[None].to(self.device, non_blocking=True),
+                position_ids=torch.tensor([[context.next_position + len(segment) - 1]]).to(
+                    self.device, non_blocking=True
+                ),
+                past_key_values=written.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **self.adapters.attention_kwargs,
+            )
+        return context.grown([segment], written.cache), outputs.logits[:, -1]
 
     def encode_text(self, text: str) -> list[EncodedSegment]:
         """A text as what a context reads."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,15 +103,21 @@ class Denoiser:
 
         for index, (sample, grid, settings) in enumerate(zip(contexts, grids, guidance, strict=True)):
             full, scratch = sample["full"], grid[0] * grid[1] + 2
+            # The longest one that the full context begins with shares its keys and values.
+            prefix = max(
+                (context for context in sample.values() if context is not full and context.begins(full)),
+                key=lambda context: context.length,
+                default=None,
+            )
             places: dict[int, int] = {}
             branches = {}
             for name, context in sample.items():
                 if id(context) not in places:
-                    if name == "no_text":
+                    if context is not full and context is prefix:
                         # The tokens that only the full context has stand first in the buffer.
                         view = PrefixView(buffer_of(full, scratch), full.length - context.length)
                     else:
-                        common = sample["no_text"].length if name == "full" and "no_text" in sample else None
+                        common = prefix.length if context is full and prefix is not None else None
                         view = PrefixView(buffer_of(context, scratch, common))
                     places[id(context)] = len(views)
                     views.append(view)
@@ -185,6 +191,83 @@ class Denoiser:
             for branch, features in zip(branches, outputs.latent_hidden_states.split(counts), strict=True):
                 self.states[branch].update(features)
         return dict(zip(branches, outputs.velocity.split(counts), strict=True))
+
+
+class DenoisingLoop:
+    """
+    The steps from noise to latents, one for each `(step, timestep)` that it yields.
+
+    Args:
+        call (`BagelPipeline`): Holds the scheduler and the guidance scale, which callbacks may change.
+        denoiser (`Denoiser`): Predicts velocities.
+        latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): The noise.
+        timesteps (`torch.Tensor`): Of the scheduler.
+        levels (`torch.Tensor`): The sigma of each, on the CPU.
+        is_interrupted (`Callable[[], bool]`): Whether the remaining steps are to be left out.
+
+    Attributes:
+        latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): As of the last step; whoever iterates may replace
+            them.
+        clean_latents (`torch.Tensor` of the same shape): What the last velocity predicts that they will be.
+
+    Raises:
+        ValueError: while it is iterated, if the latents become infinite or NaN.
+    """
+
+    def __init__(
+        self,
+        call: Any,
+        denoiser: Denoiser,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        levels: torch.Tensor,
+        is_interrupted: Callable[[], bool],
+    ):
+        self.call = call
+        self.denoiser = denoiser
+        self.latents = self.clean_latents = latents
+        self.timesteps = timesteps
+        self.levels = levels
+        self.is_interrupted = is_interrupted
+        self.device_levels = levels.to(latents.device)
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        call: Any = self.call
+        finite: list[torch.Tensor] = []
+        for step, timestep in enumerate(self.timesteps):
+            if self.is_interrupted():
+                continue
+            call._current_timestep = timestep
+            level = self.device_levels[step]
+            velocity = self.denoiser.velocity(self.latents, self.levels[step], level, call.guidance_scale)
+            self.clean_latents = self.latents - level * velocity
+            self.latents = call.scheduler.step(velocity, timestep, self.latents, return_dict=False)[0]
+            yield step, timestep
+            finite.append(torch.isfinite(self.latents).all())
+            if self.latents.device.type == "cpu":
+                # Here an early stop costs nothing.
+                _check_finite(finite, self.levels)
+        _check_finite(finite, self.levels)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def is_whole_step(self, step: int) -> bool:
+        """Whether a step of the scheduler's ends one of the caller's: some schedulers take several for it."""
+        order = self.call.scheduler.order
+        warmup = max(len(self.timesteps) - len(self.levels) * order, 0)
+        return step == len(self.timesteps) - 1 or (step + 1 > warmup and (step + 1) % order == 0)
+
+
+def _check_finite(finite: list[torch.Tensor], sigmas: torch.Tensor) -> None:
+    """Raise a `ValueError` if the latents of a step were not finite. The host waits for the device to tell."""
+    is_finite = [bool(flag) for flag in finite]
+    if not all(is_finite):
+        step = is_finite.index(False)
+        raise ValueError(
+            f"The latents are NaN or infinite after step {step} of {len(sigmas)} (noise level "
+            f"{float(sigmas[step]):.3f}). Try float32 or bfloat16, or a lower `guidance_scale`."
+        )
 
 
 def chunk_in_order(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ from transformers_bagel.segments import EncodedSegment, chat_segments
 from .adapter_scale import check_adapter_scale
 from .caching import TaylorSeerConfig
 from .contexts import BagelContext, ContextReader, guidance_contexts
-from .denoising import Denoiser
+from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
@@ -47,6 +47,7 @@ from .inputs import (
     check_sigmas,
     check_size,
     check_whole_number,
+    draw_seed,
     takes_sigmas,
     with_plain_numbers,
 )
@@ -406,7 +407,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         full = reader.read([BagelContext()] * len(prompts), prompts)
         plans = None
         if think:
-            seeds = [_draw_seed(generator) for generator in generators or ()] if do_sample else None
+            seeds = [draw_seed(generator) for generator in generators or ()] if do_sample else None
             plans = reader.write(full, max_think_tokens - 1, do_sample, temperature, seeds or None)
             full = reader.read(full, [reader.encode_text(plan) for plan in plans])
         return guidance_contexts(reader, prompts, full, guidance), plans
@@ -585,35 +586,20 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             latents = self.prepare_latents(grids, generators, latents)
 
             # 3. Prepare timesteps: the scheduler shifts them once
-            timesteps, noise_levels = call._prepare_timesteps(num_inference_steps, sigmas)
-            device_levels = noise_levels.to(self._execution_device)
-            num_warmup_steps = max(len(timesteps) - len(noise_levels) * call.scheduler.order, 0)
-            finite: list[torch.Tensor] = []
+            loop = self._prepare_loop(call, denoiser, latents, num_inference_steps, sigmas)
 
             # 4. Denoising loop: on an accelerator the host reads nothing back
             with self.progress_bar(total=num_inference_steps if sigmas is None else len(sigmas)) as progress_bar:
-                for i, t in enumerate(timesteps):
-                    if call.interrupt or self._interrupted_at >= call._started_at:
-                        continue
-                    call._current_timestep = t
-                    velocity = denoiser.velocity(latents, noise_levels[i], device_levels[i], call.guidance_scale)
-                    latents = call.scheduler.step(velocity, t, latents, return_dict=False)[0]
-
+                for i, t in loop:
                     if callback_on_step_end is not None:
                         callback_kwargs = {}
                         for name in callback_on_step_end_tensor_inputs:
-                            callback_kwargs[name] = locals()[name]
+                            callback_kwargs[name] = getattr(loop, name)
                         callback_outputs = callback_on_step_end(call, i, t, callback_kwargs)
-                        latents = check_callback_outputs(callback_outputs).pop("latents", latents)
-
-                    finite.append(torch.isfinite(latents).all())
-                    if latents.device.type == "cpu":
-                        # Here an early stop costs nothing.
-                        _check_finite(finite, noise_levels)
-                    is_last = i == len(timesteps) - 1
-                    if is_last or ((i + 1) > num_warmup_steps and (i + 1) % call.scheduler.order == 0):
+                        loop.latents = check_callback_outputs(callback_outputs).pop("latents", loop.latents)
+                    if loop.is_whole_step(i):
                         progress_bar.update()
-            _check_finite(finite, noise_levels)
+            latents = loop.latents
 
             # 5. Decode
             images = self._decode(latents, grids, output_type)
@@ -634,6 +620,25 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         call._guidance_scale = guidance_scale
         call._attention_kwargs = attention_kwargs
         return call
+
+    def _prepare_loop(
+        self,
+        call: "BagelPipeline",
+        denoiser: Denoiser,
+        latents: torch.Tensor,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None,
+    ) -> DenoisingLoop:
+        """The steps of a call, which end when it is interrupted, or this pipeline is."""
+        timesteps, levels = call._prepare_timesteps(num_inference_steps, sigmas)
+        return DenoisingLoop(
+            call,
+            denoiser,
+            latents,
+            timesteps,
+            levels,
+            lambda: call.interrupt or self._interrupted_at >= call._started_at,
+        )
 
     def _prepare_timesteps(
         self, num_inference_steps: int, sigmas: Sequence[float] | None
@@ -690,21 +695,3 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 f"The prompt of {needed} rope positions{plan} exceeds the {limit} that the model knows "
                 "(`max_position_embeddings`). Shorten it."
             )
-
-
-def _check_finite(finite: list[torch.Tensor], sigmas: torch.Tensor) -> None:
-    """Raise a `ValueError` if the latents of a step were not finite. The host waits for the device to tell."""
-    is_finite = [bool(flag) for flag in finite]
-    if not all(is_finite):
-        step = is_finite.index(False)
-        raise ValueError(
-            f"The latents are NaN or infinite after step {step} of {len(sigmas)} (noise level "
-            f"{float(sigmas[step]):.3f}). Try float32 or bfloat16, or a lower `guidance_scale`."
-        )
-
-
-def _draw_seed(generator: torch.Generator | None) -> int | None:
-    """A seed that follows the state of a generator, and moves it on."""
-    if generator is None:
-        return None
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -268,9 +268,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         except (TemplateError, OverflowError) as error:
             raise ValueError(f"The chat template cannot be used: {error}.") from error
 
-    def encode_segments(self, segments: Sequence[Segment]) -> list[EncodedSegment]:
+    def encode_segments(self, segments: Sequence[Segment], **image_settings: Any) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
-        return encode_segments(self, segments)
+        return encode_segments(self, segments, **image_settings)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any

@@ -151,9 +151,16 @@ class EncodedSegment:
         return labels
 
 
-def encode_segments(processor: BagelProcessor, segments: Sequence[Segment]) -> list[EncodedSegment]:
+def encode_segments(
+    processor: BagelProcessor, segments: Sequence[Segment], **image_settings: Any
+) -> list[EncodedSegment]:
     """
     Segments as tokens, on the CPU. An image that fills several segments is preprocessed once.
+
+    Args:
+        processor ([`BagelProcessor`]): Whose tokenizer and image processor are used.
+        segments (`Sequence[Segment]`)
+        image_settings: Settings of [`BagelImageProcessor`] for these images.
 
     Raises:
         ValueError: if a text holds a placeholder of images.
@@ -172,7 +179,11 @@ def encode_segments(processor: BagelProcessor, segments: Sequence[Segment]) -> l
                 # `datasets` hands out an image that it did not decode as a mapping.
                 source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
             features[key] = processor.image_processor(
-                to_rgb(source), return_vae_pixel_values=True, return_image_grid_thw=False, return_tensors="pt"
+                to_rgb(source),
+                return_vae_pixel_values=True,
+                return_image_grid_thw=False,
+                return_tensors="pt",
+                **image_settings,
             )
         encoded.append(_encode_image(processor, segment, features[key]))
     return encoded

@@ -1,0 +1,140 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""What was said, as segments: of the full context, and of those that guidance compares with it. No model is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from transformers_bagel.segments import EncodedSegment
+
+
+@dataclass(frozen=True)
+class Update:
+    """
+    What a text or an image does to the contexts that guidance compares with the full one.
+
+    Each is left alone (`"keep"`), reads it, too (`"read"`, or `"read later"`, when the user speaks again), or becomes what the
+    full context was `"before"` or is `"after"` it. `"untagged"` is `"before"` with the text less what triggered its picture.
+    """
+
+    no_text: str = "keep"
+    no_image: str = "keep"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """
+    A context of guidance, as segments: the first ones of the full context, and its own behind them.
+
+    Attributes:
+        shared (`int`): Segments of the full context.
+        own (`tuple[EncodedSegment, ...]`)
+        later (`tuple[EncodedSegment, ...]`): What it reads when the next turn begins.
+    """
+
+    shared: int = 0
+    own: tuple[EncodedSegment, ...] = ()
+    later: tuple[EncodedSegment, ...] = ()
+
+
+@dataclass(frozen=True)
+class Track:
+    """
+    The segments of a conversation in one layout, and of the two contexts that guidance compares.
+
+    Attributes:
+        full (`tuple[EncodedSegment, ...]`): Everything.
+        no_text, no_image (`Branch`): What guidance compares it with; each [`Update`] says how they grow.
+    """
+
+    full: tuple[EncodedSegment, ...] = ()
+    no_text: Branch = Branch()
+    no_image: Branch = Branch()
+
+    def grown(
+        self, segments: tuple[EncodedSegment, ...], update: Update, untagged: EncodedSegment | None = None
+    ) -> Track:
+        """The track with more segments of one text or image; `untagged` is the text without its tag."""
+
+        def updated(branch: Branch, kind: str) -> Branch:
+            if kind == "read":
+                return Branch(branch.shared, (*branch.own, *segments))
+            if kind == "untagged":
+                return Branch(len(self.full), () if untagged is None else (untagged,))
+            return {"keep": branch, "before": Branch(len(self.full)), "after": Branch(len(self.full) + len(segments))}[
+                kind
+            ]
+
+        return Track(
+            (*self.full, *segments), updated(self.no_text, update.no_text), updated(self.no_image, update.no_image)
+        )
+
+    def at_next_turn(self) -> Track:
+        """The track when the user speaks again."""
+
+        def settled(branch: Branch) -> Branch:
+            return Branch(branch.shared, (*branch.own, *branch.later))
+
+        return Track(self.full, settled(self.no_text), settled(self.no_image))
+
+    def segments_of(self, name: str) -> tuple[EncodedSegment, ...]:
+        """Those of `"full"`, `"no_text"` or `"no_image"`."""
+        if name == "full":
+            return self.full
+        branch: Branch = getattr(self, name)
+        return (*self.full[: branch.shared], *branch.own)
+
+
+# Of the pipeline: against everything before the last text, and against all texts (original behaviour, point 16).
+TEXT = Update("before", "read")
+IMAGE = Update("after", "keep")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """
+    All that was said.
+
+    Attributes:
+        seen (`Track`): With images that are seen only: what texts are written from by themselves.
+        drawn_from (`Track`): With images as latents, too.
+        pictures (`Track`): The same without what was written.
+        given, last (`tuple[int, int]`, *optional*): Rows and columns of the last image that was given, and of any.
+    """
+
+    seen: Track = Track()
+    drawn_from: Track = Track()
+    pictures: Track = Track()
+    given: tuple[int, int] | None = None
+    last: tuple[int, int] | None = None
+
+    def with_text(
+        self,
+        segment: EncodedSegment,
+        update: Update,
+        untagged: EncodedSegment | None = None,
+        is_written: bool = False,
+    ) -> Conversation:
+        """The conversation with a text; `untagged` is the same without what triggers a picture."""
+        names = ("seen", "drawn_from") if is_written else ("seen", "drawn_from", "pictures")
+        grown = {name: getattr(self, name).grown((segment,), update, untagged) for name in names}
+        return replace(self, **grown)
+
+    def with_image(
+        self, vae: EncodedSegment, vit: EncodedSegment, update: Update, encoders: tuple[str, ...], is_given: bool
+    ) -> Conversation:
+        """The conversation with an image, by the encoders that are named."""
+        segments = tuple({"vae": vae, "vit": vit}[name] for name in encoders)
+        return Conversation(
+            self.seen.grown((vit,), update),
+            self.drawn_from.grown(segments, update),
+            self.pictures.grown(segments, update),
+            vae.grid if is_given else self.given,
+            vae.grid,
+        )
+
+    def at_next_turn(self) -> Conversation:
+        """The conversation when the user speaks again."""
+        return replace(
+            self, **{name: getattr(self, name).at_next_turn() for name in ("seen", "drawn_from", "pictures")}
+        )

@@ -1,0 +1,185 @@
+"""Conversations that go on: each turn reads what is new, and the contexts are those of one long prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_bagel.session import BagelSession
+from tests.conftest import golden_image, max_error
+from tests.diffusers_bagel.conftest import seeded
+
+
+DRAW = {"num_inference_steps": 3, "vae_sample_mode": "argmax"}
+
+
+def pil_to_tensor(image) -> torch.Tensor:
+    """Of shape `(3, height, width)`, in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+@pytest.fixture
+def tokens_read(pipe):
+    """How many tokens each forward of the transformer read."""
+    counts: list[int] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(
+            0 if kwargs.get("input_ids") is None else kwargs["input_ids"].shape[1]
+        ),
+        with_kwargs=True,
+    )
+    yield counts
+    hook.remove()
+
+
+def answer(pipe, *parts, **settings) -> str:
+    """Of a conversation that is read at once."""
+    messages = [{"role": role, "content": content} for role, content in parts]
+    inputs = pipe.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = pipe.transformer.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    return pipe.processor.decode(ids, skip_special_tokens=True)
+
+
+def test_a_turn_reads_its_own_tokens(pipe, tokens_read):
+    session = BagelSession(pipe)
+    session.send(
+        [golden_image("wide"), "what is it, and what else do you see in it?"], output="text", max_new_tokens=3
+    )
+    read = session._read.context(session._reader(None), session._said.seen.full).length
+    tokens_read.clear()
+    session.send("a", output="text", max_new_tokens=3)
+    assert sum(tokens_read) < 16 < read
+
+
+def test_turns_answer_as_one_long_prompt(pipe):
+    session = BagelSession(pipe)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    first = session.send([golden_image("wide"), "what is it?"], output="text", **settings)
+    second = session.send("and what else?", output="text", **settings)
+    said = [("user", [{"type": "image", "image": golden_image("wide")}, {"type": "text", "text": "what is it?"}])]
+    assert first.text == answer(pipe, *said, **settings)
+    said += [("assistant", first.text), ("user", "and what else?")]
+    assert second.text == answer(pipe, *said, **settings)
+    assert [message["role"] for message in session.messages] == ["user", "assistant", "user", "assistant"]
+
+
+def test_edits_draw_from_the_whole_conversation(pipe):
+    noise = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    session = BagelSession(pipe)
+    first = session.send("a red circle", output="image", height=48, width=64, latents=noise[:1], **DRAW).images[0]
+    second = session.send("now make it blue", output="image", height=48, width=64, latents=noise[1:], **DRAW).images[0]
+    messages = [
+        {"role": "user", "content": "a red circle"},
+        {"role": "assistant", "content": [{"type": "image", "image": first}]},
+        {"role": "user", "content": "now make it blue"},
+    ]
+    size = {"height": 48, "width": 64, "output_type": "pt"}
+    expected = pipe(messages=messages, latents=noise[1:], **size, **DRAW).images
+    assert max_error(pil_to_tensor(second)[None], expected) <= 1 / 255
+
+
+def test_forks_go_on_by_themselves(pipe):
+    session = BagelSession(pipe)
+    session.send([golden_image("wide"), "what is it?"], output="text", max_new_tokens=4)
+    fork = session.fork()
+    answers = {}
+    for name, each, question in (("first", session, "what colour?"), ("fork", fork, "how many are there?")):
+        answers[name] = each.send(question, output="text", max_new_tokens=6).text
+    again = BagelSession(pipe)
+    again.send([golden_image("wide"), "what is it?"], output="text", max_new_tokens=4)
+    assert again.send("how many are there?", output="text", max_new_tokens=6).text == answers["fork"]
+    assert len(session.messages) == len(fork.messages) == 4
+    assert session.messages[2] != fork.messages[2]
+
+
+class TestStreaming:
+    def test_words_come_one_by_one_and_make_the_answer(self, pipe):
+        settings = {"output": "text", "max_new_tokens": 12}
+        *words, done = BagelSession(pipe).stream("a red circle", **settings)
+        assert done.type == "done" and {event.type for event in words} == {"text"}
+        assert len(words) > 1
+        whole = BagelSession(pipe).send("a red circle", **settings).text
+        assert "".join(event.text for event in words) == done.reply.text == whole
+
+    def test_previews_come_nearer_to_the_picture(self, pipe):
+        settings = DRAW | {"num_inference_steps": 8, "height": 48, "width": 64, "generator": seeded(0)}
+        events = list(BagelSession(pipe).stream("a red circle", output="image", preview_every=3, **settings))
+        assert [(event.type, event.step) for event in events] == [
+            ("preview", 2),
+            ("preview", 5),
+            ("image", None),
+            ("done", None),
+        ]
+        pictures = [pil_to_tensor(event.image) for event in events[:3]]
+        assert max_error(pictures[1], pictures[2]) < max_error(pictures[0], pictures[2])
+
+    def test_an_answer_that_is_interrupted_leaves_its_whole_parts(self, pipe):
+        session = BagelSession(pipe)
+        session.send("a red circle", output="image", height=48, width=64, **DRAW)
+        before = len(session.messages)
+        for event in session.stream("a b c", output="text", max_new_tokens=200):
+            if event.type == "text":
+                session.interrupt()
+        assert event.reply.content == []
+        assert [message["role"] for message in session.messages[before:]] == ["user"]
+        assert session.send("and now?", output="text", max_new_tokens=4).content
+
+    def test_a_picture_that_is_interrupted_is_not_kept(self, pipe):
+        session = BagelSession(pipe)
+        settings = DRAW | {"num_inference_steps": 6, "height": 48, "width": 64}
+        for event in session.stream("a red circle", output="image", preview_every=2, **settings):
+            if event.type == "preview":
+                session.interrupt()
+        assert event.reply.content == []
+        assert session.send("again", output="image", **settings).images
+
+
+class TestHistory:
+    def test_going_back_forgets_what_was_said(self, pipe):
+        session, other = BagelSession(pipe), BagelSession(pipe)
+        for each in (session, other):
+            each.send([golden_image("wide"), "what is it?"], output="text", max_new_tokens=4)
+        session.send("something else", output="text", max_new_tokens=4)
+        session.back()
+        assert session.messages == other.messages
+        answers = [each.send("what colour?", output="text", max_new_tokens=6).text for each in (session, other)]
+        assert answers[0] == answers[1]
+
+    def test_each_token_is_kept_once(self, pipe):
+        """Of ten turns that draw, and the picture's own copies for guidance, which go with their turn."""
+        session = BagelSession(pipe)
+        for _ in range(4):
+            session.send("a red circle", output="image", height=48, width=64, **DRAW)
+        contexts = session.contexts
+        kept = session._read._contexts
+        assert sum(context.length for context in kept) == contexts["full"].length + contexts["no_image"].length
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"output": "video"}, "`output`"),
+            ({"steps": 3}, "steps"),
+            ({"max_new_tokens": 0}, "`max_new_tokens`"),
+            ({"max_new_tokens": 10**6}, "rope positions"),
+            ({"guidance_scale": "x"}, "`guidance_scale`"),
+            ({"height": 7}, "`height`"),
+            ({"output": "image", "latents": []}, "`latents`"),
+            ({"output": "image", "latents": [torch.zeros(3, 16)]}, "`latents`"),
+        ],
+        ids=lambda value: str(value)[:30],
+    )
+    def test_settings_that_cannot_work(self, arguments, message, pipe):
+        session = BagelSession(pipe)
+        session.send("a", output="text", max_new_tokens=2)
+        with pytest.raises((TypeError, ValueError), match=message):
+            session.send("b", **({"output": "text"} | arguments))
+        assert session.send("c", output="text", max_new_tokens=2).content
+
+    def test_an_unknown_protocol(self, pipe):
+        with pytest.raises(ValueError, match="zebra"):
+            BagelSession(pipe, "horse")
