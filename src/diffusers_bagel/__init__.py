@@ -7,15 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
-__all__ = ["BagelGuidance", "BagelLoraLoaderMixin", "BagelPipeline", "BagelPipelineOutput", "TaylorSeerConfig"]
+__all__ = [
+    "PROTOCOLS",
+    "BagelGuidance",
+    "BagelLoraLoaderMixin",
+    "BagelPipeline",
+    "BagelPipelineOutput",
+    "BagelReply",
+    "BagelSession",
+    "InterleaveProtocol",
+    "SessionEvent",
+    "TaylorSeerConfig",
+]
 
 # The command line reads its arguments before it imports a library, and `python -m` imports this before the command line.
 if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
     from .registration import (
+        PROTOCOLS,
         BagelGuidance,
         BagelLoraLoaderMixin,
         BagelPipeline,
         BagelPipelineOutput,
+        BagelReply,
+        BagelSession,
+        InterleaveProtocol,
+        SessionEvent,
         TaylorSeerConfig,
     )
 else:

@@ -13,12 +13,15 @@ from transformers_bagel.checkpoints import read_json
 from transformers_bagel.loading import find_file, hub_arguments
 from transformers_bagel.original_config import is_original_config
 
+from .answering import SessionEvent
 from .caching import TaylorSeerConfig
 from .guidance import BagelGuidance
 from .loading import VAE_FILE
 from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
+from .protocols import PROTOCOLS, InterleaveProtocol
+from .session import BagelReply, BagelSession
 
 
 def register_pipeline() -> None:
@@ -85,9 +88,17 @@ def _is_ours(path: str | os.PathLike, kwargs: dict[str, Any], runs_code: bool) -
     return name == BagelPipeline.__name__
 
 
-__all__ = ["register_pipeline"]
-
-
 register_pipeline()
 
-__all__ = ["BagelGuidance", "BagelLoraLoaderMixin", "BagelPipeline", "BagelPipelineOutput", "TaylorSeerConfig"]
+__all__ = [
+    "PROTOCOLS",
+    "BagelGuidance",
+    "BagelLoraLoaderMixin",
+    "BagelPipeline",
+    "BagelPipelineOutput",
+    "BagelReply",
+    "BagelSession",
+    "InterleaveProtocol",
+    "SessionEvent",
+    "TaylorSeerConfig",
+]
