@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 
-from transformers_bagel.segments import END, START, THINK_PROMPTS, VISION_START, EncodedSegment, Segment, image_of
+from transformers_bagel.segments import END, START, THINK_PROMPTS, VISION_START, EncodedSegment, Segment, content_parts
 
 from .contexts import BagelContext, TextSettings, Written
 from .conversation import Conversation, Track, Update
@@ -118,11 +118,11 @@ class Answer:
             )
         if opening is not None:
             self._say(opening, Update("keep", "read"))
-        for part in message["content"]:
+        for part in content_parts(message):
             if part["type"] == "text":
                 self._say(part["text"], protocol.given_text)
             else:
-                self._show(image_of(part), is_given=True)
+                self._show(part["image"], is_given=True)
 
     def events(self, output: str) -> Iterator[SessionEvent]:
         if output == "text":
