@@ -44,8 +44,7 @@ from repositories import (
 )
 from safe_files import read_json_object, safetensors_of
 from sources import Source, opened, tensors_of
-from stored_tensors import StoredTensor
-from streaming import PIECE, plan_shards, read_tensor
+from streaming import PIECE, ContinuedTensor, plan_shards, read_tensor
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -67,6 +66,7 @@ from transformers_bagel import (
     BagelVisionConfig,
 )
 from transformers_bagel.segments import SPECIAL_TOKENS
+from transformers_bagel.stored_tensors import StoredTensor
 
 
 # Tensors that the parts may have and BAGEL has not: buffers of old files, SigLIP's pooling head, and its text model.
@@ -505,7 +505,8 @@ def planned(
     shape = tuple(model.get_input_embeddings().weight.shape)
     if shape != language.tensors[TABLE].shape:
         for name in (TABLE, HEAD):
-            plan[LANGUAGE + name] = replace(language.tensors[name], shape=shape, continuation=made[LANGUAGE + name])
+            settings = vars(language.tensors[name]) | {"shape": shape}
+            plan[LANGUAGE + name] = ContinuedTensor(**settings, continuation=made[LANGUAGE + name])
     ones = made[LANGUAGE + NORM]
     original = {
         name.replace("model.language_model.", LANGUAGE + "model."): weight

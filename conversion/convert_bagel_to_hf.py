@@ -24,7 +24,7 @@ from accelerate import init_empty_weights
 from cards import known_facts, public_name
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCardData
-from original_config import corrections, read_original, repository_settings
+from original_config import read_original, repository_settings
 from original_files import OriginalFiles, find_original_files
 from repositories import (
     WEIGHTS_PATTERN,
@@ -44,9 +44,9 @@ from tqdm.auto import tqdm
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, own_names, read_headers
+from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, open_tensors, own_names
 from transformers_bagel.fine_tunes import image_settings
-from transformers_bagel.original_config import read_original_config
+from transformers_bagel.original_config import corrections, read_original_config
 from transformers_bagel.weights import check_kind
 
 
@@ -118,8 +118,8 @@ def convert(
         ) as progress:
             check_finite(tensors, progress)
     elif not files.pickled:
-        headers = read_headers(files.weights)
-        check_values({name: headers[name] for name in headers if name in kept}, src)
+        in_files = open_tensors(files.weights)
+        check_values({name: in_files[name] for name in in_files if name in kept}, src)
     pipe = BagelPipeline(
         transformer=model,
         vae=vae_from_file(files.vae, dtype),

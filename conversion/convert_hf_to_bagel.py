@@ -24,7 +24,6 @@ from original_files import NEEDED_TOKENIZER, TOKENIZER, WHICH
 from repositories import run
 from safe_files import read_json_object
 from sources import INDEX, Source, in_parts_or_flat, model_files, opened, tensors_of
-from stored_tensors import StoredTensor
 from streaming import SPARE_BYTES, Shard, check_disk_space, free_folder, whole_folder, write_json, write_shard
 from tqdm.auto import tqdm
 
@@ -32,6 +31,7 @@ from diffusers_bagel.loading import VAE_FILE
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.adapter_checks import SETTINGS_FILE
 from transformers_bagel.checkpoints import check_layers, check_tensors
+from transformers_bagel.stored_tensors import StoredTensor
 
 
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safe_files import read_json_object
-from stored_tensors import StoredTensor
 
 from diffusers_bagel.loading import check_saved_vae, vae_config
 from transformers_bagel import BagelConfig, BagelProcessor
 from transformers_bagel.original_config import read_original_config
+from transformers_bagel.stored_tensors import StoredTensor
 
 
 # Of configurations: where and by what they were written, and what is a fact about files that are beside them.

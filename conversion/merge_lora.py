@@ -26,7 +26,6 @@ from peft.tuners.lora import LoraLayer
 from repositories import run, write_card
 from safe_files import PICKLES, check_links
 from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
-from stored_tensors import StoredTensor
 from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, free_folder, read_tensor, whole_folder, write_shard
 from torch import nn
 from tqdm.auto import tqdm
@@ -37,6 +36,7 @@ from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.adapter_checks import fitting_adapter
 from transformers_bagel.adapters import lora_parameters
 from transformers_bagel.checkpoints import check_tensors, module_name
+from transformers_bagel.stored_tensors import StoredTensor
 
 
 def main(arguments: list[str] | None = None) -> int:

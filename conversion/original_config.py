@@ -57,29 +57,6 @@ def original_settings(kept: dict[str, Any], config: BagelConfig) -> dict[str, An
     }
 
 
-def corrections(original: dict[str, Any], config: BagelConfig) -> list[tuple[str, Any, Any]]:
-    """What the original JSON says wrongly: the key, its value there, and the right one."""
-    text, vision = config.get_text_config(), config.vision_config
-    right = {
-        "max_latent_size": config.max_latent_size,
-        "vit_max_num_patch_per_side": config.vit_max_num_patch_per_side,
-        "llm_config.num_hidden_layers": text.num_hidden_layers,
-        "llm_config.vocab_size": text.vocab_size,
-        "llm_config.bos_token_id": text.bos_token_id,
-        "llm_config.eos_token_id": text.eos_token_id,
-        # The original code builds one layer fewer than this number.
-        "vit_config.num_hidden_layers": vision.num_hidden_layers + 1,  # type: ignore[union-attr]
-        "vae_config.z_channels": config.latent_channels,
-    }
-    found = []
-    for name, value in right.items():
-        *parts, key = name.split(".")
-        place = original.get(parts[0]) or {} if parts else original
-        if key in place and place[key] != value:
-            found.append((name, place[key], value))
-    return found
-
-
 def repository_settings(
     original: dict[str, Any], corrected: list[tuple[str, Any, Any]], config: BagelConfig, dtype: torch.dtype
 ) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from safe_files import PICKLES
 from sources import CARD, Source, tensors_of
-from stored_tensors import StoredTensor
 
 from diffusers_bagel.loading import VAE_FILE, VAE_FILES
 from transformers_bagel.files import file_names
+from transformers_bagel.stored_tensors import StoredTensor
 from transformers_bagel.weights import find_weights, seen
 
 

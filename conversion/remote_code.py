@@ -17,6 +17,7 @@ AUTO_MAPS = {
     "config.json": {
         "AutoConfig": "modeling_bagel.BagelConfig",
         "AutoModel": "modeling_bagel.BagelModel",
+        "AutoModelForCausalLM": "modeling_bagel.BagelForConditionalGeneration",
         "AutoModelForImageTextToText": "modeling_bagel.BagelForConditionalGeneration",
         "AutoModelForMultimodalLM": "modeling_bagel.BagelForConditionalGeneration",
     },

@@ -8,10 +8,10 @@ import zipfile
 from pathlib import Path
 
 import torch
-from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transformers_bagel.checkpoints import read_json
+from transformers_bagel.stored_tensors import DTYPES, StoredTensor, stored_tensors
 
 
 # What loading refuses, conversions refuse in the same words.

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safe_files import PICKLES, file_inside, pickled_tensors, read_json_object, root_of, safetensors_of
-from stored_tensors import StoredTensor
+
+from transformers_bagel.stored_tensors import StoredTensor
 
 
 INDEX = "model.safetensors.index.json"

@@ -14,21 +14,31 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from stored_tensors import DTYPES, StoredTensor, stored_tensors
 from tqdm.auto import tqdm
 
 from transformers_bagel.checkpoints import is_finite
 from transformers_bagel.destinations import destination
+from transformers_bagel.stored_tensors import DTYPE_NAMES, StoredTensor, stored_tensors
 
 
 # Bytes in memory at a time. A whole number of elements of any type.
 PIECE = 2**25
 # What transformers and diffusers ask of a file that they read.
 FORMAT = {"format": "pt"}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNFINISHED = ".unfinished"
 # Space on the disk for the small files.
 SPARE_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class ContinuedTensor(StoredTensor):
+    """A tensor whose rows lie in two files.
+
+    Attributes:
+        continuation (`StoredTensor`): Rows that follow those of the file; `shape` counts them too.
+    """
+
+    continuation: StoredTensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Shard:
         end = 0
         for tensor in self.tensors:
             start, end = end, end + tensor.num_elements * self.dtype_of(tensor).itemsize
-            dtype = NAMES[self.dtype_of(tensor)]
+            dtype = DTYPE_NAMES[self.dtype_of(tensor)]
             entries[tensor.name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": (start, end)}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         # Padded so that the data are aligned, as the format asks for.
@@ -112,7 +122,7 @@ def pieces(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[bytes]:
             if dtype != tensor.dtype:
                 piece = tensor_bytes(torch.frombuffer(bytearray(piece), dtype=tensor.dtype).to(dtype))
             yield piece
-    if tensor.continuation is not None:
+    if isinstance(tensor, ContinuedTensor):
         yield from pieces(tensor.continuation, dtype)
 
 

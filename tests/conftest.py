@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
+from accelerate.utils import send_to_device
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -38,6 +39,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# Where models of the tests lie: BAGEL_TEST_DEVICE=cuda runs on a GPU what runs on a CPU here (`scripts/gpu.sh`).
+DEVICE = torch.device(os.environ.get("BAGEL_TEST_DEVICE", "cpu"))
+# The golden numbers are of float32, which cuDNN's convolutions round by default.
+torch.backends.cudnn.allow_tf32 = False
 GOLDEN = Path(__file__).parent / "golden" / "a"
 CHECKPOINT = GOLDEN / "checkpoint"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -107,7 +112,14 @@ def training_samples(*names: str) -> list[dict]:
 
 
 def load_model(**kwargs) -> BagelForConditionalGeneration:
-    return BagelForConditionalGeneration.from_pretrained(CHECKPOINT, **kwargs)
+    model = BagelForConditionalGeneration.from_pretrained(CHECKPOINT, **kwargs)
+    # Some are placed by what loads them.
+    if DEVICE.type == "cpu" or kwargs.keys() & {"device_map", "quantization_config"}:
+        return model
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: send_to_device((args, kwargs), module.device), with_kwargs=True
+    )
+    return model.to(DEVICE)
 
 
 def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
@@ -117,7 +129,7 @@ def load_processor(path: Path = CHECKPOINT, **kwargs) -> BagelProcessor:
 
 def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    return (actual.float() - expected.float()).abs().max().item()
+    return (actual.cpu().float() - expected.cpu().float()).abs().max().item()
 
 
 @contextmanager
@@ -162,7 +174,7 @@ def processor() -> BagelProcessor:
 
 @pytest.fixture(scope="session")
 def vae():
-    return load_original_vae(CHECKPOINT)
+    return load_original_vae(CHECKPOINT).to(DEVICE)
 
 
 class PickyVae:
@@ -205,7 +217,7 @@ def encode(processor):
             return_dict=True,
             return_tensors="pt",
             **kwargs,
-        )
+        ).to(DEVICE)
 
     return apply
 

@@ -21,6 +21,7 @@ MEASURED = """
 import ctypes
 import gc
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -36,14 +37,18 @@ def memory(line):
     return 1024 * int(Path("/proc/self/status").read_text().split(line)[1].split()[0])
 
 
-# Otherwise glibc keeps what bitsandbytes and torchao free; -3 is M_MMAP_THRESHOLD.
-assert ctypes.CDLL(None).mallopt(-3, 2**20)
+# Otherwise glibc keeps what bitsandbytes and torchao free, and each thread reserves addresses: -3 is M_MMAP_THRESHOLD, and
+# -8 is M_ARENA_MAX.
+assert ctypes.CDLL(None).mallopt(-3, 2**20) and ctypes.CDLL(None).mallopt(-8, 1)
 peaks = {}
-for name, (loader, folder, arguments) in json.loads(sys.argv[1]).items():
+for name, (loader, folder, arguments, limit) in json.loads(sys.argv[1]).items():
     gc.collect()
+    addresses = -1 if limit is None else memory("VmSize:") + limit
+    resource.setrlimit(resource.RLIMIT_AS, (addresses, -1))
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS:")
-    loaded = eval(loader).from_pretrained(folder, dtype=torch.bfloat16, **eval(f"dict({arguments})"))
+    arguments = {"dtype": torch.bfloat16} | eval(f"dict({arguments})")
+    loaded = eval(loader).from_pretrained(folder, **arguments)
     peaks[name] = memory("VmHWM:") - before
     del loaded
 print("peaks:", json.dumps(peaks))
@@ -84,8 +89,10 @@ def write_holes(file: Path, tensors: dict[str, torch.Tensor], name: str, dtype: 
         stream.truncate(stream.tell() + end)
 
 
-def peaks_of(loads: dict[str, tuple[str, str, str]]) -> dict[str, int]:
-    """Peak of each load in bytes, above what the process had before. A load is a class, a folder and its arguments."""
+def peaks_of(loads: dict[str, tuple[str, str, str]], limits: dict[str, int] | None = None) -> dict[str, int]:
+    """Peak of each load in bytes, above what the process had before. A load is a class, a folder and its arguments; its limit
+    is how many bytes of addresses the process may have beside those that it had."""
+    loads = {name: (*load, (limits or {}).get(name)) for name, load in loads.items()}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "measured.py"
         script.write_text(MEASURED, encoding="utf-8")

@@ -1,33 +1,28 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """BAGEL for diffusers: importing this package registers it with the library's loaders."""
 
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers.utils import logging as transformers_logging
-
-from .caching import TaylorSeerConfig
-from .guidance import BagelGuidance
-from .lora import BagelLoraLoaderMixin
-from .pipeline_bagel import BagelPipeline
-from .pipeline_output import BagelPipelineOutput
+import sys
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
-
-
-def _register() -> None:
-    # A Hub repository names the modules of its components; diffusers loads those that are listed here only.
-    methods = ["save_pretrained", "from_pretrained"]
-    LOADABLE_CLASSES.setdefault("transformers_bagel.modeling_bagel", {"PreTrainedModel": methods})
-    LOADABLE_CLASSES.setdefault("transformers_bagel.processing_bagel", {"ProcessorMixin": methods})
-    # This imports every pipeline, and transformers would warn about torchvision, which some of them want.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-
-    transformers_logging.set_verbosity(verbosity)
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING.setdefault("bagel", BagelPipeline)
-
-
-_register()
-
 __all__ = ["BagelGuidance", "BagelLoraLoaderMixin", "BagelPipeline", "BagelPipelineOutput", "TaylorSeerConfig"]
+
+# The command line reads its arguments before it imports a library, and `python -m` imports this before the command line.
+if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
+    from .registration import (
+        BagelGuidance,
+        BagelLoraLoaderMixin,
+        BagelPipeline,
+        BagelPipelineOutput,
+        TaylorSeerConfig,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import registration
+
+        return getattr(registration, name)

@@ -148,12 +148,16 @@ class ContextReader:
         )
         mask = None
         if any(padding):
-            mask = (torch.arange(longest + ids.shape[1]) >= torch.tensor(padding)[:, None]).long().to(self.device)
+            mask = (
+                (torch.arange(longest + ids.shape[1]) >= torch.tensor(padding)[:, None])
+                .long()
+                .to(self.device, non_blocking=True)
+            )
         with self.adapters.applied():
             self.transformer(
-                input_ids=ids.to(self.device),
+                input_ids=ids.to(self.device, non_blocking=True),
                 attention_mask=mask,
-                position_ids=self._positions(contexts, sequences, ids.shape[1]).to(self.device),
+                position_ids=self._positions(contexts, sequences, ids.shape[1]).to(self.device, non_blocking=True),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -179,9 +183,9 @@ class ContextReader:
         layout = SequenceLayout(token_types, image_grid_hw=_grids(seen), latent_grid_hw=_grids(drawn))
         inputs: dict[str, Any] = {"layout": layout}
         if seen:
-            inputs["pixel_values"] = torch.cat([segment.pixels for segment in seen]).to(self.device)
+            inputs["pixel_values"] = torch.cat([segment.pixels for segment in seen]).to(self.device, non_blocking=True)
         if drawn:
-            inputs["latents"] = torch.cat([segment.latents for segment in drawn]).to(self.device)
+            inputs["latents"] = torch.cat([segment.latents for segment in drawn]).to(self.device, non_blocking=True)
             inputs["timesteps"] = torch.zeros(len(drawn), device=self.device)
         return inputs
 
@@ -227,12 +231,14 @@ class ContextReader:
             torch.cat([*(item.token_types for item in context.segments), torch.zeros_like(start_ids)])
             for context in contexts
         ]
-        prompt = pad(ids, tokenizer.pad_token_id, side="left").to(self.device)
+        prompt = pad(ids, tokenizer.pad_token_id, side="left").to(self.device, non_blocking=True)
         with self.adapters.applied():
             sequences = self.transformer.generate(
                 input_ids=prompt,
-                mm_token_type_ids=pad(types, 0, side="left").to(self.device),
-                attention_mask=pad([torch.ones_like(own) for own in ids], 0, side="left").to(self.device),
+                mm_token_type_ids=pad(types, 0, side="left").to(self.device, non_blocking=True),
+                attention_mask=pad([torch.ones_like(own) for own in ids], 0, side="left").to(
+                    self.device, non_blocking=True
+                ),
                 past_key_values=join_caches(
                     [context.own_cache for context in contexts if context.own_cache is not None]
                 ),

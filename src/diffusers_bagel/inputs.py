@@ -1,14 +1,17 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """The pipeline's arguments: refused by name before anything is computed, or turned into conversations."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from transformers_bagel.arrays import unbatched
 from transformers_bagel.errors import shown
-from transformers_bagel.segments import check_conversation
+from transformers_bagel.scalars import plain_number, plain_numbers
+from transformers_bagel.segments import check_conversation, content_parts
 
 from .guidance import RENORM_TYPES
 
@@ -19,6 +22,17 @@ MAX_STEPS = 10_000
 MAX_IMAGES_PER_PROMPT = 1_000
 
 
+def with_plain_numbers(method: Callable) -> Callable:
+    """Let a method take numbers of numpy and torch: it gets Python's, see [`plain_numbers`]."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = {name: plain_numbers(value) for name, value in kwargs.items()}
+        return method(self, *map(plain_numbers, args), **named)
+
+    return called
+
+
 def check_whole_number(name: str, value: Any, least: int, most: int | None = None) -> None:
     """
     Refuse what is no whole number, too small or too large.
@@ -27,6 +41,7 @@ def check_whole_number(name: str, value: Any, least: int, most: int | None = Non
         TypeError: if `value` is no whole number.
         ValueError: if it is below `least` or above `most`.
     """
+    value = plain_number(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a whole number, got {shown(value)}.")
     if value < least or (most is not None and value > most):
@@ -42,6 +57,7 @@ def check_number(name: str, value: Any, low: float, high: float = 1e9, what: str
         TypeError: if `value` is no number.
         ValueError: if it lies outside [low, high].
     """
+    value = plain_number(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number{what}, got {shown(value)}.")
     if not low <= value <= high:
@@ -103,6 +119,7 @@ def check_guidance(
     if image_guidance_scale is not None:
         check_number("image_guidance_scale", image_guidance_scale, 0)
     if cfg_interval is not None:
+        cfg_interval = cfg_interval.tolist() if hasattr(cfg_interval, "tolist") else cfg_interval
         if not isinstance(cfg_interval, (list, tuple)) or len(cfg_interval) != 2:
             raise TypeError(f"`cfg_interval` must be a pair (low, high), got {shown(cfg_interval)}.")
         for bound in cfg_interval:
@@ -194,6 +211,8 @@ def check_prompt(prompt: Any, image: Any, messages: Any) -> None:
         raise ValueError("Pass `prompt`, or `messages` for anything interleaved.")
     if messages is not None:
         check_conversation(messages, "messages")
+        if not all(any(map(content_parts, conversation)) for conversation in as_conversations(None, None, messages)):
+            raise ValueError("`messages` holds a conversation without text and image. Say what to draw.")
         return
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(item, str) for item in prompts):
@@ -249,29 +268,35 @@ def as_generators(generator: Any, batch_size: int) -> list[torch.Generator | Non
     return list(generator)
 
 
+def _images(value: Any) -> list[Any]:
+    """The images of one prompt."""
+    images = unbatched(value)
+    return images if isinstance(images, list) else [images]
+
+
 def as_conversations(prompt: Any, image: Any, messages: Any) -> list[list[dict[str, Any]]]:
     """One conversation for each prompt: its images, then its text. Messages pass through.
 
     Raises:
-        ValueError: if the images do not belong to the prompts one list each.
+        ValueError: if there are images of more or fewer prompts than there are prompts.
     """
     if messages is not None:
         return messages if isinstance(messages[0], (list, tuple)) else [messages]
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    image = unbatched(image)
     if image is None:
         images: list[list[Any]] = [[] for _ in prompts]
-    elif not isinstance(image, (list, tuple)):
+    elif not isinstance(image, list):
         images = [[image] for _ in prompts]
     elif isinstance(prompt, str) and not any(isinstance(item, (list, tuple)) for item in image):
-        images = [list(image)]
-    elif all(isinstance(item, (list, tuple)) for item in image):
-        images = [list(item) for item in image]
+        images = [[nested for item in image for nested in _images(item)]]
     else:
-        raise ValueError(
-            "`image` must be a list of lists, the images of each prompt, when `prompt` is a list of prompts."
-        )
+        images = [_images(item) for item in image]
     if len(images) != len(prompts):
-        raise ValueError(f"`image` holds images of {len(images)} prompts, but `prompt` holds {len(prompts)}.")
+        raise ValueError(
+            f"`image` holds images of {len(images)} prompts, but `prompt` holds {len(prompts)}. Pass an image, or a list of "
+            "them, for each prompt."
+        )
     for item in (nested for items in images for nested in items):
         if item is None or isinstance(item, (list, tuple)):
             raise ValueError(f"`image` must hold images, one or a list or a list of lists, got {shown(item)} for one.")

@@ -16,7 +16,6 @@ from transformers_bagel.checkpoints import (
     count_matches,
     is_finite,
     open_tensors,
-    read_headers,
     read_json,
 )
 from transformers_bagel.errors import shown
@@ -172,7 +171,7 @@ def saved_dtypes(path: str | os.PathLike, kwargs: dict[str, Any], hub: dict[str,
         return {}
     dtypes: dict[str, Any] = component_dtypes(dtype, torch_dtype)
     if dtypes["vae"] == "auto" and (file := find_file(path, "vae/diffusion_pytorch_model.safetensors", **hub)):
-        dtypes["vae"] = default_dtype(read_headers([file]))
+        dtypes["vae"] = default_dtype(open_tensors([file]))
     return {"dtype": dtypes}
 
 
@@ -205,7 +204,7 @@ def load_original_vae(path: str | os.PathLike, dtype: torch.dtype | None = None,
 
 def vae_from_file(file: str | os.PathLike, dtype: torch.dtype | None = None) -> AutoencoderKL:
     """See [`load_original_vae`]."""
-    weights = {name: tensor[...] for name, tensor in open_tensors([str(file)]).items()}
+    weights = {name: tensor[...] for name, tensor in open_tensors([file]).items()}
     try:
         if wrong := [
             name for name, tensor in weights.items() if not tensor.is_floating_point() or not is_finite(tensor)
@@ -281,9 +280,8 @@ def check_saved_vae(folder: str | os.PathLike) -> None:
     files = sorted(Path(folder).glob("diffusion_pytorch_model*.safetensors"))
     if not files:
         return
-    open_tensors([str(file) for file in files])
-    headers = {name: header for name, header in read_headers(files).items() if header.dtype.is_floating_point}
-    found = {name: header.shape for name, header in headers.items()}
+    tensors = {name: tensor for name, tensor in open_tensors(files).items() if tensor.dtype.is_floating_point}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
     file = Path(folder, "config.json")
     config = read_json(file)
     layers = count_matches(found, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
@@ -313,7 +311,7 @@ def check_saved_vae(folder: str | os.PathLike) -> None:
             f"The VAE in '{folder}' does not fit its config.json: {min(wrong)} is {found.get(min(wrong), 'missing')}, "
             f"expected {expected.get(min(wrong), 'no such tensor')}. Download it again."
         )
-    check_values(headers, folder)
+    check_values(tensors, folder)
 
 
 def name_own_modules(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from .inputs import (
     check_size,
     check_whole_number,
     takes_sigmas,
+    with_plain_numbers,
 )
 from .loading import CheckedDownloadMixin, load_original_components, name_own_modules, settled
 from .lora import BagelLoraLoaderMixin, check_no_adapters
@@ -411,6 +412,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         return guidance_contexts(reader, prompts, full, guidance), plans
 
     @torch.no_grad()
+    @with_plain_numbers
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -637,7 +639,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         self, num_inference_steps: int, sigmas: Sequence[float] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps of the scheduler, and the sigma in [0, 1] of each, on the CPU; exact where it knows them."""
-        levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.tensor(sigmas)
+        levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.as_tensor(sigmas)
         if takes_sigmas(self.scheduler):
             self.scheduler.set_timesteps(sigmas=levels.float().numpy(), device=self._execution_device)
         else:
@@ -666,16 +668,12 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         images = []
         for grid, own in zip(grids, latents, strict=True):
             own = own[: grid[0] * grid[1]]
-            if output_type == "latent":
-                images.append(own)
-            else:
-                images.append(self.decode_latents(own.unsqueeze(0), grid, output_type)[0])
+            images.append(own if output_type == "latent" else self.decode_latents(own[None], grid, output_type)[0])
         return images
 
     def _grid(self, segments: list[EncodedSegment], height: int | None, width: int | None) -> tuple[int, int]:
         """Rows and columns of tokens of a drawing: as asked for, else like the last image, else the default size."""
-        default = self.default_sample_size // self.vae_scale_factor
-        rows, columns = default, default
+        rows = columns = self.default_sample_size // self.vae_scale_factor
         for segment in segments:
             if segment.segment.type == "vae_image" and segment.grid is not None:
                 rows, columns = segment.grid

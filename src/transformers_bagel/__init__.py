@@ -5,14 +5,16 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto import modeling_auto
 
-from .adapters import LORA_TARGETS, register_lora_targets
+from .adapters import LORA_TARGETS, register_adapter_targets
 from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
 from .checkpoints import WEIGHT_RENAMINGS
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
@@ -39,14 +41,21 @@ def _register() -> None:
     for config in (BagelConfig, BagelTextConfig, BagelVisionConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(BagelConfig, BagelModel, exist_ok=True)
-    AutoModelForImageTextToText.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
-    AutoModelForMultimodalLM.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(BagelConfig, BagelForConditionalGeneration, exist_ok=True)
+    # By these names, and not by what is registered, `transformers serve` and others tell what a model can do.
+    for names in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        names[BagelConfig.model_type] = BagelForConditionalGeneration.__name__
     AutoImageProcessor.register(BagelConfig, image_processor_classes={"pil": BagelImageProcessor}, exist_ok=True)
     AutoProcessor.register(BagelConfig, BagelProcessor, exist_ok=True)
     register_checkpoint_conversion_mapping(
         BagelConfig.model_type, [WeightRenaming(*pair) for pair in WEIGHT_RENAMINGS], overwrite=True
     )
-    register_lora_targets()
+    register_adapter_targets()
 
 
 _register()

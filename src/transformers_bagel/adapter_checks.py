@@ -41,7 +41,7 @@ FEW_NAMES = 100
 _REPETITIONS = re.compile(r"[*+?{|(\[]")
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _STRENGTHS = ("rank_pattern", "alpha_pattern")
-# What the libraries compute with, and may be left out, but not null.
+# What LoRA computes with, and may be left out, but not null.
 _NEEDED = ("r", "lora_alpha", *_STRENGTHS, "bias", "lora_dropout")
 # Adapters with one of these have other tensors than a pair a layer.
 _OTHER_TENSORS = ("target_parameters", "trainable_token_indices", "modules_to_save", "use_qalora")
@@ -119,8 +119,12 @@ def check_settings(settings: Any, label: str) -> None:
     """
     if not isinstance(settings, dict):
         raise ValueError(f"{label}: its settings must be a JSON object, got a {type(settings).__name__}.")
+    is_lora = settings.get("peft_type", "LORA") == "LORA"
+    # Other methods choose a rank by the size of their blocks, or while they train.
+    needed = _NEEDED if is_lora else ()
+    unset = None if is_lora else 0
     for key, (is_right, wanted) in _RULES.items():
-        is_given = key in settings and (settings[key] is not None or key in _NEEDED)
+        is_given = key in settings and (settings[key] not in (None, unset) or key in needed)
         if is_given and not is_right(settings[key]):
             raise ValueError(f"{label}: `{key}` in its settings must be {wanted}, got {shown(settings[key])}.")
 

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -30,22 +30,63 @@ logger = logging.get_logger(__name__)
 # Anchored at the language model: the projections of the vision tower have the same names.
 _LAYER = r"(?:(?:.*\.)?language_model\.|(?:base_model\.model\.)?)layers\.\d+\."
 
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+# More than any Qwen2 has.
+_MOST_LAYERS = 128
+
+
+class LayerPattern(str):
+    """
+    A pattern of layers of both experts, or of one, in every decoder layer.
+
+    Where peft takes a list, and no pattern, it takes whatever iterates: here the names of the layers, one by one, since
+    their ends alone are also those of the vision tower.
+    """
+
+    parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, names: Iterable[str], experts: Iterable[str] = ("", "_moe_gen")) -> LayerPattern:
+        """The pattern of layers that Qwen2 has by these names, of the experts with these endings."""
+        parts = tuple(_of_expert(name, expert) for name in names for expert in experts)
+        pattern = cls(rf"{_LAYER}(?:{'|'.join(map(re.escape, parts))})")
+        pattern.parts = parts
+        return pattern
+
+    def __iter__(self) -> Iterator[str]:
+        for index in range(_MOST_LAYERS):
+            yield from (f"language_model.layers.{index}.{part}" for part in self.parts)
+
+
+def _of_expert(name: str, expert: str) -> str:
+    if name in _MLP:
+        return f"mlp{expert}.{name}"
+    return f"self_attn.{name}{expert}" if name in _ATTENTION else f"{name}{expert}"
+
+
 # Patterns for `LoraConfig(target_modules=...)`: attention and MLP of the experts that draw, of those that understand,
 # and of both.
 LORA_TARGETS: dict[str, str] = {
-    name: rf"{_LAYER}(?:self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(?:gate|up|down)_proj)"
-    for name, suffix in (("gen", "_moe_gen"), ("und", ""), ("both", "(?:_moe_gen)?"))
+    name: LayerPattern.of((*_ATTENTION, *_MLP), experts)
+    for name, experts in (("gen", ("_moe_gen",)), ("und", ("",)), ("both", ("", "_moe_gen")))
 }
 
 
-def register_lora_targets() -> None:
-    """Let `LoraConfig()` without `target_modules` adapt both experts. Without peft there is nothing to do."""
+def register_adapter_targets() -> None:
+    """Let `LoraConfig()` without `target_modules` adapt both experts, and every other method of peft in both what it adapts
+    in Qwen2. Without peft there is nothing to do."""
     if not is_peft_available():
         return
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    from peft.utils import constants
 
-    for model_type in ("bagel", "bagel_text"):
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, LORA_TARGETS["both"])
+    for name, mapping in vars(constants).items():
+        if not re.fullmatch(r"TRANSFORMERS_MODELS_TO_\w+_MODULES_MAPPING", name) or "qwen2" not in mapping:
+            continue
+        is_lora = mapping is constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        targets = LORA_TARGETS["both"] if is_lora else LayerPattern.of(mapping["qwen2"])
+        for model_type in ("bagel", "bagel_text"):
+            mapping.setdefault(model_type, targets)
 
 
 class BagelAdapterMixin(PeftAdapterMixin):
@@ -134,8 +175,10 @@ class BagelAdapterMixin(PeftAdapterMixin):
                 )
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(f"{label}: its settings cannot be used ({error!r}).") from error
-            # What other adapters hold is missing, too, and their names may begin alike.
-            missing = {name for name in info.missing_keys if f".{adapter_name}." in f"{name}."}
+            # What other adapters hold is missing, too, and their names may begin alike; AdaLoRA's counts are never saved.
+            missing = {
+                name for name in info.missing_keys if f".{adapter_name}." in f"{name}." and ".ranknum." not in name
+            }
             if missing or info.unexpected_keys:
                 raise ValueError(
                     f"{label} and its own settings name different layers: {sorted(missing)[:3]} are missing, "

@@ -277,4 +277,21 @@ def layer_caches(cache: Cache | None, num_layers: int) -> list[Any]:
     return [NumberedLayer(cache, index) for index in range(num_layers)]
 
 
+def check_equal_lengths(layers: Sequence[Any]) -> None:
+    """
+    Refuse what [`layer_caches`] gave if not all of the layers have written into it.
+
+    Raises:
+        ValueError: if some layers have seen fewer tokens than others.
+    """
+    if is_torchdynamo_compiling():
+        return
+    lengths = {layer.get_seq_length() for layer in layers if isinstance(layer, DynamicLayer)} - {0}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"Some layers were left out while the model read: their caches hold {sorted(lengths)} tokens. A step cache may "
+            "begin when the denoising does: raise its number of warm-up steps by the forwards before."
+        )
+
+
 __all__ = ["GrowingCache", "PrefixBuffer", "PrefixCache", "PrefixView", "fork_cache"]

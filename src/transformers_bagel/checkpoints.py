@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from .errors import shown, some
 from .segments import SPECIAL_TOKENS
+from .stored_tensors import StoredTensor, stored_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -35,34 +34,9 @@ WEIGHT_RENAMINGS = [
     (r"^(connector|vae2llm|llm2vae|latent_pos_embed|vit_pos_embed)\.", r"model.\1."),
 ]
 
-# Types by the names of safetensors.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
 # Of a large tensor, how many rows are looked at, and how many bytes of one that is read whole are in memory at a time.
 _SAMPLED_ROWS = 4
 _BYTES_AT_ONCE = 2**24
-
-
-class TensorHeader(NamedTuple):
-    """What is known of a tensor before it is read: `start` is where in the file its bytes begin."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: str | os.PathLike
-    start: int
 
 
 def check_folder(path: str | os.PathLike, *parts: str) -> None:
@@ -178,47 +152,21 @@ def shard_names(index: str | os.PathLike) -> list[str]:
     return sorted(set(names))
 
 
-def open_tensors(files: list[str]) -> dict[str, Any]:
+def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, StoredTensor]:
     """
-    The tensors of safetensors files, by name. Nothing is read but the headers, and nothing is mapped: a system may refuse
-    to map a file larger than its memory.
-
-    Returns:
-        `dict[str, PySafeSlice]`: Each has a `get_shape()`, and is read at `[...]`.
+    The tensors of safetensors files, by name. Nothing is read but the headers.
 
     Raises:
         OSError: if a file is no whole safetensors file.
         ValueError: if two files hold one tensor.
     """
-    tensors: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
-        try:
-            opened = safe_open(file, framework="pt", backend="pread")
-            found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise OSError(
-                f"The checkpoint file '{file}' is truncated or is no safetensors file ({error}). Download it again."
-            ) from error
+        found = {tensor.name: tensor for tensor in stored_tensors(file)}
         if twice := sorted(found.keys() & tensors.keys()):
-            raise ValueError(f"'{twice[0]}' is in '{places[twice[0]]}' and in '{file}'. Remove one of them.")
+            raise ValueError(f"'{twice[0]}' is in '{tensors[twice[0]].file}' and in '{file}'. Remove one of them.")
         tensors |= found
-        places |= dict.fromkeys(found, file)
     return tensors
-
-
-def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
-    """What is known of the tensors of whole safetensors files, see [`open_tensors`], before they are read."""
-    headers = {}
-    for file in files:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            entries = json.loads(stream.read(length))
-        entries.pop("__metadata__", None)
-        for name, entry in entries.items():
-            start = 8 + length + entry["data_offsets"][0]
-            headers[name] = TensorHeader(tuple(entry["shape"]), DTYPES.get(entry["dtype"], torch.bool), file, start)
-    return headers
 
 
 def module_name(name: str) -> str:
@@ -364,41 +312,36 @@ def own_names(model: Any, names: Any) -> list[str]:
     return [name for own_name, name in _stored_names(names).items() if own_name in expected]
 
 
-def check_values(headers: Mapping[str, TensorHeader], name: str | os.PathLike) -> None:
+def check_values(tensors: Mapping[str, StoredTensor], name: str | os.PathLike) -> None:
     """
     Look for numbers that are not finite in the tensors of the checkpoint `name`: in all of the head, of the norms and of
     the biases, and in some rows of every other tensor.
 
     Args:
-        headers (`Mapping[str, TensorHeader]`): Of floating tensors, see [`read_headers`].
+        tensors (`Mapping[str, StoredTensor]`): Of floating numbers, see [`open_tensors`].
         name (`str`): What the error calls the checkpoint.
 
     Raises:
         ValueError: naming the tensor.
     """
-    for key, header in headers.items():
-        if not all(map(is_finite, _looked_at(key, header))):
+    for key, tensor in tensors.items():
+        if not all(map(is_finite, _looked_at(key, tensor))):
             raise ValueError(
                 f"The checkpoint '{name}' holds numbers that are not finite in {key}: its training went wrong, or the file "
                 "is broken."
             )
 
 
-def _looked_at(key: str, header: TensorHeader) -> Iterator[torch.Tensor]:
-    rows = header.shape[0] if len(header.shape) > 1 else 1
-    row_bytes = math.prod(header.shape) // max(rows, 1) * header.dtype.itemsize
+def _looked_at(key: str, tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    row = tensor.num_elements // max(rows, 1)
     if rows <= _SAMPLED_ROWS or key.endswith("lm_head.weight"):
-        count = min(rows, max(1, _BYTES_AT_ONCE // max(row_bytes, 1)))
+        count = min(rows, max(1, _BYTES_AT_ONCE // max(row * tensor.dtype.itemsize, 1)))
         places: Iterable[int] = range(0, rows, max(count, 1))
     else:
         places, count = (index * (rows - 1) // (_SAMPLED_ROWS - 1) for index in range(_SAMPLED_ROWS)), 1
-    with open(header.file, "rb", buffering=0) as stream:
-        for place in places:
-            stream.seek(header.start + place * row_bytes)
-            content = bytearray(min(count, rows - place) * row_bytes)
-            if content:
-                stream.readinto(content)
-                yield torch.frombuffer(content, dtype=header.dtype)
+    for place in places:
+        yield tensor.read(place * row, min(place + count, rows) * row)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -46,8 +46,12 @@ def _check_packed(name: str, values: Any, grid_name: str, grid: Any, dim: int) -
     is_grid = isinstance(grid, torch.Tensor) and grid.ndim == 2 and grid.shape[1] == 2
     sides = grid.tolist() if is_grid else []
     if not is_grid or any(side < 1 for image in sides for side in image):
+        remedy = ""
+        if grid is None and name == "pixel_values":
+            remedy = " A trainer that does not pass it on needs a processor with `return_image_grid_thw=True`."
         raise ValueError(
             f"`{grid_name}` must be a tensor of shape (images, 2) with the rows and columns of each image of `{name}`."
+            + remedy
         )
     shape = (sum(rows * columns for rows, columns in sides), dim)
     if not isinstance(values, torch.Tensor) or values.shape != shape:

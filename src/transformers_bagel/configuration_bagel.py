@@ -237,7 +237,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         original = {key: kwargs.pop(key) for key in ORIGINAL_KEYS if key in kwargs}
         if type(self) is BagelConfig:
             # Names files of the repository that it was read from, which are not written beside a saved configuration.
-            kwargs.pop("auto_map", None)
+            kwargs["auto_map"] = {}
         # A converted repository has both spellings; the original ones are there for other engines.
         if self.text_config is None:
             for key, value in rename_original_keys(original).items():
@@ -262,6 +262,8 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         output = super().to_dict()
         output.pop("freeze_und", None)
         output.pop("original_config", None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
     correct = correct_config
@@ -290,6 +292,10 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         """
         path, base = pretrained_model_name_or_path, kwargs.pop("base", None)
         named = kwargs.pop("transformers_weights", None)
+        folder = os.path.join(path, kwargs.get("subfolder") or "")
+        if not os.path.isdir(folder) and os.path.isfile(os.path.join(path, "model_index.json")):
+            # Where the model lies at the root of a pipeline, diffusers asks in a folder named by it, too.
+            kwargs.pop("subfolder")
         check_folder(path, kwargs.get("subfolder") or "")
         hub = hub_arguments(path, kwargs)
         place, place_hub = (path, hub) if os.path.isfile(path) else place_of(path, base, SETTINGS, hub)

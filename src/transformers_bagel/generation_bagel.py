@@ -12,8 +12,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .cache import GrowingCache
 from .checks import check_image_inputs, check_placeholders, check_position_range
+from .errors import shown
 from .segments import IMAGE_TOKEN, LATENT_TOKEN
-from .sequence import SequenceLayout, blocks_per_sample, image_block_ids, rope_positions, token_types_from_ids
+from .sequence import (
+    SequenceLayout,
+    blocks_per_sample,
+    grids_of_frames,
+    image_block_ids,
+    rope_positions,
+    token_types_from_ids,
+)
 
 
 LATENT_INPUTS = ("latents", "latent_grid_hw", "timesteps")
@@ -28,10 +36,24 @@ class BagelGenerationMixin(GenerationMixin):
         """
         As [`GenerationMixin.generate`], with a [`GrowingCache`] where it would make a `DynamicCache`.
 
+        Args:
+            inputs, generation_config, kwargs: As the parent's.
+            generation_mode (`str`, *optional*, defaults to `"text"`):
+                `"image"` draws pictures instead, see [`diffusers_bagel.any_to_any.draw`].
+
         Raises:
             ValueError: for images that do not fit the prompt or the model, before they are encoded.
         """
+        mode = kwargs.pop("generation_mode", None) or "text"
+        if mode not in self.output_modalities:
+            raise ValueError(
+                f"`generation_mode` must be one of {', '.join(self.output_modalities)}, got {shown(mode)}."
+            )
+        if mode == "image":
+            return self._draw(inputs, generation_config, kwargs)
         config = generation_config or self.generation_config
+        if "image_grid_thw" in kwargs:
+            kwargs["image_grid_hw"] = grids_of_frames(kwargs.get("image_grid_hw"), kwargs.pop("image_grid_thw"))
         settings = {
             name: kwargs.get(name, getattr(config, name, None))
             for name in ("prefill_chunk_size", "cache_implementation", "use_cache", "is_assistant")
@@ -40,12 +62,34 @@ class BagelGenerationMixin(GenerationMixin):
         if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):
             # What is false and not `False` has a cache made, into which everything is fed again at every token.
             settings["use_cache"] = kwargs["use_cache"] = use_cache is None or bool(use_cache)
+        ids, types = kwargs.get("input_ids", inputs), kwargs.get("mm_token_type_ids")
+        if ids is not None and types is not None and ids.ndim == 2 and types.shape[1] < ids.shape[1]:
+            # Those of the prompt, when what was generated goes on: it is text.
+            kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
+        if (
+            kwargs.get("vae_pixel_values") is not None
+            and ids is not None
+            and not (ids == self.config.latent_token_id).any()
+        ):
+            # An any-to-any pipeline has them in all of its inputs, in case that a picture is asked for.
+            del kwargs["vae_pixel_values"]
         self._check_images(kwargs, settings["prefill_chunk_size"])
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
             # The library refuses a cache beside `cache_implementation`.
             kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
         return super().generate(inputs, generation_config, **kwargs)
+
+    def _draw(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
+        # Only here: text needs no diffusers.
+        from diffusers_bagel.any_to_any import draw
+
+        for name in ("mm_token_type_ids", "pixel_values", "image_grid_hw"):
+            kwargs.pop(name, None)
+        input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is None:
+            raise ValueError('`input_ids` are needed by `generation_mode="image"`.')
+        return draw(self, input_ids, generation_config=generation_config, **kwargs)
 
     def _check_images(self, model_kwargs: dict[str, Any], prefill_chunk_size: int | None) -> None:
         has_images = any(

@@ -5,10 +5,11 @@ import base64
 import io
 import os
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401  diffusers looks it up here
 from transformers.image_processing_utils import BatchFeature
@@ -22,7 +23,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .arrays import as_array, as_bytes, unbatched
 from .errors import shown
+from .scalars import plain_numbers
 from .urls import fetch
 
 
@@ -44,6 +47,9 @@ class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         Whether the ViT sees the image after the VAE's resize, as the original demo does, or the original.
     return_vae_pixel_values (`bool`, *optional*, defaults to `False`):
         Whether to return the VAE's view too.
+    return_image_grid_thw (`bool`, *optional*, defaults to `False`):
+        Whether to return `image_grid_thw`, with a one before rows and columns, instead of `image_grid_hw`: for trainers
+        that pass on a fixed list of names.
     """
 
     patch_size: int
@@ -52,6 +58,7 @@ class BagelImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     max_pixels: int
     resize_before_vit: bool
     return_vae_pixel_values: bool
+    return_image_grid_thw: bool
 
 
 def resized_size(
@@ -96,20 +103,20 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     try:
         if isinstance(source, bytes):
             return Image.open(io.BytesIO(source))
-        if name.startswith(("http://", "https://")):
+        if name[:8].lower().startswith(("http://", "https://")):
             return Image.open(io.BytesIO(fetch(name)))
         if os.path.exists(name):
             if not os.path.isfile(name):
                 raise OSError("it is no file")
             return Image.open(name)
-        encoded = name.split(",", 1)[1] if name.startswith("data:image/") else name
-        return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
+        return Image.open(io.BytesIO(_from_base64(name)))
     except Image.DecompressionBombError as error:
         raise ValueError(f"`images` holds an image over Pillow's pixel limit: {error}") from error
     except UnidentifiedImageError as error:
         # Pillow's message would name a file object in memory.
         raise ValueError(f"`images` holds {shown(name)}, in which Pillow can identify no image.") from error
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
+        _check_chunks(error, shown(name))
         raise ValueError(
             f"`images` holds {shown(name)}, which is no path, URL or base64 text of an image ({error})."
         ) from error
@@ -117,8 +124,29 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         raise OSError(f"`images` holds {shown(name)}, which cannot be read: {error}") from error
 
 
+def _from_base64(text: str) -> bytes:
+    """What base64 text stands for, alone or in a data URI: wrapped in lines, in either alphabet, with its end or not."""
+    if text[:5].lower() == "data:":
+        text = unquote(text.partition(",")[2])
+    text = "".join(text.split()).rstrip("=")
+    return base64.b64decode(
+        text + "=" * (-len(text) % 4), altchars=b"-_" if {"-", "_"} & set(text) else None, validate=True
+    )
+
+
+def _check_chunks(error: ValueError, name: str) -> None:
+    """Explain that Pillow reads no larger texts and colour profiles in a PNG, if that is what it says."""
+    if "too large" in str(error) or "text chunks" in str(error):
+        raise ValueError(
+            f"`images` holds {name}, a PNG with a text or colour profile above Pillow's limit of "
+            f"{PngImagePlugin.MAX_TEXT_CHUNK} bytes. Save it without, or raise `PIL.PngImagePlugin.MAX_TEXT_CHUNK` if you "
+            "trust its source."
+        ) from error
+
+
 def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    """An image from values in [0, 1] or 0 to 255, of shape `(height, width)`, or with 1, 3 or 4 channels at either end.
+    """An image from values in [0, 1], [-1, 1] or 0 to 255, or in 16 bits, of shape `(height, width)`, or with 1, 3 or 4
+    channels at either end, alone or in a batch of one.
 
     Where both ends could be the channels, a tensor has them first and an array last, as their libraries do.
 
@@ -126,13 +154,10 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         TypeError: if the values are no numbers.
         ValueError: if the shape is not that of an image, or if values are out of range.
     """
-    values, axes = array, (-1, 0)
-    if isinstance(array, torch.Tensor):
-        # NumPy has no bfloat16.
-        short = array.is_floating_point() and array.itemsize < 4
-        values, axes = (array.float() if short else array).detach().cpu().numpy(), (0, -1)
-    if values.dtype.kind not in "buif":
-        raise TypeError(f"`images` holds an array of {values.dtype}; pass numbers.")
+    axes = (0, -1) if isinstance(array, torch.Tensor) else (-1, 0)
+    values = as_array(array)
+    if values.ndim == 4 and len(values) == 1:
+        values = values[0]
     if values.ndim == 3:
         ends = [axis for axis in axes if values.shape[axis] in (1, 3, 4)]
         values = np.moveaxis(values, ends[0], -1) if ends else values
@@ -141,14 +166,8 @@ def image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
             f"`images` holds an array of shape {tuple(array.shape)}; pass (height, width), or with 1, 3 or 4 channels "
             "first or last."
         )
-    top = 1 if values.dtype.kind in "bf" else 255
-    if not (values.min() >= 0 and values.max() <= top):
-        raise ValueError(
-            f"`images` holds an array with values from {values.min()} to {values.max()}; pass integers from 0 to 255 "
-            "or numbers from 0 to 1."
-        )
-    pixels = (values * 255).round() if top == 1 else values
-    return Image.fromarray((pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).astype(np.uint8))
+    pixels = as_bytes(values)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
 
 def shallow(image: Image.Image) -> Image.Image:
@@ -158,7 +177,12 @@ def shallow(image: Image.Image) -> Image.Image:
         ValueError: if the values of a mode of 32 bits do not say what white is.
     """
     if image.mode == "F":
-        return image_from_array(np.asarray(image))
+        grays = np.asarray(image)
+        if not (grays.min() >= 0 and grays.max() <= 1):
+            raise ValueError(
+                f"`images` holds an image of mode F with values from {grays.min()} to {grays.max()}; scale them to [0, 1]."
+            )
+        return image_from_array(grays)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     grays = np.asarray(image)
@@ -209,6 +233,8 @@ def to_rgb(image: Any) -> Image.Image:
     except (OSError, SyntaxError) as error:
         raise OSError(f"`images` holds {name}, whose file is truncated or broken: {error}.") from error
     except (ValueError, AttributeError) as error:
+        if isinstance(error, ValueError):
+            _check_chunks(error, name)
         raise ValueError(f"`images` holds {name}, which was closed: {error}.") from error
     image = shallow(image)
     if not image.has_transparency_data:
@@ -240,7 +266,7 @@ class BagelImageProcessor(PilBackend):
     Args:
         size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 224, "longest_edge": 980}`):
             Bounds of an image that the ViT reads.
-        patch_size, vae_size, vae_stride, max_pixels, resize_before_vit:
+        patch_size, vae_size, vae_stride, max_pixels, resize_before_vit, return_image_grid_thw:
             See [`BagelImageProcessorKwargs`].
     """
 
@@ -259,11 +285,12 @@ class BagelImageProcessor(PilBackend):
     max_pixels = 14 * 14 * 9 * 1024
     resize_before_vit = True
     return_vae_pixel_values = False
+    return_image_grid_thw = False
     valid_kwargs = BagelImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_hw"]
 
     def __init__(self, **kwargs: Unpack[BagelImageProcessorKwargs]) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{name: plain_numbers(value) for name, value in kwargs.items()})
         _check_settings({name: getattr(self, name) for name in self.valid_kwargs.__annotations__})
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Unpack[BagelImageProcessorKwargs]) -> BatchFeature:
@@ -282,20 +309,30 @@ class BagelImageProcessor(PilBackend):
         Raises:
             TypeError, ValueError, OSError: if something is no image, or if a setting cannot be used.
         """
-        _check_settings(kwargs)
-        return super().preprocess(images, *args, **kwargs)
+        settings = {name: plain_numbers(value) for name, value in kwargs.items()}
+        _check_settings(settings)
+        return super().preprocess(images, *args, **settings)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the parent's. `backend` and `use_fast`, by which others choose, choose nothing: there is one backend."""
+        for name in ("backend", "use_fast"):
+            kwargs.pop(name, None)
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Load an image, or the images of a list or of a list of lists, see [`to_rgb`]."""
-        if not isinstance(image_url_or_urls, (list, tuple)):
-            return to_rgb(image_url_or_urls)
-        if any(isinstance(nested, (list, tuple)) for item in image_url_or_urls for nested in _items(item)):
+        images = unbatched(image_url_or_urls)
+        if not isinstance(images, list):
+            return to_rgb(images)
+        if any(isinstance(nested, (list, tuple)) for item in images for nested in _items(item)):
             raise ValueError("`images` is nested too deeply: pass an image, a list, or a list of lists.")
-        return [self.fetch_images(item) for item in image_url_or_urls]
+        return [self.fetch_images(item) for item in images]
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
-        images = self.fetch_images(images)
-        flat = [image for item in _items(images) for image in _items(item)]
+        if not kwargs["do_convert_rgb"]:
+            check_rgb(images)
+        flat = _flat(self.fetch_images(images))
         if not flat:
             raise ValueError("`images` holds no image. Leave it out for text alone.")
         return self._preprocess(flat, *args, **kwargs)
@@ -317,6 +354,7 @@ class BagelImageProcessor(PilBackend):
         max_pixels: int,
         resize_before_vit: bool,
         return_vae_pixel_values: bool,
+        return_image_grid_thw: bool,
         return_tensors: str | TensorType | None = None,
         **kwargs: Unpack[BagelImageProcessorKwargs],
     ) -> BatchFeature:
@@ -348,7 +386,9 @@ class BagelImageProcessor(PilBackend):
             grids.append((vit_image.height // patch_size, vit_image.width // patch_size))
             if return_vae_pixel_values:
                 vae_pixels.append(normalized(vae_image))
-        data: dict[str, Any] = {"pixel_values": torch.cat(patches).numpy(), "image_grid_hw": np.array(grids)}
+        name, frames = ("image_grid_thw", (1,)) if return_image_grid_thw else ("image_grid_hw", ())
+        grid = np.array([(*frames, *sides) for sides in grids])
+        data: dict[str, Any] = {"pixel_values": torch.cat(patches).numpy(), name: grid}
         features = BatchFeature(data, tensor_type=return_tensors)
         if return_vae_pixel_values:
             # One tensor an image: padding to a common size would change what the VAE sees at the borders.
@@ -369,6 +409,26 @@ class BagelImageProcessor(PilBackend):
 
 def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_rgb(images: Any) -> None:
+    """
+    Refuse PIL images whose mode would have to be changed.
+
+    Raises:
+        ValueError: naming the mode.
+    """
+    modes = {image.mode for image in _flat(images) if isinstance(image, Image.Image)} - {"RGB"}
+    if modes:
+        raise ValueError(
+            f"`do_convert_rgb=False` takes RGB images, got one of mode {min(modes)}. Convert it, or leave "
+            "`do_convert_rgb` out."
+        )
+
+
+def _flat(images: Any) -> list[Any]:
+    """The images of a list, or of a list of lists."""
+    return [image for item in _items(images) for image in _items(item)]
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: BagelTextConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.hidden_size = config.hidden_size
         self.self_attn = BagelAttention(config, layer_idx)
         self.mlp = Qwen2MLP(config)
@@ -109,6 +111,22 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
             self.mlp_moe_gen = Qwen2MLP(config)
             self.input_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.post_attention_layernorm_moe_gen = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        attention_layouts: Sequence[AttentionLayout],
+        layer_caches: Sequence[Any],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """`forward` with this layer's part of what every layer is given: step caches call all of them with the same.
+
+        The part is taken outside of `forward`, which would be compiled again for each number.
+        """
+        index = self.layer_idx
+        own = {"attention_layout": attention_layouts[index], "layer_cache": layer_caches[index]}
+        return super().__call__(hidden_states, **own, **kwargs)
 
     def forward(
         self,

@@ -176,23 +176,23 @@ class BagelLoadingMixin:
         tokenizer, tokenizer_hub = place_of(source, base, TOKENIZER, source_hub)
         if os.path.isdir(tokenizer):
             check_stated_ids(marker_ids(config), f"the config.json of '{settings}'", tokenizer, **tokenizer_hub)
-        tensors, headers = open_weights(files)
+        tensors = open_weights(files)
         is_compared = bool(tensors) and not kwargs.get("key_mapping")
         told_by = "its configuration" if settings == source else f"the configuration of `base` '{settings}'"
         if is_compared:
             check_kind(config, tensors, source)
             check_layers(config, tensors, source, told_by)
         empty = _empty_model(cls, config, model_args, kwargs)
-        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors, headers)
-        in_df11, in_files = is_df11(tensors), headers
+        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors)
+        in_df11, in_files = is_df11(tensors), tensors
         packed: dict[str, Any] = {}
         if in_df11:
-            tensors, headers = with_df11_weights(tensors, headers, config.dfloat11_config, empty, source)
+            tensors = with_df11_weights(tensors, config.dfloat11_config, empty, source)
         if is_compared:
             ignored = (kwargs.get("ignore_mismatched_sizes", False), ignores_extra)
-            check_tensors(empty, headers, source, *ignored, told_by)
-            in_files = {name: header for name, header in headers.items() if header.start >= 0}
-            check_values({name: headers[name] for name in own_names(empty, in_files)}, source)
+            check_tensors(empty, tensors, source, *ignored, told_by)
+            in_files = {name: tensor for name, tensor in tensors.items() if tensor.start >= 0}
+            check_values({name: in_files[name] for name in own_names(empty, in_files)}, source)
         if is_gguf_config(quantization := kwargs.get("quantization_config")):
             compute_dtype = as_dtype(kwargs.get("dtype"), config)
             tensors, packed = with_gguf_layers(tensors, empty, compute_dtype, source)
@@ -227,12 +227,12 @@ class BagelLoadingMixin:
         return (model, info) if wants_info else model
 
 
-def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any], headers: dict[str, Any]) -> Any:
+def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any]) -> Any:
     """What `from_pretrained` is told of the type, or, if neither it nor the configuration names one, that of the files."""
     if is_df11(tensors):
         return df11_dtype(dtype)
-    if headers and dtype in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
-        return default_dtype(headers)
+    if tensors and dtype in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
+        return default_dtype(tensors)
     return dtype
 
 
@@ -368,8 +368,8 @@ def _stays_in_files(device_map: Any, files: list[str]) -> bool:
     choices = ("auto", "balanced", "balanced_low_0", "sequential")
     on_disk = "disk" in device_map.values() if isinstance(device_map, dict) else device_map in choices
     try:
-        for file in files if on_disk else ():
-            safe_open(file, framework="pt")
-    except (OSError, RuntimeError, SafetensorError):
+        # All at once, as the library does.
+        _ = [safe_open(file, framework="pt") for file in files if on_disk]
+    except (OSError, RuntimeError, MemoryError, SafetensorError):
         return False
     return on_disk

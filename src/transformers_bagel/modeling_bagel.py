@@ -12,10 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, is_torchdynamo_compiling
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -23,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import BagelAdapterMixin
 from .attention import choose_attention
-from .cache import GrowingCache, PrefixCache, PrefixView, layer_caches
+from .cache import GrowingCache, PrefixCache, PrefixView, check_equal_lengths, layer_caches
 from .checks import (
     check_image_inputs,
     check_layout,
@@ -123,11 +120,12 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
     _no_split_modules = ["BagelDecoderLayer", "BagelVisionEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _skip_keys = ["past_key_values"]
-    # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner:
-    # each of them has to be moved by itself.
+    # Modules that group offloading looks into for layers, and those that are used outside the forward of their owner or
+    # stand around the layers: each is moved by itself. With a stream only the innermost owner of layers may have
+    # modules that are not named here, since it alone learns in which order they are used.
     _group_offload_block_modules = [
-        *("model", "language_model", "vision_tower", "encoder"),
-        *("embed_tokens", "rotary_emb", "norm_moe_gen", "connector", "vit_pos_embed"),
+        *("model", "language_model", "vision_tower", "encoder", "embed_tokens", "rotary_emb", "norm_moe_gen"),
+        *("connector", "vit_pos_embed", "time_embedder", "vae2llm", "llm2vae", "latent_pos_embed", "lm_head"),
     ]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -143,8 +141,10 @@ class BagelPreTrainedModel(BagelLoadingMixin, BagelAdapterMixin, PreTrainedModel
         One graph serves all layers of a kind, and one all lengths of prompts.
 
         Args:
-            args, kwargs: Of [`torch.compile`].
+            args, kwargs: Of [`torch.compile`]. `recompile_limit` is 64 by default: reading, writing, drawing and editing
+                in all their forms come to some thirty graphs, of which torch would allow eight.
         """
+        kwargs.setdefault("recompile_limit", 64)
         for module in self.modules():
             if type(module).__name__ in self._no_split_modules:
                 module.compile(*args, **kwargs)
@@ -274,17 +274,18 @@ class BagelTextModel(BagelPreTrainedModel):
             if routing.freeze_und:
                 und_states, gen_states = split_experts(routing, hidden_states)
                 hidden_states = join_experts((und_states.detach(), gen_states))
-        for index, (layer, layer_cache) in enumerate(
-            zip(self.layers, layer_caches(cache, len(self.layers)), strict=True)
-        ):
+        caches = layer_caches(cache, self.config.num_hidden_layers)
+        layouts = [attention_layout.layer(index) for index in range(len(caches))]
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                attention_layouts=layouts,
+                layer_caches=caches,
                 position_embeddings=position_embeddings,
-                attention_layout=attention_layout.layer(index),
-                layer_cache=layer_cache,
                 routing=routing,
                 **kwargs,
             )
+        check_equal_lengths(caches)
         states = split_experts(routing, hidden_states)
         latent_hidden_states = None if routing is None else states[1]
         hidden_states = join_experts(route(routing, states, self.norm, self.norm_moe_gen))
@@ -470,7 +471,8 @@ class BagelModel(BagelPreTrainedModel):
         """See [`BagelForConditionalGeneration.forward`]."""
         if latent_hidden_states is not None:
             return self._with_velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
-        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw)
+        frames = kwargs.pop("image_grid_thw", None)  # type: ignore[typeddict-item]  # TRL's name
+        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw, frames)
         check_image_inputs(self.config, pixel_values, image_grid_hw, latents, latent_grid_hw, timesteps)
         if input_ids is None and inputs_embeds is None:
             if latents is None or position_ids is None:
@@ -490,8 +492,8 @@ class BagelModel(BagelPreTrainedModel):
         if document_ids is not None and attention_mask is not None:
             document_ids = document_ids.masked_fill(attention_mask == 0, -1)
         if layout is None:
-            has_images = not (pixel_values is None and image_outputs is None and latents is None)
-            types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, has_images)
+            images = [given for given in (pixel_values, image_outputs, latents) if given is not None]
+            types = self._token_types(input_ids, inputs_embeds, mm_token_type_ids, document_ids, images)
             if types is not None:
                 layout = SequenceLayout.from_inputs(types, image_grid_hw, latent_grid_hw, timesteps, document_ids)
         if past_key_values is not None and not is_torchdynamo_compiling() and past_key_values.get_seq_length() == 0:
@@ -571,17 +573,17 @@ class BagelModel(BagelPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
         mm_token_type_ids: torch.LongTensor | None,
         document_ids: torch.LongTensor | None,
-        has_images: bool,
+        images: list[Any],
     ) -> torch.LongTensor | None:
         """Type of each token, or `None` for one sample of text alone."""
         types = mm_token_type_ids
         if types is None and input_ids is not None:
             types = token_types_from_ids(input_ids, self.config.image_token_id, self.config.latent_token_id)
-        if types is None and document_ids is not None and not has_images:
-            types = torch.zeros_like(document_ids)
-        if types is None and has_images:
+        if types is None and (images or document_ids is not None) and not any(map(len, images)):
+            types = torch.zeros_like(inputs_embeds[..., 0], dtype=torch.long)  # type: ignore[index]
+        if types is None and images:
             raise ValueError("`inputs_embeds` with images needs `mm_token_type_ids` to tell where the images stand.")
-        if types is None or has_images or document_ids is not None:
+        if types is None or images or document_ids is not None:
             return types
         # A decoding step holds no image; asking the values would cost a synchronisation at every token.
         if types.shape[1] == 1 or is_torchdynamo_compiling():
@@ -788,7 +790,8 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             use_cache (`bool`, *optional*): Whether to return `past_key_values`.
             pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`, *optional*):
                 Packed ViT patches, values in (row, column, channel) order.
-            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of ViT patches.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*):
+                Rows and columns of ViT patches; or `image_grid_thw` of shape `(images, 3)`, with ones before them.
             latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
                 Packed VAE latents, values in (row, column, channel) order. Clean ones if `noise` is passed.
             latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of latent tokens.

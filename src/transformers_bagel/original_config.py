@@ -117,6 +117,29 @@ def correct_config(config: Any, path: str | os.PathLike, **hub: Any) -> None:
     _set_changed(config, stated, right)
 
 
+def corrections(original: dict[str, Any], config: Any) -> list[tuple[str, Any, Any]]:
+    """What the original JSON says wrongly: the key, its value there, and the right one."""
+    text, vision = config.get_text_config(), config.vision_config
+    right = {
+        "max_latent_size": config.max_latent_size,
+        "vit_max_num_patch_per_side": config.vit_max_num_patch_per_side,
+        "llm_config.num_hidden_layers": text.num_hidden_layers,
+        "llm_config.vocab_size": text.vocab_size,
+        "llm_config.bos_token_id": text.bos_token_id,
+        "llm_config.eos_token_id": text.eos_token_id,
+        # The original code builds one layer fewer than this number.
+        "vit_config.num_hidden_layers": vision.num_hidden_layers + 1,  # type: ignore[union-attr]
+        "vae_config.z_channels": config.latent_channels,
+    }
+    found = []
+    for name, value in right.items():
+        *parts, key = name.split(".")
+        place = original.get(parts[0]) or {} if parts else original
+        if key in place and place[key] != value:
+            found.append((name, place[key], value))
+    return found
+
+
 def _set_changed(config: Any, stated: dict[str, Any], right: dict[str, Any]) -> None:
     defaults = type(config)()
     for key, value in right.items():

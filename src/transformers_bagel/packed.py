@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import TensorHeader, any_of, module_name, open_tensors, read_headers
+from .checkpoints import any_of, module_name, open_tensors
 from .errors import some
 from .quantization import SENSITIVE_MODULES
 
@@ -27,12 +27,25 @@ _DF11 = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps"
 
 
 class Unpacked:
-    """A tensor that does not exist until it is read at `[...]`, like a slice of a safetensors file."""
+    """
+    A tensor that does not exist until it is read at `[...]`, like a [`StoredTensor`] otherwise.
 
-    def __init__(self, shape: tuple[int, ...], read: Callable[[], torch.Tensor], packed: Any = None):
+    Args:
+        shape (`tuple[int, ...]`)
+        dtype (`torch.dtype`): What its file says; the type of what is read is another.
+        read (`Callable`): Gives it.
+        packed (`Any`, *optional*): What it is in a GGUF, if its values are packed there.
+    """
+
+    # There is no place in a file where its values are.
+    start = -1
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], torch.Tensor], packed: Any = None
+    ):
         self.shape = shape
+        self.dtype = dtype
         self.read = read
-        # What it is in a GGUF, if its values are packed there.
         self.packed = packed
 
     def get_shape(self) -> list[int]:
@@ -42,10 +55,10 @@ class Unpacked:
         return self.read()[index]
 
 
-def open_weights(files: list[str]) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+def open_weights(files: list[str]) -> dict[str, Any]:
     """
-    The tensors of files of weights, and what is known of them before they are read: see [`open_tensors`] and
-    [`read_headers`]. What has no place in a file, because it is packed there, starts at -1.
+    The tensors of files of weights, see [`open_tensors`]. What has no place in a file, because it is packed there, is
+    [`Unpacked`].
 
     Raises:
         ImportError: if a library is missing that reads files of this kind.
@@ -53,33 +66,31 @@ def open_weights(files: list[str]) -> tuple[dict[str, Any], dict[str, TensorHead
     """
     if files and files[0].endswith(".gguf"):
         return _open_gguf(files[0])
-    return _without_scales(open_tensors(files), read_headers(files))
+    return _without_scales(open_tensors(files))
 
 
-def default_dtype(headers: Mapping[str, TensorHeader]) -> torch.dtype | None:
+def default_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:
     """The type of a model from its files: that of the first tensor of more than 8 bits, in which nothing computes."""
-    types = [header.dtype for header in headers.values()]
+    types = [tensor.dtype for tensor in tensors.values()]
     return next((dtype for dtype in types if dtype.itemsize > 1), torch.bfloat16 if types else None)
 
 
-def _without_scales(
-    tensors: dict[str, Any], headers: dict[str, TensorHeader]
-) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+def _without_scales(tensors: dict[str, Any]) -> dict[str, Any]:
     def scale_of(name: str) -> str | None:
         layer = name.removesuffix("weight")
         return next((layer + scale for scale in _SCALES if layer + scale in tensors), None)
 
     scales = {
         name: scale
-        for name, header in headers.items()
-        if header.dtype.itemsize == 1 and header.dtype.is_floating_point and (scale := scale_of(name))
+        for name, tensor in tensors.items()
+        if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point and (scale := scale_of(name))
     }
     gone = {*scales.values(), *(name for name in tensors if _FP8_MARKS.search(name))}
     kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
     for name, scale in scales.items():
-        packed, factor = tensors[name], tensors[scale]
-        kept[name] = Unpacked(headers[name].shape, partial(_scaled_at_last, packed, factor))
-    return kept, {name: header for name, header in headers.items() if name not in gone}
+        packed = tensors[name]
+        kept[name] = Unpacked(packed.shape, packed.dtype, partial(_scaled_at_last, packed, tensors[scale]))
+    return kept
 
 
 def _scaled_at_last(weight: Any, scale: Any) -> torch.Tensor:
@@ -105,7 +116,7 @@ def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.float() * scale
 
 
-def _open_gguf(file: str) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+def _open_gguf(file: str) -> dict[str, Any]:
     gguf = _library("gguf", file, "gguf")
     try:
         reader = gguf.GGUFReader(file)
@@ -121,14 +132,14 @@ def _open_gguf(file: str) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     own = [plain[tensor.tensor_type.name] for tensor in reader.tensors if tensor.tensor_type.name in plain]
     own_type = next((dtype for dtype in own if dtype.itemsize == 2), torch.float32)
-    tensors, headers = {}, {}
+    tensors = {}
     for tensor in reader.tensors:
         # The sides of a GGUF are in the reverse order.
         shape = tuple(int(side) for side in reversed(tensor.shape))
-        headers[tensor.name] = TensorHeader(shape, plain.get(tensor.tensor_type.name, own_type), file, -1)
+        dtype = plain.get(tensor.tensor_type.name, own_type)
         packed = None if tensor.tensor_type.name in plain else tensor
-        tensors[tensor.name] = Unpacked(shape, partial(_dequantized, tensor, shape), packed)
-    return tensors, headers
+        tensors[tensor.name] = Unpacked(shape, dtype, partial(_dequantized, tensor, shape), packed)
+    return tensors
 
 
 def _dequantized(tensor: Any, shape: tuple[int, ...]) -> torch.Tensor:
@@ -151,15 +162,13 @@ def df11_dtype(dtype: Any) -> torch.dtype:
     return torch.bfloat16
 
 
-def with_df11_weights(
-    tensors: dict[str, Any], headers: dict[str, TensorHeader], settings: Any, model: nn.Module, path: Any
-) -> tuple[dict[str, Any], dict[str, TensorHeader]]:
+def with_df11_weights(tensors: dict[str, Any], settings: Any, model: nn.Module, path: Any) -> dict[str, Any]:
     """
     The tensors of a DFloat11 folder with empty weights in place of the packed ones, for a model that is loaded before
     [`load_df11`] fills it.
 
     Args:
-        tensors, headers (`dict`): See [`open_weights`].
+        tensors (`dict`): See [`open_weights`].
         settings (`Any`): The `dfloat11_config` of its `config.json`.
         model (`nn.Module`): On any device.
         path (`str`): What errors call it.
@@ -175,19 +184,17 @@ def with_df11_weights(
     shapes = {name.removeprefix("model."): tuple(value.shape) for name, value in model.state_dict().items()}
     packed = {name for name in tensors if name.rpartition(".")[2] in _DF11}
     kept = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    known = {name: headers[name] for name in kept}
     for module in sorted({name.rpartition(".")[0] for name in packed}):
         parts = next((parts for pattern, parts in patterns.items() if re.fullmatch(pattern, module)), ())
         for weight in [f"{module}.{part}.weight" for part in parts] or [f"{module}.weight"]:
             shape = shapes.get(module_name(weight).removeprefix("model."), ())
             kept[weight] = _placeholder(shape, torch.bfloat16)
-            known[weight] = TensorHeader(shape, torch.bfloat16, str(path), -1)
-    return kept, known
+    return kept
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Unpacked:
     """A tensor that takes no memory, for a weight that is taken away once the model is loaded."""
-    return Unpacked(shape, lambda: torch.empty((), dtype=dtype).expand(shape))
+    return Unpacked(shape, dtype, lambda: torch.empty((), dtype=dtype).expand(shape))
 
 
 def is_gguf_config(quantization_config: Any) -> bool:

@@ -11,9 +11,10 @@ from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
 from .checkpoints import check_folder, read_json
@@ -21,7 +22,12 @@ from .configuration_bagel import BagelConfig
 from .errors import shown
 from .files import HUB_ARGUMENTS, TOKENIZER, find_file, folder_and_file, hub_arguments, place_of
 from .fine_tunes import image_settings
-from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs
+from .image_processing_bagel import (
+    BagelImageProcessor,
+    BagelImageProcessorKwargs,
+    check_rgb,
+    image_from_array,
+)
 from .loading import InstalledCodeMixin, check_stated_ids
 from .original_config import is_original_config
 from .segments import (
@@ -33,6 +39,7 @@ from .segments import (
     EncodedSegment,
     Segment,
     check_conversation,
+    content_parts,
     encode_segments,
 )
 from .weights import contents
@@ -97,6 +104,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         # Types are those of a model.
         left_out = (*HUB_ARGUMENTS, "dtype", "torch_dtype")
         kwargs = {name: value for name, value in kwargs.items() if name not in left_out} | hub
+        if kwargs.get("_from_pipeline") == "any-to-any":
+            # That pipeline says too late whether it wants a picture, which begins from the images' latents.
+            kwargs.setdefault("return_vae_pixel_values", True)
         _check_files(path, hub)
         try:
             processor_dict, settings = cls.get_processor_dict(path, **kwargs)
@@ -144,6 +154,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
             if not kwargs.get("sanitize_control_tokens"):
                 self._check_markers(sample)
             self._check_placeholders(sample, images, index, len(texts))
+        image_settings = (kwargs.get("images_kwargs") or {}) | kwargs
+        if not image_settings.get("do_convert_rgb", self.image_processor.do_convert_rgb):
+            check_rgb(images)
         if any(self._wrapped(self.latent_token) in sample for sample in texts):
             kwargs["return_vae_pixel_values"] = True
         return super().__call__(images=images, text=text, **kwargs)
@@ -180,7 +193,8 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of the tokens of an image: of its latents, if they are asked for, and of the ViT."""
-        seen = self.image_token * int(image_inputs["image_grid_hw"][image_idx].prod())
+        grids = image_inputs["image_grid_thw" if "image_grid_thw" in image_inputs else "image_grid_hw"]
+        seen = self.image_token * int(grids[image_idx].prod())
         if "vae_pixel_values" not in image_inputs:
             return seen
         # One replacement serves both placeholders of an image; `get_text_with_replacements` parts them.
@@ -232,7 +246,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         Like [`ProcessorMixin.apply_chat_template`], with two more arguments.
 
         Args:
-            conversation (`list[dict]` or `list[list[dict]]`): Messages of one conversation, or of several.
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages of one conversation, or of several, in the format of transformers or of OpenAI. Image parts may
+                leave out their images where the text alone is asked for, or with `processor_kwargs={"images": ...}`.
             chat_template (`str`, *optional*): Another template.
             think (`bool`, *optional*, defaults to `False`): Ask for a reasoning, or a plan, first.
             generation_mode (`str`, *optional*, defaults to `"text"`):
@@ -247,7 +263,9 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         generation_mode = kwargs.get("generation_mode", "text")
         if generation_mode not in ("text", "image"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {shown(generation_mode)}.")
-        check_conversation(conversation)
+        takes_images = kwargs.get("tokenize") and not (kwargs.get("processor_kwargs") or {}).get("images")
+        check_conversation(conversation, placeholders=not takes_images)
+        conversation = _named_parts(conversation)
         is_own = (chat_template or self.chat_template) == CHAT_TEMPLATE
         try:
             with nullcontext() if is_own else bounded_template(MAX_TEMPLATE_LINES):
@@ -259,9 +277,59 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
         return encode_segments(self, segments)
 
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """
+        ViT tokens of images, as servers ask for them to plan their memory.
+
+        Args:
+            image_sizes (`Sequence[tuple[int, int]]`, *optional*): Height and width of each image in pixels.
+            kwargs: Settings of [`BagelImageProcessor`].
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        settings = self._merge_kwargs(**kwargs)["images_kwargs"]
+        counts = [self.image_processor.get_number_of_image_patches(*size, settings) for size in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=counts)
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[str] | list[Image.Image]:
+        """
+        Like the parent's, which decodes texts; and the pictures of `generate(..., generation_mode="image")` as PIL images.
+
+        Args:
+            generated_outputs (`torch.Tensor` or `Sequence[torch.Tensor]`): Token ids, or pictures in [0, 1].
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether texts lose their special tokens.
+            generation_mode (`str`, *optional*, defaults to `"text"`): `"text"` or `"image"`.
+            kwargs: Of the tokenizer's `decode`.
+        """
+        if generation_mode == "image":
+            return [image_from_array(image) for image in generated_outputs]
+        return super().post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
+        )
+
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]
+
+
+def _named_parts(conversation: Any) -> list[Any]:
+    """Messages whose lists of parts are named as transformers names them."""
+    if isinstance(conversation[0], (list, tuple)):
+        return [_named_parts(messages) for messages in conversation]
+    return [
+        {**message, "content": content_parts(message)}
+        if isinstance(message.get("content"), (list, tuple))
+        else dict(message)
+        for message in conversation
+    ]
 
 
 @contextmanager
@@ -301,6 +369,8 @@ def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     absent = [token for token in SPECIAL_TOKENS.values() if token not in tokenizer.get_vocab()]
     if absent:
         tokenizer.add_tokens(absent, special_tokens=True)
+    # What talks to the tokenizer alone finds the template there.
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"
     tokenizer.eos_token = SPECIAL_TOKENS["eos_token_id"]
     tokenizer.pad_token = SPECIAL_TOKENS["pad_token_id"]

@@ -54,7 +54,10 @@ GENERATION_THINK_PROMPT = (
 )
 THINK_PROMPTS = {"text": UNDERSTANDING_THINK_PROMPT, "image": GENERATION_THINK_PROMPT}
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names that the libraries and OpenAI's two interfaces give to the parts of a message.
+TEXT_TYPES = ("text", "input_text", "output_text")
+IMAGE_TYPES = ("image", "image_url", "input_image")
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 SEGMENT_TYPES = ("text", "vit_image", "vae_image")
 
@@ -70,12 +73,14 @@ CHAT_TEMPLATE = (
     f"{{{{- start + ({GENERATION_THINK_PROMPT!r} if draws else {UNDERSTANDING_THINK_PROMPT!r}) + end -}}}}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
-    "{%- set content = message['content'] -%}"
+    "{%- set content = message['content'] or [] -%}"
     "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
     "{%- for part in content -%}"
-    "{%- if part['type'] == 'text' and message['role'] == 'assistant' -%}"
+    f"{{%- if part['type'] in {TEXT_TYPES} and message['role'] == 'assistant' -%}}"
     "{{- start -}}{%- generation -%}{{- part['text'] + end -}}{%- endgeneration -%}"
-    "{%- elif part['type'] == 'text' -%}{{- start + part['text'] + end -}}"
+    f"{{%- elif part['type'] in {TEXT_TYPES} -%}}{{{{- start + part['text'] + end -}}}}"
+    f"{{%- elif part['type'] not in {IMAGE_TYPES} -%}}"
+    "{{- raise_exception('a part must be a text or an image, got ' ~ part['type']) -}}"
     "{%- elif draws -%}{{- vae + vit -}}"
     "{%- else -%}{{- vit -}}{%- endif -%}"
     "{%- endfor -%}"
@@ -167,7 +172,7 @@ def encode_segments(processor: BagelProcessor, segments: Sequence[Segment]) -> l
                 # `datasets` hands out an image that it did not decode as a mapping.
                 source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
             features[key] = processor.image_processor(
-                to_rgb(source), return_vae_pixel_values=True, return_tensors="pt"
+                to_rgb(source), return_vae_pixel_values=True, return_image_grid_thw=False, return_tensors="pt"
             )
         encoded.append(_encode_image(processor, segment, features[key]))
     return encoded
@@ -196,9 +201,26 @@ def _encode_image(processor: BagelProcessor, segment: Segment, features: Mapping
 
 
 def content_parts(message: Mapping[str, Any]) -> list[Any]:
-    """The parts of a message's content; a string is one text."""
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    """
+    The parts of a message's content, by the names that transformers gives them: `{"type": "text", "text": ...}`, and
+    `{"type": "image", "image": ...}` or `{"type": "image"}`. A string is one text; empty content has no parts.
+    """
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else [_named_part(part) for part in content]
+
+
+def _named_part(part: Any) -> Any:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in TEXT_TYPES:
+        return {**part, "type": "text"}
+    if kind not in IMAGE_TYPES:
+        return part
+    given = {key: value for key, value in part.items() if key in IMAGE_KEYS and value is not None}
+    if len(given) > 1:
+        return part
+    rest = {key: value for key, value in part.items() if key not in IMAGE_KEYS}
+    images = [image["url"] if isinstance(image, Mapping) and "url" in image else image for image in given.values()]
+    return {**rest, "type": "image"} | ({"image": images[0]} if images else {})
 
 
 def chat_segments(
@@ -218,17 +240,11 @@ def chat_segments(
         if part["type"] == "text":
             segments.append(Segment("text", part["text"]))
             continue
-        image = image_of(part)
+        image = part["image"]
         if generation_mode == "image":
             segments.append(Segment("vae_image", image))
         segments.append(Segment("vit_image", image))
     return segments
-
-
-def image_of(part: Mapping[str, Any]) -> Any:
-    """The image of a message part."""
-    image = next(part[key] for key in IMAGE_KEYS if part.get(key) is not None)
-    return image["url"] if isinstance(image, Mapping) and "url" in image else image
 
 
 def without_last_text(segments: Sequence[EncodedSegment]) -> list[EncodedSegment]:
@@ -242,9 +258,14 @@ def without_images(segments: Sequence[EncodedSegment]) -> list[EncodedSegment]:
     return [segment for segment in segments if segment.segment.type == "text"]
 
 
-def check_conversation(conversation: Any, name: str = "conversation") -> None:
+def check_conversation(conversation: Any, name: str = "conversation", placeholders: bool = False) -> None:
     """
     Refuse what is no conversation.
+
+    Args:
+        conversation (`Any`): Messages, or a list of lists of messages.
+        name (`str`, *optional*, defaults to `"conversation"`): What errors call it.
+        placeholders (`bool`, *optional*, defaults to `False`): Whether image parts may leave out the image.
 
     Raises:
         TypeError: if it is not a list of messages, or a list of such lists.
@@ -257,25 +278,28 @@ def check_conversation(conversation: Any, name: str = "conversation") -> None:
         if not messages:
             raise ValueError(f"`{name}` is empty, or holds an empty conversation: pass at least one message.")
         for message in messages:
-            _check_message(message, name)
+            _check_message(message, name, placeholders)
 
 
-def _check_message(message: Any, name: str) -> None:
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, (str, list, tuple)) or len(content) == 0:
+def _check_message(message: Any, name: str, placeholders: bool) -> None:
+    is_message = isinstance(message, Mapping) and ("content" in message or bool(message.get("tool_calls")))
+    if not is_message or not isinstance(message.get("content"), (str, list, tuple, type(None))):
         raise ValueError(f"`{name}` holds a message without content: {shown(message)}. Pass `role` and `content`.")
     if message.get("role") not in ROLES:
         raise ValueError(
             f"`{name}` holds the unknown role {shown(message.get('role'))}; known are {', '.join(ROLES)}."
         )
     for part in content_parts(message):
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
             _check_unicode(part["text"])
-        kind = part.get("type") if isinstance(part, dict) else None
-        given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None] if kind is not None else []
-        is_text = kind == "text" and isinstance(part.get("text"), str)
-        is_image = kind in ("image", "image_url") and len(given) == 1 and not isinstance(given[0], (list, tuple))
-        if not is_text and not is_image:
+            continue
+        given = [part[key] for key in IMAGE_KEYS if key in part] if kind == "image" else []
+        if kind == "image" and not given and not placeholders:
+            raise ValueError(
+                f"`{name}` holds an image part without its image: {shown(part)}. Pass {{'type': 'image', 'image': ...}}."
+            )
+        if kind != "image" or len(given) > 1 or any(isinstance(image, (list, tuple)) for image in given):
             raise ValueError(
                 f"`{name}` holds a part that is neither {{'type': 'text', 'text': ...}} nor {{'type': 'image', "
                 f"'image': ...}}: {shown(part)}."
@@ -361,7 +385,7 @@ def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
         if part["type"] == "text":
             segments.append(Segment("text", part["text"], loss, dropout))
             continue
-        image = image_of(part)
+        image = part["image"]
         if loss:
             segments.append(Segment("vae_image", image, loss, dropout))
             if index == len(parts) - 1:
@@ -381,11 +405,10 @@ def _with_images(messages: Any, images: Any) -> Any:
     count = len(rest)
     filled = []
     for message in messages:
-        if isinstance(message, Mapping) and isinstance(message.get("content"), Sequence):
+        if isinstance(message, Mapping) and isinstance(message.get("content"), (str, list, tuple)):
             parts = [dict(part) if isinstance(part, Mapping) else part for part in content_parts(message)]
             for part in parts:
-                is_empty = isinstance(part, dict) and part.get("type") == "image"
-                if is_empty and all(part.get(key) is None for key in IMAGE_KEYS):
+                if isinstance(part, dict) and part.get("type") == "image" and part.keys().isdisjoint(IMAGE_KEYS):
                     if not rest:
                         raise ValueError(f"`images` holds {count} images, fewer than `messages` refer to.")
                     part["image"] = rest.pop(0)

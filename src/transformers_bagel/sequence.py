@@ -313,8 +313,24 @@ class SequenceLayout:
         return [(start, stop, ids[start] >= 0) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
-def host_grids(layout: SequenceLayout | None, image_grid_hw: Any, latent_grid_hw: Any) -> tuple[Any, Any]:
+def grids_of_frames(image_grid_hw: Any, image_grid_thw: Any) -> Any:
+    """Rows and columns of images, `(images, 2)`, also from grids `(images, 3)` that begin with a number of frames.
+
+    Raises:
+        ValueError: if it is not 1.
+    """
+    if image_grid_thw is None or image_grid_hw is not None:
+        return image_grid_hw
+    if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or not bool((image_grid_thw[:, 0] == 1).all()):
+        raise ValueError("`image_grid_thw` must be of shape (images, 3), with 1 first: BAGEL reads no videos.")
+    return image_grid_thw[:, 1:]
+
+
+def host_grids(
+    layout: SequenceLayout | None, image_grid_hw: Any, latent_grid_hw: Any, image_grid_thw: Any = None
+) -> tuple[Any, Any]:
     """The grids of a forward on the CPU, where they are read: those of the layout, if there is one."""
+    image_grid_hw = grids_of_frames(image_grid_hw, image_grid_thw)
     if layout is not None:
         return layout.image_grid_hw, layout.latent_grid_hw
     image, latent = (

@@ -6,9 +6,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import get_session, httpx
 
 
@@ -55,26 +57,30 @@ def fetch(url: str, limits: UrlLimits | None = None) -> bytes:
     """
     limits = limits or LIMITS
     deadline = time.monotonic() + limits.seconds
-    client = get_session()
+    # The Hub's session refuses everything when the Hub is not to be asked, which says nothing of other places.
     try:
-        place = _parsed(url)
-        named = None if limits.private_hosts == "refuse" else place.host
-        for _ in range(limits.max_redirects + 1):
-            is_trusted = limits.private_hosts == "allow" or place.host == named
-            target = {"url": place} if is_trusted else _at_public_address(place)
-            request = client.build_request("GET", **target, timeout=max(deadline - time.monotonic(), 1e-3))
-            response = client.send(request, stream=True, follow_redirects=False)
-            try:
-                if not response.has_redirect_location:
-                    response.raise_for_status()
-                    return _body(response, limits, deadline)
-                place = _parsed(str(place.join(response.headers["location"])))
-            finally:
-                response.close()
+        with httpx.Client() if is_offline_mode() else nullcontext(get_session()) as client:
+            return _downloaded(client, _parsed(url), limits, deadline)
     except httpx.TimeoutException as error:
         raise _too_slow(limits) from error
     except httpx.HTTPError as error:
         raise OSError(str(error)) from error
+
+
+def _downloaded(client: Any, place: Any, limits: UrlLimits, deadline: float) -> bytes:
+    named = None if limits.private_hosts == "refuse" else place.host
+    for _ in range(limits.max_redirects + 1):
+        is_trusted = limits.private_hosts == "allow" or place.host == named
+        target = {"url": place} if is_trusted else _at_public_address(place)
+        request = client.build_request("GET", **target, timeout=max(deadline - time.monotonic(), 1e-3))
+        response = client.send(request, stream=True, follow_redirects=False)
+        try:
+            if not response.has_redirect_location:
+                response.raise_for_status()
+                return _body(response, limits, deadline)
+            place = _parsed(str(place.join(response.headers["location"])))
+        finally:
+            response.close()
     raise OSError(f"more than {limits.max_redirects} redirects")
 
 

@@ -301,7 +301,7 @@ def _shapes_in(path: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[
     is_whole = os.path.isdir(path) or name.endswith(".gguf")
     file = find_file(path, name, **hub) if is_whole else find_cached(path, name, hub)
     if isinstance(file, str):
-        return {key: header.shape for key, header in open_weights([file])[1].items()}
+        return {key: tensor.shape for key, tensor in open_weights([file]).items()}
     if os.path.isdir(path) or is_offline(hub):
         return None
     access = {"revision": hub.get("revision"), "token": hub.get("token")}

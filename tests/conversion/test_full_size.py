@@ -23,13 +23,13 @@ from convert_bagel_to_hf import convert
 from convert_hf_to_bagel import convert_back
 from original_config import original_settings
 from repositories import STATE
-from stored_tensors import StoredTensor, stored_tensors
 from streaming import Shard
 
 from tests.conftest import CHECKPOINT, GOLDEN
 from tests.conversion.conftest import CONVERSION, peak_bytes
 from tests.processes import CONTEXT, become, run_script
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.stored_tensors import StoredTensor, stored_tensors
 
 
 SHAPES = json.loads((GOLDEN.parent / "full_size_shapes.json").read_text(encoding="utf-8"))

@@ -16,11 +16,11 @@ from merge_lora import main as merge_lora
 from original_files import find_original_files
 from safetensors.torch import load_file, save_file
 from sources import opened
-from stored_tensors import stored_tensors
 from streaming import pieces
 
 from tests.conftest import CHECKPOINT
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.stored_tensors import stored_tensors
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import CHECKPOINT, GOLDEN, conversation, load_processor, max_error
+from tests.conftest import CHECKPOINT, DEVICE, GOLDEN, conversation, load_processor, max_error
 from transformers_bagel.segments import EncodedSegment
 
 
@@ -41,7 +41,7 @@ def seeded(*seeds: int):
 
 @pytest.fixture(scope="session")
 def pipe(model, processor) -> BagelPipeline:
-    pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=model, processor=processor)
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=model, processor=processor).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -50,6 +50,7 @@ def pipe(model, processor) -> BagelPipeline:
 def own_pipe(model) -> BagelPipeline:
     """A pipeline that a test may change."""
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=copy.deepcopy(model), processor=load_processor())
+    pipe.to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -131,7 +132,7 @@ def test_what_is_typed_in_a_chat_is_words(raw, checkpoint, capsys, monkeypatch):
 
     def generate(model, input_ids, **kwargs):
         prompts.append(input_ids[0].tolist())
-        return input_ids
+        return SimpleNamespace(sequences=input_ids, past_key_values=None)
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     monkeypatch.setattr(BagelForConditionalGeneration, "generate", generate)
@@ -157,8 +158,11 @@ def test_chat_ends_with_its_input(checkpoint, capsys, monkeypatch):
         (["chat", "--model", "someone/nothing"], "no BAGEL checkpoint could be loaded from the Hub repository"),
         (["draw", "x", "--model", "{checkpoint}", "-o", "out"], "--output must end in the name of an image format"),
         (["draw", "x", "--model", "{checkpoint}", "-o", "nowhere/out.png"], "which does not exist"),
-        (["draw", "x", "--model", "{checkpoint}", "--height", "50"], "`height` must be a multiple of 16"),
-        (["draw", "x", "--model", "{checkpoint}", "--steps", "0"], "`num_inference_steps` must be at least 1"),
+        (["draw", "x", "--model", "{checkpoint}", "--height", "50"], "--height must be a multiple of 16"),
+        (
+            ["draw", "x", "--model", "{checkpoint}", "--steps", "0"],
+            "argument --steps: must be a whole number from 1, got '0'",
+        ),
         (["draw", "x", "--model", "{checkpoint}", "--device", "abacus"], "--device 'abacus' cannot be used here"),
         (["edit", "nowhere.png", "x", "--model", "{checkpoint}"], "the picture 'nowhere.png' cannot be read"),
         (

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_bagel import BagelPipeline
-from tests.conftest import GOLDEN, edges, load_processor
+from tests.conftest import DEVICE, GOLDEN, edges, load_processor
 from tests.diffusers_bagel.conftest import golden_arguments
 
 
@@ -36,14 +36,14 @@ def pipe() -> BagelPipeline:
         SET / "checkpoint",
         processor=load_processor(SET / "checkpoint", **sizes),
         dtype={"transformer": torch.bfloat16, "default": torch.float32},
-    )
+    ).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def ratio(ours: torch.Tensor, name: str, references: tuple[dict, dict], first: bool = False) -> float:
     """How far we are from float32, over how far the original code's bfloat16 is."""
-    exact, rounded = (reference[name].float() for reference in references)
+    exact, rounded = (reference[name].to(DEVICE).float() for reference in references)
     if first:
         exact, rounded = exact[0], rounded[0]
     assert ours.shape == exact.shape
@@ -66,7 +66,7 @@ def test_logits(case, pipe, references):
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-    )
+    ).to(DEVICE)
     with torch.no_grad():
         logits = pipe.transformer(**inputs, logits_to_keep=1).logits[0, 0]
     assert ratio(logits, f"{case['key']}.logits", references, first=True) <= LIMIT
@@ -75,7 +75,7 @@ def test_logits(case, pipe, references):
 @pytest.mark.parametrize("case", CASES["image"], ids=lambda case: case["key"])
 def test_first_velocity_and_final_latents(case, pipe, references):
     key = case["key"]
-    noise = references[0][f"{key}.noise"].unsqueeze(0)
+    noise = references[0][f"{key}.noise"].unsqueeze(0).to(DEVICE)
     velocities = []
 
     def record(call, step, timestep, tensors):

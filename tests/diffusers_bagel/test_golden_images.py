@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import CASES, golden_image, max_error
+from tests.conftest import CASES, DEVICE, golden_image, max_error
 from tests.diffusers_bagel.conftest import golden_arguments
 
 
@@ -34,12 +34,12 @@ def test_pipeline_gives_the_published_trajectory_and_image(case, configured, gol
 
     def record(pipeline, step, timestep, tensors):
         calls.append(pipeline)
-        trajectory.append(tensors["latents"][0].clone())
+        trajectory.append(tensors["latents"][0].to("cpu", copy=True))
         return tensors
 
     noise = golden[f"{key}.noise"].unsqueeze(0)
     out = pipe(**golden_arguments(case), latents=noise, output_type="latent", callback_on_step_end=record)
-    sigmas = calls[-1].scheduler.sigmas
+    sigmas = calls[-1].scheduler.sigmas.cpu()
     assert max_error(sigmas[:-1], golden[f"{key}.t"]) == 0.0
     steps = torch.stack([noise[0], *trajectory])
     velocity = (steps[:-1] - steps[1:]) / -sigmas.diff()[:, None, None]
@@ -89,7 +89,7 @@ def test_scheduler_gives_the_published_noise_levels(schedule, pipe):
 
 def test_vae_matches_the_published_encoder_and_decoder(pipe, processor, golden):
     image = processor.image_processor(golden_image(CASES["vae_case"]), return_vae_pixel_values=True)
-    pixels = image["vae_pixel_values"][0].unsqueeze(0)
+    pixels = image["vae_pixel_values"][0].unsqueeze(0).to(DEVICE)
     vae = pipe.vae
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
@@ -97,5 +97,5 @@ def test_vae_matches_the_published_encoder_and_decoder(pipe, processor, golden):
         assert max_error(scale(posterior.mode()), golden["vae.encode_scaled_mean"]) <= 1e-4
         sample = posterior.sample(torch.Generator().manual_seed(7))
         assert max_error(scale(sample), golden["vae.encode_sampled_seed7"]) <= 1e-4
-        latents = golden["vae.encode_scaled_mean"] / vae.config.scaling_factor + vae.config.shift_factor
+        latents = golden["vae.encode_scaled_mean"].to(DEVICE) / vae.config.scaling_factor + vae.config.shift_factor
         assert max_error(vae.decode(latents).sample, golden["vae.decode"]) <= 1e-4

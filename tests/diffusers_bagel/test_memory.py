@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig
+from diffusers.hooks import group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -184,6 +186,34 @@ class TestOffloading:
         for layer in (model.model.language_model.layers[0], model.model.vision_tower.encoder.layers[0]):
             assert not {id(tensor) for tensor in layer.parameters()} & present
             assert blocks is None or hasattr(layer, "_diffusers_hook")
+
+    @pytest.mark.parametrize("how", ["leaf_level", "block_level"])
+    def test_with_a_stream_each_layer_knows_which_one_to_bring_next(self, how, monkeypatch, encode):
+        """The stream of a device that is not there: nothing is moved, but the order is learned and taken."""
+
+        class Backend(SimpleNamespace):
+            def __init__(self, device):
+                stream = SimpleNamespace(synchronize=lambda: None)
+                super().__init__(Stream=lambda: stream, current_stream=lambda: stream)
+
+        monkeypatch.setattr(group_offloading, "TorchDeviceBackend", Backend)
+        for name in ("onload_", "offload_"):
+            monkeypatch.setattr(ModuleGroup, name, lambda group: None)
+        monkeypatch.setattr(group_offloading, "send_to_device", lambda values, *args, **kwargs: values)
+        model, inputs = load_model(), encode(["@wide", "what?"])
+        expected = model(**inputs).logits
+        settings = {"num_blocks_per_group": 1, "use_stream": True, "low_cpu_mem_usage": True}
+        group_offloading.apply_group_offloading(model, "meta", offload_type=how, **settings)
+        assert torch.equal(model(**inputs).logits, expected)
+        hooks = [
+            next(module for module in layer.modules() if hasattr(module, "_diffusers_hook"))._diffusers_hook.get_hook(
+                "group_offloading"
+            )
+            for layer in model.model.language_model.layers
+        ]
+        if how == "block_level":
+            assert hooks[0].next_group is hooks[1].group
+        assert hooks[0].next_group is not None and not hooks[1].group.onload_self
 
     @pytest.mark.parametrize("quantize", QUANTIZATIONS, ids=lambda quantize: quantize.__name__)
     @pytest.mark.parametrize("how", ["model", "leaf_level", "block_level"])

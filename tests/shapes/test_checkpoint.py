@@ -21,6 +21,7 @@ from diffusers_bagel import BagelPipeline
 from tests.conftest import run_snippets
 from tests.shapes.conftest import CHECKPOINT
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.segments import CHAT_TEMPLATE
 
 
 RED_STAR = "a large red star in the middle on a white background"
@@ -173,3 +174,8 @@ def test_the_card_is_complete_and_its_snippets_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["draw_full", "draw", "relation", "riddle"])
 def test_cases_follow_from_their_seed(task):
     assert draw_cases(task, 20, seed=1) == draw_cases(task, 20, seed=1) != draw_cases(task, 20, seed=2)
+
+
+def test_the_chat_template_is_the_packages():
+    """An older one has no marks around what the assistant says, which trainers ask for."""
+    assert BagelProcessor.from_pretrained(CHECKPOINT).chat_template == CHAT_TEMPLATE

@@ -74,6 +74,11 @@ BAD_IMAGES = {
     "array_of_nan": lambda folder: np.full((8, 8, 3), np.nan),
     "array_out_of_range": lambda folder: np.full((8, 8, 3), 300),
     "tensor_out_of_range": lambda folder: torch.full((3, 8, 8), -1.0),
+    # An image in [0, 1] that was resized and not cut off, and not one in [-1, 1] or of bytes.
+    "array_just_below_zero": lambda folder: np.linspace(-0.02, 0.98, 64).reshape(8, 8),
+    "array_just_above_one": lambda folder: np.linspace(0, 1.02, 64).reshape(8, 8),
+    "array_of_negative_integers": lambda folder: np.full((8, 8), -1),
+    "batch_in_a_batch": lambda folder: np.zeros((1, 1, 8, 8, 3), np.uint8),
     # Grays of 8 bits or of 16, nothing says which.
     "integers_of_unknown_depth": lambda folder: Image.fromarray(np.full((8, 8), 200, np.int32)),
     "integers_out_of_range": lambda folder: Image.fromarray(np.full((8, 8), 65536, np.int32)),
@@ -113,7 +118,6 @@ BAD_MESSAGES: dict[str, Any] = {
     "no_content": [{"role": "user"}],
     "content_number": [{"role": "user", "content": 1}],
     "content_dict": [{"role": "user", "content": {"type": "text", "text": "a"}}],
-    "no_parts": [{"role": "user", "content": []}],
     "part_words": [{"role": "user", "content": ["a"]}],
     "part_without_type": [{"role": "user", "content": [{"text": "a"}]}],
     "unknown_part": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.conftest import CASES, golden_image, max_error
+from tests.conftest import CASES, DEVICE, golden_image, max_error
 from transformers_bagel.sequence import patch_grid_ids, rope_positions
 
 
@@ -44,7 +44,7 @@ def test_generate_gives_the_original_tokens_and_logits(case, model, processor, e
 
 
 def test_vision_tower_and_connector(model, processor, golden):
-    images = processor.image_processor(golden_image(CASES["vae_case"]), return_tensors="pt")
+    images = processor.image_processor(golden_image(CASES["vae_case"]), return_tensors="pt").to(DEVICE)
     assert max_error(images["pixel_values"], golden["vit.patches"]) <= 1e-6
     grid = images["image_grid_hw"]
     assert (
@@ -58,7 +58,7 @@ def test_vision_tower_and_connector(model, processor, golden):
 
 def test_time_embedding(model, golden):
     with torch.no_grad():
-        embeddings = model.model.time_embedder(golden["time.t"])
+        embeddings = model.model.time_embedder(golden["time.t"].to(DEVICE))
     assert max_error(embeddings, golden["time.embed"]) <= 1e-4
 
 

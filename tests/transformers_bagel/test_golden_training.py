@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import CASES, load_model, max_error
+from tests.conftest import CASES, DEVICE, load_model, max_error
 from transformers_bagel.image_processing_bagel import patchify
 from transformers_bagel.loading import module_name
 from transformers_bagel.sequence import SequenceLayout, token_types_from_ids
@@ -50,7 +50,7 @@ def packed(golden):
         "labels": labels,
         "document_ids": torch.repeat_interleave(torch.arange(3), torch.tensor(CASE["sample_lens"])).unsqueeze(0),
     }
-    return model, inputs, given
+    return model, {name: value.to(DEVICE) for name, value in inputs.items()}, given
 
 
 def test_losses_match(packed, golden):
@@ -61,7 +61,7 @@ def test_losses_match(packed, golden):
     mse = (out.velocity - (noise - clean)).square()[noised]
     assert max_error(mse, golden[f"{KEY}.mse"]) <= 1e-4
     ce = torch.nn.functional.cross_entropy(
-        out.logits[0, given["ce_loss_indexes"]], given["packed_label_ids"], reduction="none"
+        out.logits[0, given["ce_loss_indexes"]], given["packed_label_ids"].to(DEVICE), reduction="none"
     )
     assert max_error(ce, golden[f"{KEY}.ce"]) <= 1e-4
     assert abs(out.ce_loss.item() - golden[f"{KEY}.ce"].mean().item()) <= 1e-4

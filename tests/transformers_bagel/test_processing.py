@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.trainer_utils import align_special_tokens
 
 from tests.conftest import (
@@ -175,6 +176,19 @@ class TestImages:
             lambda array: array.transpose(2, 0, 1),
             lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1),
             lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
+            lambda array: (torch.from_numpy(array.copy()).permute(2, 0, 1) / 255).bfloat16(),
+            lambda array: (array / 255).astype(np.float16),
+            lambda array: array / 127.5 - 1,
+            lambda array: array.astype(np.float32),
+            lambda array: array.astype(np.uint16) * 257,
+            lambda array: torch.from_numpy(array.copy()).long().permute(2, 0, 1),
+            lambda array: array[None],
+            lambda array: torch.from_numpy(array.copy()).permute(2, 0, 1)[None] / 127.5 - 1,
+            lambda array: [array[None] / 255],
+        ],
+        ids=[
+            *("bytes", "unit", "channels first", "tensor of bytes", "unit tensor", "bfloat16", "float16"),
+            *("signed", "floats to 255", "16 bits", "int64", "batch of one", "signed batch", "batch in a list"),
         ],
     )
     def test_arrays_and_tensors_equal_the_image(self, convert, processor):
@@ -182,6 +196,16 @@ class TestImages:
         expected = processor.image_processor(image, return_tensors="pt")["pixel_values"]
         given = processor.image_processor(convert(np.asarray(image)), return_tensors="pt")["pixel_values"]
         assert torch.equal(given, expected)
+
+    def test_a_batch_has_one_range_of_values(self, processor):
+        """A dark image in [-1, 1] or of bytes looks by itself as if it were in [0, 1]."""
+        light, dark = golden_image("wide").convert("RGB"), Image.new("RGB", golden_image("wide").size, (1, 1, 1))
+        expected = processor.image_processor([light, dark])["pixel_values"]
+        batch = np.stack([np.asarray(light), np.asarray(dark)])
+        for given in (batch, torch.from_numpy(batch).permute(0, 3, 1, 2).float(), batch / 127.5 - 1):
+            features = processor.image_processor(given)
+            assert np.array_equal(features["pixel_values"], expected)
+            assert len(features["image_grid_hw"]) == 2
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_photos_stand_upright_however_they_are_passed(self, orientation, processor, tmp_path):
@@ -379,3 +403,97 @@ def test_a_template_of_a_repository_is_bounded_too_and_one_that_ends_is_not(tmp_
     file.write_text(LOOPS["nested"], encoding="utf-8")
     with pytest.raises(ValueError, match="The chat template ran 10000 lines"):
         load_processor(tmp_path).apply_chat_template(many)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda text: "\n".join(text[start : start + 76] for start in range(0, len(text), 76)),
+        lambda text: "\r\n".join(text[start : start + 64] for start in range(0, len(text), 64)) + "\r\n",
+        lambda text: text.rstrip("="),
+        lambda text: text.replace("+", "-").replace("/", "_"),
+        lambda text: f"data:IMAGE/PNG;BASE64,{text}",
+        lambda text: f"DATA:image/png;charset=utf-8;base64,{text}",
+        lambda text: f"data:application/octet-stream;base64,{text}",
+        lambda text: "data:image/png;base64," + text.replace("=", "%3D").replace("+", "%2B"),
+    ],
+    ids=["wrapped", "wrapped_as_mail", "no_end", "url_alphabet", "capitals", "charset", "octets", "percent"],
+)
+def test_base64_is_read_as_it_comes(spelled):
+    image = golden_image("wide").convert("RGB")
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    text = base64.b64encode(content.getvalue()).decode()
+    assert {"+", "/"} & set(text)
+    assert to_rgb(spelled(text)).tobytes() == image.tobytes()
+
+
+def png_with(kind: str) -> bytes:
+    """A PNG with 2 MiB of something beside its pixels."""
+    info = PngInfo()
+    profile = np.random.default_rng(0).bytes(2 << 20) if kind == "profile" else None
+    if kind != "profile":
+        info.add_text("comment", "x" * (2 << 20), zip=True)
+    content = io.BytesIO()
+    golden_image("square").convert("RGB").save(content, "PNG", icc_profile=profile, pnginfo=info)
+    if kind != "text_at_the_end":
+        return content.getvalue()
+    # Pillow reads what follows the pixels only when they are asked for.
+    chunks, place = [content.getvalue()[:8]], 8
+    while place < len(content.getvalue()):
+        length = int.from_bytes(content.getvalue()[place : place + 4], "big") + 12
+        chunks.append(content.getvalue()[place : place + length])
+        place += length
+    chunks.sort(key=lambda chunk: {b"zTXt": 1, b"IEND": 2}.get(chunk[4:8], 0))
+    return b"".join(chunks)
+
+
+@pytest.mark.parametrize("kind", ["profile", "text", "text_at_the_end"])
+def test_a_large_text_or_colour_profile_is_named_with_the_limit_and_the_remedy(kind, tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_with(kind))
+    with pytest.raises(ValueError, match=r"large\.png.*limit of 1048576 bytes.*`PIL\.PngImagePlugin\.MAX_TEXT_CHUNK`"):
+        to_rgb(path)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 4 << 20)
+    assert to_rgb(path).tobytes() == golden_image("square").convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("loader", [BagelProcessor, AutoProcessor, BagelImageProcessor, AutoImageProcessor])
+@pytest.mark.parametrize("choice", [{"backend": "pil"}, {"backend": "torchvision"}, {"use_fast": False}], ids=str)
+def test_a_saved_processor_loads_with_a_backend(loader, choice, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path, **choice)
+    images = getattr(loaded, "image_processor", loaded)
+    assert images.backend == "pil"
+    assert images.to_dict() == processor.image_processor.to_dict()
+
+
+def test_who_converts_no_images_gets_none_converted(processor):
+    square = golden_image("square").convert("RGB")
+    expected = processor.image_processor(square)["pixel_values"]
+    text = "<|vision_start|><|image_pad|><|vision_end|>"
+    for kept in (
+        processor.image_processor(square, do_convert_rgb=False),
+        processor(text=text, images=square, do_convert_rgb=False),
+        processor(text=text, images=np.asarray(square), images_kwargs={"do_convert_rgb": False}),
+    ):
+        assert np.array_equal(kept["pixel_values"], expected)
+    for image in (square.convert("RGBA"), square.convert("L")):
+        message = f"`do_convert_rgb=False` takes RGB images, got one of mode {image.mode}"
+        with pytest.raises(ValueError, match=message):
+            processor.image_processor([square, image], do_convert_rgb=False)
+        with pytest.raises(ValueError, match=message):
+            processor(text=text, images=image, do_convert_rgb=False)
+
+
+def test_servers_learn_the_number_of_tokens_from_sizes_alone(processor):
+    images = [golden_image(name) for name in ("square", "wide", "tall")]
+    features = processor.image_processor(images)
+    counts = features["image_grid_hw"].prod(-1).tolist()
+    data = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
+    assert data["num_image_tokens"] == data["num_image_patches"] == counts
+    smaller = {"size": {"shortest_edge": 28, "longest_edge": 56}}
+    features = processor.image_processor(images, **smaller)
+    data = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images], **smaller)
+    assert data["num_image_tokens"] == features["image_grid_hw"].prod(-1).tolist()
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens()

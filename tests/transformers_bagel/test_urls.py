@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 from huggingface_hub.utils import httpx, set_client_factory
 
@@ -97,6 +98,18 @@ def site() -> Iterator[str]:
 
 def test_an_image_behind_a_redirect_is_read(site):
     assert to_rgb(f"{site}/near").tobytes() == golden_image("square").convert("RGB").tobytes()
+
+
+def test_a_scheme_may_be_in_capitals(site):
+    assert to_rgb(f"{site.replace('http', 'HTTP')}/picture").size == golden_image("square").size
+
+
+@pytest.mark.parametrize("path", ["picture", "near"])
+def test_an_image_is_read_when_the_hub_is_not_to_be_asked(path, site, monkeypatch):
+    """`HF_HUB_OFFLINE=1` is about the Hub; the library reads the images of messages all the same."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert huggingface_hub.is_offline_mode()
+    assert to_rgb(f"{site}/{path}").size == golden_image("square").size
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..errors import shown
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
+from ..scalars import plain_numbers
 from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, sample_segments
 from ..sequence import SequenceLayout, lay_out
 from .latents import LatentEncoder, WorkerDeviceError
@@ -113,6 +114,7 @@ class BagelDataCollator:
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
+        vars(self).update(plain_numbers(vars(self)))
         if not isinstance(self.processor, BagelProcessor):
             raise TypeError(f"`processor` must be a BagelProcessor, got a `{type(self.processor).__name__}`.")
         for name in ("text_dropout", "vit_dropout", "vae_dropout"):
@@ -349,7 +351,10 @@ class BagelDataCollator:
                 batch["document_ids"],
             )
             batch["layout"] = replace(layout, labels=batch["labels"])
-        return batch
+        # The longest first: of a streamed dataset `Trainer` takes as many rows of each tensor as the first has, and those of
+        # packed images are more than there are sequences.
+        in_order = sorted(batch, key=lambda name: len(batch[name]) if name != "layout" else 0, reverse=True)
+        return BatchFeature({name: batch[name] for name in in_order})
 
 
 __all__ = ["BagelDataCollator", "EncodedSample", "SkippedSample"]

@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import BatchFeature
 
 from ..errors import shown
+from ..scalars import plain_numbers
 from .collator import BagelDataCollator
 from .samples import EncodedSample, SkippedSample, mixed_seed
 
 
-# Epoch, how far in the epoch's order, and the sample that stands there.
+# Epoch, how far in the epoch's order, and the number of the sample that stands there.
 Place = tuple[int, int, int]
 
 
@@ -29,13 +31,15 @@ class BagelDataLoader:
     on the number of workers, and a loader that takes up a saved state gives what the other would have given.
 
     Args:
-        dataset (`Sequence` or `torch.utils.data.Dataset`):
-            Samples, see [`~segments.sample_segments`]; anything with a length and items.
+        dataset (`Sequence`, `torch.utils.data.Dataset` or `Iterable`):
+            Samples, see [`~segments.sample_segments`]: anything with a length and items, or a stream, which is read here,
+            from its beginning in every epoch. If it has `set_epoch`, that is called before.
         collator ([`BagelDataCollator`]):
             Makes the batches. If it has `max_tokens`, a batch is one sequence, filled in the dataset's order.
         batch_size (`int`, *optional*):
             Number of samples of a batch, or, with `max_tokens`, the most it may have.
-        shuffle (`bool`, *optional*, defaults to `True`): Whether each epoch has an order of its own.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether each epoch has an order of its own. A stream keeps its order.
         seed (`int`, *optional*, defaults to 0): Decides the order and all other choices.
         rank, world_size (`int`, *optional*, defaults to 0 and 1): The share of the dataset: every `world_size`-th
             sample of an epoch's order.
@@ -68,13 +72,14 @@ class BagelDataLoader:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        vars(self).update(plain_numbers(vars(self)))
         if self.batch_size is None and self.collator.max_tokens is None:
             raise ValueError("Pass `batch_size`, or give the collator `max_tokens`: something must bound a batch.")
         if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise ValueError(f"`batch_size` must be a whole number of at least 1, got {shown(self.batch_size)}.")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"`rank` must be from 0 to {self.world_size - 1} (`world_size` - 1), got {self.rank}.")
-        if len(self.dataset) < self.world_size:
+        if not self._is_stream and len(self.dataset) < self.world_size:
             raise ValueError(
                 f"`dataset` has {len(self.dataset)} samples; each of {self.world_size} ranks needs one at least."
             )
@@ -106,28 +111,40 @@ class BagelDataLoader:
 
     def _identity(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("seed", "shuffle", "rank", "world_size", "batch_size")}
-        return {**own, "num_samples": len(self.dataset), "max_tokens": self.collator.max_tokens}
+        num_samples = None if self._is_stream else len(self.dataset)
+        return {**own, "num_samples": num_samples, "max_tokens": self.collator.max_tokens}
+
+    @property
+    def _is_stream(self) -> bool:
+        return isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__len__")
 
     def __iter__(self) -> Iterator[BatchFeature]:
         batch: list[EncodedSample] = []
         useless: set[int] = set()
+        last_useful = self._place[0]
+        is_stream = self._is_stream
         # Without shuffling a rank sees the same share of the dataset in every epoch.
-        within_reach = len(self.dataset) if self.shuffle else len(self._order(0))
-        tasks = _Tasks(self.dataset, self.collator.for_workers(), self.seed)
+        within_reach = 0 if is_stream else len(self.dataset) if self.shuffle else len(self._order(0))
+        tasks = _Tasks(None if is_stream else self.dataset, self.collator.for_workers(), self.seed)
         # A generator of its own, or its start would take a number from the global one.
         generator = torch.Generator()
         for (epoch, offset, index), result in DataLoader(
-            tasks, sampler=self._places(), batch_size=None, num_workers=self.num_workers, generator=generator
+            tasks,
+            sampler=self._stream() if is_stream else self._places(),  # type: ignore[arg-type]  # it is iterated once
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=generator,
         ):
             if isinstance(result, EncodedSample):
                 result = self.collator.with_latents(result)
             if isinstance(result, SkippedSample):
                 self.collator.report(result)
                 useless.add(index)
-                if len(useless) == within_reach:
+                if len(useless) == within_reach or epoch > last_useful + 1:
                     raise ValueError("`dataset` holds no sample that can be used; see `skipped` of the collator.")
                 continue
             useless.discard(index)
+            last_useful = epoch
             if batch and self._is_full(batch, result):
                 # The sample that does not fit begins the next batch: this is where a resumed run starts.
                 self._place = (epoch, offset)
@@ -150,28 +167,52 @@ class BagelDataLoader:
             order = torch.randperm(len(order), generator=generator).tolist()
         return order[self.rank :: self.world_size]
 
-    def _places(self) -> Iterator[Place]:
-        """Every place from the saved one on, without end."""
+    def _places(self) -> Iterator[tuple[Place, Any]]:
+        """Every place from the saved one on, without end; its sample is read in a worker."""
         epoch, start = self._place
         while True:
             order = self._order(epoch)
             for offset in range(start, len(order)):
-                yield epoch, offset, order[offset]
+                yield (epoch, offset, order[offset]), None
+            epoch, start = epoch + 1, 0
+
+    def _stream(self) -> Iterator[tuple[Place, Any]]:
+        """Every place of a stream from the saved one on, and its sample, without end."""
+        epoch, start = self._place
+        while True:
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            offset = -1
+            for offset, (index, sample) in enumerate(
+                itertools.islice(enumerate(self.dataset), self.rank, None, self.world_size)
+            ):
+                if offset >= start:
+                    yield (epoch, offset, index), sample
+            if offset < 0:
+                raise ValueError(
+                    f"`dataset` gave rank {self.rank} of {self.world_size} no sample in epoch {epoch}. Pass a stream with "
+                    "enough of them, which can be read more than once."
+                )
             epoch, start = epoch + 1, 0
 
 
 @dataclass
 class _Tasks(Dataset):
-    """Reads and encodes the sample of a place, in a worker."""
+    """Reads and encodes the sample of a place, in a worker; that of a stream is handed over."""
 
     dataset: Any
     collator: BagelDataCollator
     seed: int
 
-    def __getitem__(self, place: Place) -> tuple[Place, EncodedSample | SkippedSample]:
+    def __getitem__(self, task: tuple[Place, Any]) -> tuple[Place, EncodedSample | SkippedSample]:
+        place, sample = task
         epoch, _, index = place
         seed = mixed_seed(self.seed, epoch, index)
-        return place, self.collator.encode_or_skip(lambda: self.dataset[index], seed, f"sample {index}")
+
+        def read() -> Any:
+            return sample if self.dataset is None else self.dataset[index]
+
+        return place, self.collator.encode_or_skip(read, seed, f"sample {index}")
 
 
 __all__ = ["BagelDataLoader"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,14 +21,25 @@ class BagelTrainer(Trainer):
     BAGEL has two losses with a count of targets each, and a micro-batch may have none of one kind. `Trainer` counts one
     kind, or takes the mean of the micro-batches' means; this takes both means over the targets of the whole step.
 
+    Of a streamed dataset each process reads its own share: packed batches cannot be cut for them.
+
     Raises:
-        ValueError: for `label_smoothing_factor` and `compute_loss_func`, which would replace both losses.
+        ValueError: for `label_smoothing_factor` and `compute_loss_func`, which would replace both losses, and for
+            `dispatch_batches=True`, which would cut batches.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any = None, args: Any = None, *others: Any, **kwargs: Any):
+        if args is not None:
+            args = copy.copy(args)
+            args.accelerator_config = copy.copy(args.accelerator_config)
+            if args.accelerator_config.dispatch_batches:
+                raise ValueError(
+                    "`dispatch_batches=True` would cut packed batches. Leave it out: each process reads its own."
+                )
+            args.accelerator_config.dispatch_batches = False
+        super().__init__(model, args, *others, **kwargs)
         for name, is_set in (
             ("label_smoothing_factor", self.args.label_smoothing_factor != 0),
             ("compute_loss_func", self.compute_loss_func is not None),

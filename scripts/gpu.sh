@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# What a GPU is asked: the tests that need one, and the golden numbers and the pipeline's tests with their models on it.
+# Arguments go to pytest. PYTHON is the interpreter, by default that of .venv.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-.venv/bin/python}
+export BAGEL_TEST_DEVICE=cuda OMP_NUM_THREADS=1
+exec "$python" -m pytest -n "${WORKERS:-8}" --dist worksteal -o addopts=--strict-markers -rfE --tb=short "$@" tests/gpu \
+    tests/transformers_bagel/test_golden_{text,training}.py tests/diffusers_bagel/test_golden_{images,bfloat16}.py \
+    tests/transformers_bagel/test_{attention,cache,generation,modeling,sequence,losses,adapters,compile}.py \
+    tests/diffusers_bagel/test_{calls,pipeline,denoising,contexts,schedulers,lora,memory,compiled,after_failures}.py

@@ -1,0 +1,116 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""What the commands are asked, in their own words."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from .files import CommandError
+
+
+DEFAULT_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
+DTYPES = ("float32", "bfloat16", "float16")
+PACKAGES = ("transformers", "diffusers", "torch")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see '{self.prog} --help')")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        libraries = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+        print(f"bagel {version('transformers-bagel')} ({libraries})")
+        parser.exit()
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    The arguments of a command.
+
+    Raises:
+        CommandError: in a sentence, if they are wrong.
+    """
+    return _parser().parse_args(argv)
+
+
+def _number(kind: Callable[[str], Any], lowest: float, highest: float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            names = {int: "a whole number", float: "a number"}
+            bound = f"from {lowest}" + (f" to {highest}" if highest < math.inf else "")
+            raise argparse.ArgumentTypeError(f"must be {names[kind]} {bound}, got '{text}'")  # type: ignore[index]
+        return value
+
+    return read
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument(
+        "--model",
+        default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
+        help="folder or Hub id of the checkpoint (default: $BAGEL_MODEL, or %(default)s)",
+    )
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--seed",
+        type=_number(int, -(2**63), 2**64 - 1),
+        default=0,
+        help="seed of the noise or of sampled text (default: 0)",
+    )
+    common.add_argument("--dtype", choices=DTYPES, help="default: the best that fits into the memory")
+    common.add_argument(
+        "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 4 GB are enough"
+    )
+    common.add_argument(
+        "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"
+    )
+    common.add_argument("--think", action="store_true", help="let the model think first, and show what it thought")
+
+    side, scale = _number(int, 1, math.inf), _number(float, 0, math.inf)
+    pictures = argparse.ArgumentParser(add_help=False)
+    pictures.add_argument("-o", "--output", default="out.png", help="picture to write (default: out.png)")
+    pictures.add_argument("--height", type=side, help="in pixels (default: 1024, or like the last picture)")
+    pictures.add_argument("--width", type=side, help="in pixels (default: 1024, or like the last picture)")
+    pictures.add_argument("--guidance-scale", type=scale, help="weight of the text (default: 4)")
+    pictures.add_argument("--image-guidance-scale", type=scale, help="weight of the pictures (default: 2 in edits)")
+
+    speech = argparse.ArgumentParser(add_help=False)
+    speech.add_argument("--max-new-tokens", type=side, default=1024, help="longest answer (default: 1024)")
+    speech.add_argument(
+        "--raw-tokens", action="store_true", help="read <|im_end|> and the like as tokens (default: as words)"
+    )
+    speech.add_argument("--temperature", type=scale, default=0.0, help="0 takes the likeliest word (default: 0)")
+
+    for name, parts, summary in (
+        ("draw", [model, place, common, pictures], "Draw a picture of a text."),
+        ("edit", [model, place, common, pictures], "Change one or several pictures as told."),
+        ("ask", [model, place, common, speech], "Answer a question about pictures."),
+        ("chat", [model, place, common, speech], "Talk, line by line."),
+        ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
+    ):
+        command = commands.add_parser(name, parents=parts, help=summary, description=summary)
+        command.set_defaults(images=[])
+        if name in ("edit", "ask"):
+            command.add_argument("images", nargs="+", metavar="IMAGE", help="picture file")
+        if name in ("draw", "edit", "ask"):
+            command.add_argument("prompt", metavar="TEXT", help="what to draw, change or answer")
+        if name == "info":
+            command.add_argument("model", metavar="REPO", help="folder or Hub id of the checkpoint")
+    return parser

@@ -1,0 +1,192 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""What the commands do, once their arguments are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import PIL.Image
+import torch
+import transformers
+from transformers import TextStreamer
+from transformers.utils import cached_file
+
+from diffusers_bagel import BagelPipeline
+from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.image_processing_bagel import to_rgb
+
+from .conversation import Conversation
+from .files import CommandError, open_picture, save_picture, typed_paths
+from .fitting import choose, loading_arguments
+from .information import describe
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw a picture of a text, or change pictures as told."""
+    device = find_device(options.device)
+    settings = {
+        name: getattr(options, name)
+        for name in ("height", "width", "guidance_scale", "image_guidance_scale")
+        if getattr(options, name) is not None
+    }
+    with _quiet(), _loaded(options, BagelPipeline, device) as pipe:
+        try:
+            out = pipe(
+                prompt=options.prompt,
+                image=[to_rgb(image) for image in options.images] or None,
+                num_inference_steps=options.steps,
+                think=options.think,
+                generator=torch.Generator("cpu").manual_seed(options.seed),
+                **settings,
+            )
+        except (ValueError, TypeError) as error:
+            raise CommandError(sentence(error)) from error
+    if out.texts:
+        print(out.texts[0])
+    save_picture(out.images[0], options.output)
+    print(f"{options.output}: {out.images[0].width} x {out.images[0].height}")
+
+
+edit = draw
+
+
+def ask(options: argparse.Namespace) -> None:
+    """Answer a question about pictures."""
+    with _speaker(options) as (model, processor):
+        _answer(Conversation(model, processor), [to_rgb(image) for image in options.images], options.prompt, options)
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Talk, line by line."""
+    with _speaker(options) as (model, processor):
+        print("Type a message. /image PATH shows a picture, /new starts over, /quit ends.")
+        conversation = Conversation(model, processor)
+        images: list[PIL.Image.Image] = []
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return
+            command, _, rest = line.partition(" ")
+            try:
+                if command == "/quit":
+                    return
+                if command == "/new":
+                    conversation, images = Conversation(model, processor), []
+                elif command == "/image":
+                    images += [to_rgb(open_picture(path)) for path in typed_paths(rest.strip())]
+                elif line.startswith("/"):
+                    print("error: known commands are /image PATH, /new and /quit.")
+                elif line:
+                    shown, images = images, []
+                    _answer(conversation, shown, line, options)
+            except CommandError as error:
+                # What was said before is remembered, this is not.
+                print(f"error: {error}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Tell what a repository holds, and what of it would fit into this machine."""
+    with _quiet():
+        try:
+            print(describe(os.path.expanduser(options.model), find_device(options.device)))
+        except (OSError, ValueError) as error:
+            raise CommandError(f"'{options.model}' cannot be read: {sentence(error)}") from error
+
+
+def find_device(name: str | None) -> torch.device:
+    """
+    The device that was asked for, or the first that is there.
+
+    Raises:
+        CommandError: if it cannot be used.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device '{name}' cannot be used here: {sentence(error)}") from error
+    return device
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an error, with arguments called as the command calls them."""
+    text = (str(error).strip() or repr(error)).split("\n")[0]
+    text = text.replace("`num_inference_steps`", "--steps")
+    for name in ("height", "width", "guidance_scale", "image_guidance_scale", "max_new_tokens", "temperature"):
+        text = text.replace(f"`{name}`", f"--{name.replace('_', '-')}")
+    return text
+
+
+def _answer(conversation: Conversation, images: list[PIL.Image.Image], text: str, options: argparse.Namespace) -> None:
+    torch.manual_seed(options.seed)
+    streamer = TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+    try:
+        conversation.send(
+            images,
+            text,
+            think=options.think,
+            raw_tokens=options.raw_tokens,
+            streamer=streamer,
+            max_new_tokens=options.max_new_tokens,
+            **sampling,
+        )
+    except (ValueError, TypeError) as error:
+        raise CommandError(sentence(error)) from error
+
+
+@contextmanager
+def _speaker(options: argparse.Namespace) -> Iterator[tuple[BagelForConditionalGeneration, BagelProcessor]]:
+    """The model without `visual_gen`, which needs half the memory, and the processor."""
+    device = find_device(options.device)
+    with _quiet():
+        processor = _load(options, BagelProcessor, component="processor")
+        with _loaded(options, BagelForConditionalGeneration, device, visual_gen=False) as model:
+            yield model, processor
+
+
+@contextmanager
+def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **modules: bool) -> Iterator[Any]:
+    """A pipeline, or the model without some modules, in the way that fits."""
+    draws = loader is BagelPipeline
+    config = _load(options, BagelConfig, component="transformer")
+    way = choose(config, device, draws, options.dtype, options.low_memory)
+    with loading_arguments(way, config, draws, device) as arguments:
+        component = None if draws else "transformer"
+        loaded = _load(options, loader, component, **arguments, **modules)
+        yield loaded if way.on_disk else loaded.to(device)
+
+
+def _load(options: argparse.Namespace, loader: Any, component: str | None = None, **kwargs: Any) -> Any:
+    """Load a pipeline; or one component, which diffusers' layout keeps in a folder of its own."""
+    name = os.path.expanduser(options.model) if os.path.isdir(os.path.expanduser(options.model)) else options.model
+    try:
+        if component is not None:
+            file = {"transformer": "config.json", "processor": "processor_config.json"}[component]
+            if cached_file(name, file, subfolder=component, _raise_exceptions_for_missing_entries=False):
+                kwargs["subfolder"] = component
+        return loader.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, MemoryError) as error:
+        what = "the folder" if os.path.isdir(name) else "the Hub repository"
+        raise CommandError(f"no BAGEL checkpoint could be loaded from {what} '{name}': {sentence(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the libraries, whose loggers have handlers of their own."""
+    before = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before[0])
+        diffusers.logging.set_verbosity(before[1])
