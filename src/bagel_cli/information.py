@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.checkpoints import read_json
-from transformers_bagel.loading import find_file
+from transformers_bagel.files import find_file
 from transformers_bagel.original_config import corrections, is_original_config
 
 from .fitting import free_bytes, needed_bytes, possible_ways, size

@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers.utils import logging as transformers_logging
 
 from transformers_bagel.checkpoints import read_json
-from transformers_bagel.loading import find_file, hub_arguments
+from transformers_bagel.files import find_file, hub_arguments
 from transformers_bagel.original_config import is_original_config
 
 from .answering import SessionEvent

@@ -27,7 +27,8 @@ _DF11 = ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps"
 
 
 class Unpacked:
-    """A tensor that does not exist until it is read at `[...]`, like a slice of a safetensors file."""
+    """
+    A tensor that does not exist until it is read at `[...]`, like a [`StoredTensor`] otherwise.
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], torch.Tensor], packed: Any = None
@@ -35,7 +36,6 @@ class Unpacked:
         self.shape = shape
         self.dtype = dtype
         self.read = read
-        # What it is in a GGUF, if its values are packed there.
         self.packed = packed
 
     def get_shape(self) -> list[int]:
