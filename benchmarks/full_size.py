@@ -110,6 +110,7 @@ def measure(name: str, folder: str) -> dict[str, Any]:
     loaded = loader.from_pretrained(folder, **({"dtype": torch.bfloat16} | arguments()))
     row = {"name": name, "load_seconds": time.perf_counter() - start, "load_peak": memory("VmHWM:")}
     row |= {"kept": memory("VmRSS:") - imports, "load_addresses": memory("VmPeak:")}
+    print("loaded:", json.dumps(row), file=sys.stderr, flush=True)
     start = time.perf_counter()
     if draws:
         loaded("a circle", height=256, width=256, num_inference_steps=1, guidance_scale=1.0, output_type="pt")
@@ -152,10 +153,10 @@ def measured_in_a_process(way: str, folder: str, limit: float | None) -> dict[st
             resource.setrlimit(resource.RLIMIT_AS, (int(limit * GB),) * 2)
 
     command = [sys.executable, __file__, way, "--measure", folder]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, preexec_fn=limited)
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, preexec_fn=limited)
     if done.returncode:
-        print(f"{way}: failed within {limit} GB\n{done.stderr[-2000:]}", file=sys.stderr)
-        return {"name": way, "limit": limit, "failed": done.stderr.strip().splitlines()[-1]}
+        print(f"{way}: failed within {limit} GB", file=sys.stderr)
+        return {"name": way, "limit": limit, "failed": done.returncode}
     row = json.loads(done.stdout.split("row: ")[1]) | {"limit": limit}
     sizes = (f"{row[key] / GB:.1f}" for key in ("kept", "load_peak", "peak", "addresses"))
     print(

@@ -6,7 +6,8 @@ bash scripts/setup.sh
 mkdir -p demo
 export BAGEL_MODEL="${BAGEL_MODEL:-examples/shapes/checkpoint}"
 bagel() {
-    echo "\$ python -m diffusers_bagel $*"
+    # With the quotes that a shell needs.
+    echo "\$ python -m diffusers_bagel $(.venv/bin/python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@")"
     .venv/bin/python -m diffusers_bagel "$@"
 }
 bagel draw "a large red circle in the middle on a white background" -o demo/drawn.png

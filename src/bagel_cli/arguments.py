@@ -55,19 +55,19 @@ def _number(kind: Callable[[str], Any], lowest: float, highest: float) -> Callab
     return read
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
     commands = parser.add_subparsers(dest="command", required=True)
-    model = argparse.ArgumentParser(add_help=False)
+    model = _Parser(add_help=False)
     model.add_argument(
         "--model",
         default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
         help="folder or Hub id of the checkpoint (default: $BAGEL_MODEL, or %(default)s)",
     )
-    place = argparse.ArgumentParser(add_help=False)
+    place = _Parser(add_help=False)
     place.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--seed",
         type=_number(int, -(2**63), 2**64 - 1),
@@ -84,14 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--think", action="store_true", help="let the model think first, and show what it thought")
 
     side, scale = _number(int, 1, math.inf), _number(float, 0, math.inf)
-    pictures = argparse.ArgumentParser(add_help=False)
+    pictures = _Parser(add_help=False)
     pictures.add_argument("-o", "--output", default="out.png", help="picture to write (default: out.png)")
     pictures.add_argument("--height", type=side, help="in pixels (default: 1024, or like the last picture)")
     pictures.add_argument("--width", type=side, help="in pixels (default: 1024, or like the last picture)")
     pictures.add_argument("--guidance-scale", type=scale, help="weight of the text (default: 4)")
     pictures.add_argument("--image-guidance-scale", type=scale, help="weight of the pictures (default: 2 in edits)")
 
-    speech = argparse.ArgumentParser(add_help=False)
+    speech = _Parser(add_help=False)
     speech.add_argument("--max-new-tokens", type=side, default=1024, help="longest answer (default: 1024)")
     speech.add_argument(
         "--raw-tokens", action="store_true", help="read <|im_end|> and the like as tokens (default: as words)"

@@ -160,9 +160,17 @@ def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **mo
     config = _load(options, BagelConfig, component="transformer")
     way = choose(config, device, draws, options.dtype, options.low_memory)
     with loading_arguments(way, config, draws, device) as arguments:
-        component = None if draws else "transformer"
-        loaded = _load(options, loader, component, **arguments, **modules)
-        yield loaded if way.on_disk else loaded.to(device)
+        if not way.on_disk:
+            yield _load(options, loader, None if draws else "transformer", **arguments, **modules).to(device)
+            return
+        # diffusers puts no part of a component on the disk.
+        model = _load(options, BagelForConditionalGeneration, "transformer", **arguments, **modules)
+        if not draws:
+            yield model
+            return
+        pipe = _load(options, BagelPipeline, transformer=model, dtype=way.dtype)
+        pipe.vae.to(device)
+        yield pipe
 
 
 def _load(options: argparse.Namespace, loader: Any, component: str | None = None, **kwargs: Any) -> Any:

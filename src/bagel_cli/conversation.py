@@ -27,6 +27,8 @@ class Conversation:
         # Ids and types of all turns, `(1, length)`, and what was computed of them.
         self.ids = self.types = torch.zeros(1, 0, dtype=torch.long)
         self.cache: Cache | None = None
+        # Of the last prompt.
+        self.prompt_length = 0
 
     @torch.no_grad()
     def send(
@@ -73,7 +75,7 @@ class Conversation:
             **message,
             **generation,
         )
-        self.ids, self.cache = out.sequences, out.past_key_values
+        self.ids, self.cache, self.prompt_length = out.sequences, out.past_key_values, ids.shape[1]
         if self.ids[0, -1] != self.end:
             self.ids = torch.nn.functional.pad(self.ids, (0, 1), value=self.end)
         self.types = torch.nn.functional.pad(types, (0, self.ids.shape[1] - types.shape[1]))

@@ -68,10 +68,9 @@ def _about(config: BagelConfig) -> Iterator[str]:
         model = BagelForConditionalGeneration(config)
     count = sum(parameter.numel() for parameter in model.state_dict().values())
     parts = " and ".join(word for word, has in (("sees", config.visual_und), ("draws", config.visual_gen)) if has)
-    text, vision = config.get_text_config(), config.vision_config
     yield f"  {count:,} weights; it {parts or 'only talks'}"
-    layers = f"{text.num_hidden_layers} layers of {text.hidden_size}"
-    yield f"  {layers}" + (f", vision tower: {vision.num_hidden_layers} of {vision.hidden_size}" if vision else "")
+    text, vision = config.get_text_config(), model.config.vision_config
+    yield f"  {text.num_hidden_layers} layers of {text.hidden_size}, vision tower: {vision.num_hidden_layers} of {vision.hidden_size}"
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         yield f"  quantised: {method}"

@@ -75,6 +75,20 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {shown(value)}.")
 
 
+def check_output_type(output_type: Any, vae: Any) -> None:
+    """
+    Refuse an output that is unknown, or that a pipeline without a VAE cannot give.
+
+    Raises:
+        ValueError
+    """
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if vae is None and output_type != "latent":
+        raise ValueError(
+            f"`output_type='{output_type}'`: the pipeline has no `vae` to decode with. Load it with one, or ask for 'latent'."
+        )
+
+
 def check_flag(name: str, value: Any) -> None:
     """
     Refuse what is neither true nor false.

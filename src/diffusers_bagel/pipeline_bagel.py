@@ -32,7 +32,6 @@ from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
     MAX_STEPS,
-    OUTPUT_TYPES,
     as_conversations,
     as_generators,
     check_callback,
@@ -42,6 +41,7 @@ from .inputs import (
     check_guidance,
     check_latents,
     check_number,
+    check_output_type,
     check_prompt,
     check_scheduler,
     check_sigmas,
@@ -286,7 +286,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         check_scheduler(self.scheduler, sigmas)
         check_number("temperature", temperature, 1e-6)
         check_choice("vae_sample_mode", vae_sample_mode, VAE_SAMPLE_MODES)
-        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_output_type(output_type, self.vae)
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise TypeError(f"`attention_kwargs` must be a dict, got {shown(attention_kwargs)}.")
         check_adapter_scale(self.transformer, attention_kwargs)

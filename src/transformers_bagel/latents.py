@@ -33,8 +33,10 @@ def encode_posterior(vae: Any, pixels: torch.Tensor, device: torch.device | None
         `DiagonalGaussianDistribution`: In float32 and of shape `(1, channels, height, width)`, whatever the VAE's dtype.
 
     Raises:
-        ValueError: if a pixel, or a number of the posterior, is not finite.
+        ValueError: if there is no VAE, or if a pixel, or a number of the posterior, is not finite.
     """
+    if vae is None:
+        raise ValueError("An image cannot be encoded without a `vae`. Load the pipeline with one.")
     if not pixels.isfinite().all():
         raise ValueError("The pixels of an image hold NaN or infinity.")
     upcast_vae(vae)

@@ -348,3 +348,22 @@ def test_errors_are_not_filled_with_data(name, pipe):
     with pytest.raises((TypeError, ValueError), match=name) as raised:
         draw(pipe, **{name: "a" * 5000})
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("output_type", ["pil", "pt"])
+def test_a_pipeline_without_a_vae_is_told_so_before_the_steps(output_type, own_pipe):
+    own_pipe.register_modules(vae=None)
+    steps = []
+
+    def note(pipe, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
+    settings = {"height": 48, "width": 64, "num_inference_steps": 2, "callback_on_step_end": note}
+    with pytest.raises(ValueError, match="no `vae` to decode with"):
+        own_pipe("x", output_type=output_type, **settings)
+    with pytest.raises(ValueError, match="encoded without a `vae`"):
+        own_pipe("x", image=golden_image("square"), output_type="latent", **settings)
+    assert not steps
+    own_pipe("x", output_type="latent", **settings)
+    assert steps == [0, 1]
