@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import outlines
-import torch
 import xgrammar
 from outlines.inputs import Chat
+from outlines.inputs import Image as OutlinesImage
 from PIL import Image, ImageDraw
 from xgrammar.contrib.hf import LogitsProcessor
 
@@ -42,20 +42,19 @@ def main() -> None:
     vocabulary = xgrammar.TokenizerInfo.from_huggingface(
         processor.tokenizer, vocab_size=model.config.get_text_config().vocab_size
     )
-    grammar = xgrammar.GrammarCompiler(vocabulary).compile_json_schema(json.dumps(SCHEMA))
-    ids = model.generate(
-        **inputs, max_new_tokens=64, do_sample=False, logits_processor=[LogitsProcessor(grammar)]
-    )
+    grammar = xgrammar.GrammarCompiler(vocabulary).compile_json_schema(json.dumps(SCHEMA), any_whitespace=False)
+    ids = model.generate(**inputs, max_new_tokens=64, do_sample=False, logits_processor=[LogitsProcessor(grammar)])
     end = ids[0, -1].item()
     text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print("xgrammar", text, "ends with", processor.tokenizer.convert_ids_to_tokens(end))
     assert json.loads(text)["colour"] in ("red", "blue")
     assert end == model.generation_config.eos_token_id
 
-    torch.manual_seed(0)
+    image.format = "PNG"  # which outlines wants to know
+    chat = Chat([{"role": "user", "content": [{"type": "image", "image": OutlinesImage(image)}, parts[1]]}])
     steered = outlines.from_transformers(model, processor)
-    for kind in (outlines.types.Regex("(red|blue) circle"), outlines.types.JsonSchema(SCHEMA)):
-        said = steered(Chat([{"role": "user", "content": parts}]), kind, max_new_tokens=64, do_sample=False)
+    for kind in (outlines.types.Regex("(red|blue) circle"), outlines.types.JsonSchema(SCHEMA, whitespace_pattern="")):
+        said = steered(chat, kind, max_new_tokens=64, do_sample=False)
         print("outlines", said)
         assert said in ("red circle", "blue circle") or json.loads(said)["colour"] in ("red", "blue")
 

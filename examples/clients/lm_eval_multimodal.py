@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """lm-evaluation-harness on questions about pictures, and our own evaluation on the same: item by item.
 
-    python examples/clients/lm_eval_multimodal.py --num 24
+python examples/clients/lm_eval_multimodal.py --num 24
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def _drawing_settings(generation_config: GenerationConfig | None, settings: dict
     unknown = [name for name in settings.keys() - known.keys() if not hasattr(GenerationConfig, name)]
     unknown = [name for name in unknown if name not in GenerationConfig().to_dict()]
     if unknown:
-        raise ValueError(f"{some(sorted(unknown))}: known settings of a picture are {', '.join(sorted(DRAWING_SETTINGS))}.")
+        raise ValueError(
+            f"{some(sorted(unknown))}: known settings of a picture are {', '.join(sorted(DRAWING_SETTINGS))}."
+        )
     if settings.get("num_return_sequences") is not None:
         known.setdefault("num_images_per_prompt", settings["num_return_sequences"])
     scale = getattr(generation_config, "guidance_scale", None)
@@ -86,7 +88,7 @@ def _pipeline(model: BagelForConditionalGeneration) -> BagelPipeline:
     if model not in _components:
         if not model.name_or_path:
             raise ValueError(
-                'A picture needs the VAE beside the model\'s weights, and this model was not loaded from anywhere. Use '
+                "A picture needs the VAE beside the model's weights, and this model was not loaded from anywhere. Use "
                 "`from_pretrained`, or draw with `diffusers_bagel.BagelPipeline`."
             )
         revision = getattr(model.config, "_commit_hash", None)

@@ -39,7 +39,9 @@ class BagelGenerationMixin(GenerationMixin):
         """
         mode = kwargs.pop("generation_mode", None) or "text"
         if mode not in self.output_modalities:
-            raise ValueError(f"`generation_mode` must be one of {', '.join(self.output_modalities)}, got {shown(mode)}.")
+            raise ValueError(
+                f"`generation_mode` must be one of {', '.join(self.output_modalities)}, got {shown(mode)}."
+            )
         if mode == "image":
             return self._draw(inputs, generation_config, kwargs)
         config = generation_config or self.generation_config
@@ -55,7 +57,11 @@ class BagelGenerationMixin(GenerationMixin):
         if ids is not None and types is not None and ids.ndim == 2 and types.shape[1] < ids.shape[1]:
             # Those of the prompt, when what was generated goes on: it is text.
             kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
-        if kwargs.get("vae_pixel_values") is not None and ids is not None and not (ids == self.config.latent_token_id).any():
+        if (
+            kwargs.get("vae_pixel_values") is not None
+            and ids is not None
+            and not (ids == self.config.latent_token_id).any()
+        ):
             # An any-to-any pipeline has them in all of its inputs, in case that a picture is asked for.
             del kwargs["vae_pixel_values"]
         self._check_images(kwargs, settings["prefill_chunk_size"])

@@ -123,7 +123,9 @@ def _from_base64(text: str) -> bytes:
     if text[:5].lower() == "data:":
         text = unquote(text.partition(",")[2])
     text = "".join(text.split()).rstrip("=")
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_" if {"-", "_"} & set(text) else None, validate=True)
+    return base64.b64decode(
+        text + "=" * (-len(text) % 4), altchars=b"-_" if {"-", "_"} & set(text) else None, validate=True
+    )
 
 
 def _check_chunks(error: ValueError, name: str) -> None:

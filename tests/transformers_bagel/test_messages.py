@@ -88,7 +88,9 @@ def test_a_role_changes_nothing(role, processor):
 def test_a_message_without_content_says_nothing(silent, processor):
     messages = [silent, *conversation(["hi"])]
     assert is_same(read(processor, messages), read(processor, conversation(["hi"])))
-    assert read(processor, [silent])["input_ids"].tolist() == [processor.tokenizer.convert_tokens_to_ids(["<|im_start|>"])]
+    assert read(processor, [silent])["input_ids"].tolist() == [
+        processor.tokenizer.convert_tokens_to_ids(["<|im_start|>"])
+    ]
 
 
 def test_the_tokenizer_alone_writes_what_the_processor_writes(processor):
@@ -144,7 +146,10 @@ def test_an_image_is_missed_where_its_pixels_are_needed(processor):
     [
         {"role": "user", "content": [{"type": "picture", "data": URI * 1000}]},
         {"role": "user", "content": [{"type": "image", "image": URI, "url": URI * 1000}]},
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,!" + URI * 1000}}]},
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,!" + URI * 1000}}],
+        },
         {"role": "user", "text": URI * 1000},
         {"role": URI * 1000, "content": "hi"},
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": URI * 1000, "format": "wav"}}]},
