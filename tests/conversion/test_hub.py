@@ -334,3 +334,17 @@ def test_conversion_by_id_there_and_back(act, hub, tmp_path):
         code, said = found[what]
         assert code == 2 and name in said, said
     assert "token" in found["private"][1]
+
+
+@pytest.mark.slow
+def test_the_server_of_transformers_takes_a_repository_that_it_may_trust(repository):
+    """`transformers serve FOLDER --trust-remote-code`, in a process that never imported this package."""
+    script = (
+        "import sys; from transformers.cli.serving.model_manager import ModelManager\n"
+        "assert 'transformers_bagel' not in sys.modules\n"
+        "manager = ModelManager(device='cpu', model_timeout=-1, trust_remote_code=True)\n"
+        f"print(manager.get_model_modality(*manager.load_model_and_processor({f'{repository}@main'!r})))\n"
+        "manager.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["Modality.MULTIMODAL"], done.stderr

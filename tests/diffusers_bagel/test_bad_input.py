@@ -209,6 +209,15 @@ def test_image_larger_than_the_position_table_is_refused(view, pipe, refuse):
     refuse("`images?`", pipeline=pipeline, image=SQUARE)
 
 
+@pytest.mark.parametrize("content", ["", [], None], ids=repr)
+def test_messages_that_say_nothing_are_refused(content, refuse):
+    refuse(
+        "`messages` holds a conversation without text and image",
+        prompt=None,
+        messages=[{"role": "user", "content": content}],
+    )
+
+
 @pytest.mark.parametrize("kind", BAD_MESSAGES)
 def test_bad_messages_are_refused(kind, refuse):
     refuse("`(messages|images?)`", prompt=None, messages=BAD_MESSAGES[kind])

@@ -451,6 +451,29 @@ def test_second_turn_of_text_alone_takes_the_new_tokens(model, encode):
     assert max_error(torch.stack(again.logits), torch.stack(expected.logits)) <= 1e-5
 
 
+@pytest.mark.parametrize("repeated", [True, False], ids=["images_again", "tokens_alone"])
+@pytest.mark.parametrize("prompt", ["one_image", "interleaved", "no_image", "ends_with_image"])
+def test_what_was_written_goes_on_with_the_token_types_of_the_prompt(prompt, repeated, model, encode):
+    """`generate(input_ids=sequences, past_key_values=..., mm_token_type_ids=those of the prompt)`."""
+    inputs = encode(PROMPTS[prompt])
+    whole = generate(model, inputs, max_new_tokens=2 * STEPS, min_new_tokens=2 * STEPS)
+    first = generate(model, inputs)
+    attention_mask = torch.ones_like(first.sequences)
+    names = inputs.keys() if repeated else ["mm_token_type_ids"]
+    again = {name: inputs[name] for name in names} | {"input_ids": first.sequences, "attention_mask": attention_mask}
+    rest = generate(model, again, past_key_values=first.past_key_values)
+    assert rest.sequences.tolist() == whole.sequences.tolist()
+    assert max_error(torch.stack(rest.logits), torch.stack(whole.logits[STEPS:])) <= 1e-5
+
+
+def test_what_was_written_goes_on_without_a_cache(model, encode):
+    inputs = encode(PROMPTS["one_image"])
+    whole = generate(model, inputs, max_new_tokens=2 * STEPS, min_new_tokens=2 * STEPS)
+    written = generate(model, inputs).sequences
+    again = dict(inputs) | {"input_ids": written, "attention_mask": torch.ones_like(written)}
+    assert generate(model, again).sequences.tolist() == whole.sequences.tolist()
+
+
 def test_second_turn_behind_images_refuses_the_new_tokens_alone(model, encode):
     first = encode(PROMPTS["one_image"])
     out = generate(model, first)
