@@ -19,3 +19,5 @@ def test_fp8_weights_and_their_scales_are_made_while_loading(model, monkeypatch)
     scales = layer.weight_scale_inv.repeat_interleave(32, 0).repeat_interleave(32, 1)
     assert (layer.weight.float() * scales - expected).abs().max() <= expected.abs().max() / 16
     assert type(quantized.model.vae2llm) is torch.nn.Linear
+    # Layers of no whole number of blocks, as the MLP of the original vision tower with blocks of 128, stay as they are.
+    assert type(quantized.model.vision_tower.encoder.layers[0].mlp.fc1) is torch.nn.Linear
