@@ -36,7 +36,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.quantization import unpackable_modules
+from transformers_bagel.quantization import undivided_modules
 
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "a"
@@ -103,7 +103,7 @@ def weight_bytes(config: BagelConfig, way: Way) -> float:
     with torch.device("meta"):
         model = BagelForConditionalGeneration(config)
     in_four_bits = getattr(way.quantization and way.quantization(), "load_in_4bit", False)
-    kept = unpackable_modules(model) if in_four_bits else []
+    kept = undivided_modules(model, 32, 64) if in_four_bits else []
 
     def size(name: str) -> float:
         module, _, parameter = name.rpartition(".")

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
-from transformers_bagel.quantization import unpackable_modules
+from transformers_bagel.quantization import undivided_modules
 
 from .files import CommandError
 
@@ -73,7 +73,7 @@ def needed_bytes(config: BagelConfig, way: Way, draws: bool) -> int:
     config.visual_gen = config.visual_gen and draws
     with torch.device("meta"):
         model = BagelForConditionalGeneration(config)
-    kept = unpackable_modules(model) if way is FOUR_BITS else []
+    kept = undivided_modules(model, 32, 64) if way is FOUR_BITS else []
 
     def bytes_of(name: str) -> float:
         module, _, parameter = name.rpartition(".")

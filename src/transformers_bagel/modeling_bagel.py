@@ -44,6 +44,7 @@ from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
     ExpertRouting,
     SequenceLayout,
+    areas,
     host_grids,
     join_experts,
     patch_grid_ids,
@@ -197,11 +198,12 @@ class BagelVisionModel(BagelPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(patches,)`, *optional*):
                 Rows of the position table; `row * side + column` by default.
         """
-        grid = torch.as_tensor(image_grid_hw, dtype=torch.long).cpu().reshape(-1, 2)
+        sides = image_grid_hw.tolist() if isinstance(image_grid_hw, torch.Tensor) else image_grid_hw
         if position_ids is None:
+            grid = torch.tensor(sides, dtype=torch.long).reshape(-1, 2)
             position_ids = patch_grid_ids(grid, self.config.image_size // self.config.patch_size)
         hidden_states = self.embeddings(pixel_values, position_ids.to(pixel_values.device))
-        hidden_states = self.encoder(hidden_states, tuple(grid.prod(-1).tolist()), **kwargs)
+        hidden_states = self.encoder(hidden_states, tuple(rows * columns for rows, columns in sides), **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(hidden_states))
 
 
@@ -416,7 +418,7 @@ class BagelModel(BagelPreTrainedModel):
         outputs = self.vision_tower(pixel_values, sides, position_ids=position_ids, return_dict=True, **kwargs)
         features = self.connector(outputs.last_hidden_state)
         features = features + self.vit_pos_embed(position_ids).to(features.device, features.dtype)
-        outputs.pooler_output = features.split(grid.prod(-1).tolist()) if len(grid) else (features,)
+        outputs.pooler_output = features.split([rows * columns for rows, columns in sides]) if sides else (features,)
         return outputs
 
     def latent_positions(self, latent_grid_hw: torch.LongTensor) -> torch.Tensor:
@@ -471,8 +473,8 @@ class BagelModel(BagelPreTrainedModel):
         """See [`BagelForConditionalGeneration.forward`]."""
         if latent_hidden_states is not None:
             return self._with_velocity(BagelModelOutputWithPast(latent_hidden_states=latent_hidden_states))
-        frames = kwargs.pop("image_grid_thw", None)  # type: ignore[typeddict-item]  # TRL's name
-        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw, frames)
+        image_grid_thw = kwargs.pop("image_grid_thw", None)
+        image_grid_hw, latent_grid_hw = host_grids(layout, image_grid_hw, latent_grid_hw, image_grid_thw)
         check_image_inputs(self.config, pixel_values, image_grid_hw, latents, latent_grid_hw, timesteps)
         if input_ids is None and inputs_embeds is None:
             if latents is None or position_ids is None:
@@ -627,7 +629,7 @@ class BagelModel(BagelPreTrainedModel):
         attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
-        lengths = latent_grid_hw.prod(-1).tolist()
+        lengths = areas(latent_grid_hw)
         if position_ids.numel() != len(lengths):
             raise ValueError(
                 f"`position_ids` must hold one position for each of {len(lengths)} images, got {position_ids.numel()}."
@@ -649,9 +651,9 @@ class BagelModel(BagelPreTrainedModel):
         embeds = self.embed_latents(latents, timesteps, blocks.counts, blocks.latent_positions)
         if isinstance(prefix, SplitPrefixCache):
             embeds = prefix.own_part(embeds)
-        markers = self.get_input_embeddings()(blocks.marker_ids)
+        markers = self.get_input_embeddings()(blocks.marker_ids).to(embeds.device, embeds.dtype)
         outputs = self.language_model(
-            inputs_embeds=torch.cat([markers.to(embeds.device, embeds.dtype), embeds]).unsqueeze(0),
+            inputs_embeds=torch.cat([markers, embeds]).unsqueeze(0),
             past_key_values=prefix,
             use_cache=False,
             routing=blocks.routing,
@@ -673,15 +675,14 @@ class BagelModel(BagelPreTrainedModel):
         check_position_range(self.config, position_ids)
         # In the dtype of the embeddings, as the rope.
         latent_positions = self.latent_positions(latent_grid_hw).to(device, self.vae2llm.weight.dtype)
-        all_counts = latent_grid_hw.prod(-1)
-        counts = all_counts
+        all_counts = counts = latent_grid_hw.prod(-1)
         if isinstance(prefix, SplitPrefixCache):
             if prefix.lengths != all_counts.tolist():
                 raise ValueError(
                     f"`past_key_values` splits blocks of {prefix.lengths} latents, got blocks of {all_counts.tolist()}."
                 )
             counts = torch.tensor(prefix.own_lengths())
-        routing = ExpertRouting.from_blocks(counts.tolist())
+        routing = ExpertRouting.from_blocks(areas(latent_grid_hw) if counts is all_counts else counts.tolist())
         markers = torch.tensor([self.config.vision_start_token_id, self.config.vision_end_token_id])
         position_ids = torch.cat([position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts)])
         return DenoisingBlocks(
@@ -790,8 +791,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             use_cache (`bool`, *optional*): Whether to return `past_key_values`.
             pixel_values (`torch.Tensor` of shape `(patches, channels * patch_size ** 2)`, *optional*):
                 Packed ViT patches, values in (row, column, channel) order.
-            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*):
-                Rows and columns of ViT patches; or `image_grid_thw` of shape `(images, 3)`, with ones before them.
+            image_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of ViT patches.
             latents (`torch.Tensor` of shape `(latent_tokens, latent_dim)`, *optional*):
                 Packed VAE latents, values in (row, column, channel) order. Clean ones if `noise` is passed.
             latent_grid_hw (`torch.LongTensor` of shape `(images, 2)`, *optional*): Rows and columns of latent tokens.

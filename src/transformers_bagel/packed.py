@@ -30,6 +30,13 @@ class Unpacked:
     """
     A tensor that does not exist until it is read at `[...]`, like a [`StoredTensor`] otherwise.
 
+    Args:
+        shape (`tuple[int, ...]`)
+        dtype (`torch.dtype`): What its file says; the type of what is read is another.
+        read (`Callable`): Gives it.
+        packed (`Any`, *optional*): What it is in a GGUF, if its values are packed there.
+    """
+
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], torch.Tensor], packed: Any = None
     ):

@@ -36,7 +36,11 @@ def spare_sensitive_layers(quantization_config: Any, model: Any) -> Any:
         exceptions = get_keys_to_not_convert(model) if given is None else list(given)
         exceptions.extend(SENSITIVE_MODULES)
         if getattr(config, "load_in_4bit", False):
-            exceptions.extend(unpackable_modules(model))
+            # The kernel of bitsandbytes for CPUs with AVX512-BF16 packs 32 rows, in blocks of 64 columns.
+            exceptions.extend(undivided_modules(model, 32, 64))
+        if getattr(config, "weight_block_size", None):
+            # FP8 has a scale for each whole block.
+            exceptions.extend(undivided_modules(model, *config.weight_block_size))
         setattr(config, name, exceptions)
     return config
 
@@ -60,15 +64,11 @@ def own_name(name: str) -> str:
     return module_name(f"{name}.").removesuffix(".")
 
 
-def unpackable_modules(model: nn.Module) -> list[str]:
-    """
-    Patterns of the linear layers that bitsandbytes cannot hold in 4 bits on every device.
-
-    Its kernel for CPUs with AVX512-BF16 packs 32 rows, in blocks of 64 columns. The MLP of the original vision tower is
-    4,304 wide.
-    """
+def undivided_modules(model: nn.Module, rows: int, columns: int) -> list[str]:
+    """Patterns of the linear layers whose weights are no whole number of blocks. The MLP of the original vision tower is
+    4,304 wide."""
     return [
         re.escape(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (module.in_features % 64 or module.out_features % 32)
+        if isinstance(module, nn.Linear) and (module.out_features % rows or module.in_features % columns)
     ]

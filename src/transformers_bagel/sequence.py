@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import is_torchdynamo_compiling
 
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN, EncodedSegment
 
@@ -225,8 +226,8 @@ class SequenceLayout:
 
     @cached_property
     def has_blocks(self) -> bool:
-        """Whether there are images among the tokens."""
-        return bool((self.token_types != TEXT_TOKEN).any())
+        """Whether there may be images among the tokens; a graph does not ask."""
+        return is_torchdynamo_compiling() or bool((self.token_types != TEXT_TOKEN).any())
 
     @cached_property
     def blocks(self) -> torch.Tensor:
@@ -311,6 +312,11 @@ class SequenceLayout:
         ids = self.blocks[0].tolist()
         starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
         return [(start, stop, ids[start] >= 0) for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def areas(grid: torch.Tensor) -> list[int]:
+    """Tokens of each image of a grid `(images, 2)` on the CPU. Multiplied here, or `torch.export` would not know them."""
+    return [rows * columns for rows, columns in grid.tolist()]
 
 
 def grids_of_frames(image_grid_hw: Any, image_grid_thw: Any) -> Any:
