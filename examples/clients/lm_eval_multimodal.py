@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=24)
     args = parser.parse_args()
     cases = ask_cases(args.num)
-    rows = [{"image": render(case.scene), "question": case.question, "answer": case.answer} for case in cases]
+    rows: list[dict[str, Any]] = [
+        {"image": render(case.scene), "question": case.question, "answer": case.answer} for case in cases
+    ]
     results = simple_evaluate(
         model="hf-multimodal",
         model_args={"pretrained": args.checkpoint, "dtype": "float32"},

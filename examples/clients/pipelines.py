@@ -34,7 +34,7 @@ def main() -> None:
         }
     ]
     words = [{"role": "user", "content": "a large red circle"}]
-    short = {"max_new_tokens": 24, "return_full_text": False}
+    short = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
 
     text = pipeline("text-generation", model=CHECKPOINT)
     print("text-generation     ", text(words, **short)[0]["generated_text"])
