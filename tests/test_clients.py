@@ -208,3 +208,21 @@ def test_the_command_line_of_transformers_runs_with_bagel():
     )
     assert done.returncode == 0, done.stderr
     assert "--trust-remote-code" in done.stdout
+
+
+def test_a_picture_in_a_process_that_imported_no_pipeline_of_diffusers():
+    """All pipelines of diffusers are imported by none but those who ask for an AutoPipeline: some want torchvision."""
+    script = f"""
+import sys
+from transformers import pipeline
+from transformers.utils import import_utils
+import_utils.BACKENDS_MAPPING["torchvision"] = (lambda: True, "")
+import transformers_bagel
+draws = pipeline("any-to-any", model={str(SHAPES)!r})
+words = [{{"role": "user", "content": "a large red circle"}}]
+(made,) = draws(text=words, generation_mode="image", generate_kwargs={{"num_inference_steps": 1}})
+assert made["generated_image"].size == (64, 64)
+assert "diffusers.pipelines.auto_pipeline" not in sys.modules
+del import_utils.BACKENDS_MAPPING["torchvision"]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

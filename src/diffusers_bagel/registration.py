@@ -3,11 +3,14 @@
 
 import functools
 import os
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers.utils import logging as transformers_logging
 
 from transformers_bagel.checkpoints import read_json
 from transformers_bagel.files import find_file, hub_arguments
@@ -24,26 +27,47 @@ from .protocols import PROTOCOLS, InterleaveProtocol
 from .session import BagelReply, BagelSession
 
 
+AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
+
+
 def register_pipeline() -> None:
     """Let `DiffusionPipeline` and the AutoPipelines load BAGEL."""
     # A Hub repository names the modules of its components; diffusers loads those that are listed here only.
     methods = ["save_pretrained", "from_pretrained"]
     LOADABLE_CLASSES.setdefault("transformers_bagel.modeling_bagel", {"PreTrainedModel": methods})
     LOADABLE_CLASSES.setdefault("transformers_bagel.processing_bagel", {"ProcessorMixin": methods})
-    # This imports every pipeline, and transformers would warn about torchvision, which some of them want.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    from diffusers.pipelines import auto_pipeline
+    _lead_here(DiffusionPipeline)
+    if AUTO_PIPELINES in sys.modules:
+        register_with_auto_pipelines(sys.modules[AUTO_PIPELINES])
+    else:
+        sys.meta_path.insert(0, _AfterImport())
 
-    transformers_logging.set_verbosity(verbosity)
+
+def register_with_auto_pipelines(auto_pipeline: Any) -> None:
+    """Make BAGEL known to a module of diffusers that imports all of its pipelines, and is imported late for that reason."""
     for mapping in (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING):
         mapping.setdefault("bagel", BagelPipeline)
-    for chooser in (
-        DiffusionPipeline,
-        auto_pipeline.AutoPipelineForText2Image,
-        auto_pipeline.AutoPipelineForImage2Image,
-    ):
+    for chooser in (auto_pipeline.AutoPipelineForText2Image, auto_pipeline.AutoPipelineForImage2Image):
         _lead_here(chooser)
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds the module of the AutoPipelines as Python does, and registers BAGEL there when somebody has imported it."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != AUTO_PIPELINES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            register_with_auto_pipelines(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _lead_here(chooser: Any) -> None:
