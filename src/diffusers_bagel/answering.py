@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TextIterator
 
 from transformers_bagel.segments import END, START, THINK_PROMPTS, VISION_START, EncodedSegment, Segment, content_parts
 
-from .contexts import BagelContext, TextSettings, Written
+from .contexts import BagelContext, TextSettings, Written, seeded
 from .conversation import Conversation, Track, Update
 from .denoising import Denoiser
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
@@ -104,6 +104,7 @@ class Answer:
         self.said: Conversation = session._said
         self.reader = session._reader(settings.drawing.get("attention_kwargs"))
         self.content: list[dict[str, Any]] = []
+        self._is_left = False
 
     def hear(self, message: dict[str, Any], output: str) -> None:
         """What the user says, behind the words that the protocol, or thinking, puts before it."""
@@ -227,7 +228,7 @@ class Answer:
                 context, scores = self.reader.read_to_the_end(context, [segment])
                 read.keep(context)
             if decides:
-                next_token = self._text_settings(seed).choose(context.token_ids, scores)
+                next_token = self._chosen(context, scores)
         shown = protocol.clean_last(text) if protocol.clean_last and protocol.stops(text) else text
         self._finish(type="text", text=shown)
         if not self.settings.streams:
@@ -252,10 +253,14 @@ class Answer:
 
         thread = threading.Thread(target=write)
         thread.start()
-        for words in streamer:
-            if words:
-                yield SessionEvent("text", text=words)
-        thread.join()
+        try:
+            for words in streamer:
+                if words:
+                    yield SessionEvent("text", text=words)
+        finally:
+            # Whoever stops listening ends the writing, too.
+            self._is_left = thread.is_alive()
+            thread.join()
         if errors:
             raise errors[0]
         return results[0]
@@ -263,7 +268,7 @@ class Answer:
     def _text_settings(self, seed: int | None) -> TextSettings:
         own = self.settings
         stopping = StoppingCriteriaList(
-            [lambda ids, scores: torch.full(ids.shape[:1], self.session._is_interrupted())]
+            [lambda ids, scores: torch.full(ids.shape[:1], self._is_left or self.session._is_interrupted())]
         )
         return TextSettings(own.max_new_tokens, own.do_sample, own.temperature, seed, own.logits_processor, stopping)
 
@@ -282,7 +287,12 @@ class Answer:
         context = self.session._read.context(self.reader, before)
         context, scores = self.reader.read_to_the_end(context, [last])
         self.session._read.keep(context)
-        return self._text_settings(None).choose(context.token_ids, scores)
+        return self._chosen(context, scores)
+
+    def _chosen(self, context: BagelContext, scores: torch.Tensor) -> int:
+        seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
+        with seeded(seed, scores.device):
+            return self._text_settings(None).choose(context.token_ids, scores)
 
     def _draw(self, text: str, track: Track | None = None) -> Iterator[SessionEvent]:
         """A picture that a text asked for, drawn from a track, which is read back."""

@@ -84,6 +84,15 @@ class BagelContext:
         count = len(self.segments)
         return count <= len(other.segments) and all(map(operator.is_, self.segments, other.segments[:count]))
 
+    def cut(self) -> BagelContext:
+        """The context without what its cache holds behind it, as a copy if there is something."""
+        if self.cache is None or self.cache.get_seq_length() == self.length:
+            return self
+        cache = self.own_cache
+        for layer in cache.layers:  # type: ignore[union-attr]  # there is one
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        return BagelContext(self.segments, cache, self.length, self.next_position)
+
     def grown(self, segments: Sequence[EncodedSegment], cache: DynamicCache) -> BagelContext:
         """The context with more segments, whose tokens a cache holds behind its own."""
         return self._with((*self.segments, *segments), cache)
@@ -172,6 +181,14 @@ class ReadContexts:
             if common > len(best.segments):
                 best = context if common == len(context.segments) else context.first(common)
         return best
+
+    def forget_all_but(self, segments: Sequence[Sequence[EncodedSegment]]) -> None:
+        """Forget what none of these lists of segments begins with, with its keys and values."""
+        wanted = [self.nearest(own) for own in segments]
+        self._contexts = []
+        for context in sorted(wanted, key=lambda context: -context.length):
+            if context.segments and not any(context.begins(other) for other in self._contexts):
+                self._contexts.append(context.cut())
 
     def keep(self, context: BagelContext) -> None:
         """Remember a context, and none that it begins with: its cache has their tokens."""

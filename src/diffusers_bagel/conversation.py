@@ -58,7 +58,9 @@ class Track:
 
         def updated(branch: Branch, kind: str) -> Branch:
             if kind == "read":
-                return Branch(branch.shared, (*branch.own, *segments))
+                return replace(branch, own=(*branch.own, *segments))
+            if kind == "read later":
+                return replace(branch, later=(*branch.later, *segments))
             if kind == "untagged":
                 return Branch(len(self.full), () if untagged is None else (untagged,))
             return {"keep": branch, "before": Branch(len(self.full)), "after": Branch(len(self.full) + len(segments))}[
@@ -138,3 +140,8 @@ class Conversation:
         return replace(
             self, **{name: getattr(self, name).at_next_turn() for name in ("seen", "drawn_from", "pictures")}
         )
+
+    def segment_lists(self) -> list[tuple[EncodedSegment, ...]]:
+        """The segments of each context that may be written or drawn from."""
+        tracks = (self.seen, self.drawn_from, self.pictures)
+        return [track.segments_of(name) for track in tracks for name in ("full", "no_text", "no_image")]

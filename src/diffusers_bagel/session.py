@@ -103,6 +103,7 @@ class BagelSession:
         check_whole_number("turns", turns, 1, len(self._turns))
         count, self._said = self._turns[-turns]
         del self.messages[count:], self._turns[-turns:]
+        self._read.forget_all_but(self._said.segment_lists())
 
     def interrupt(self) -> None:
         """End the answer that is being made, from another thread or between two events: its last whole part stays."""
@@ -181,7 +182,9 @@ class BagelSession:
             raise TypeError(f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`.")
         for name in ("think", "do_sample"):
             check_flag(name, chosen.get(name, False))
-        check_whole_number("max_new_tokens", chosen.get("max_new_tokens", 1), 1)
+        for name in ("max_new_tokens", "max_images", "preview_every"):
+            if chosen.get(name) is not None:
+                check_whole_number(name, chosen[name], 1)
         guidance = ("guidance_scale", "image_guidance_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min")
         defaults = {"guidance_scale": 4.0, "cfg_renorm_min": 0.0}
         check_guidance(*(drawing.get(name, defaults.get(name)) for name in guidance))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +84,36 @@ def test_edits_draw_from_the_whole_conversation(pipe):
     assert max_error(pil_to_tensor(second)[None], expected) <= 1 / 255
 
 
+def test_a_plan_is_written_before_a_picture_and_remembered_after_it(pipe):
+    noise = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    size, session = {"height": 48, "width": 64}, BagelSession(pipe)
+    reply = session.send(
+        "a red circle", output="image", think=True, max_new_tokens=6, latents=noise[:1], **size, **DRAW
+    )
+    expected = pipe(
+        "a red circle", think=True, max_think_tokens=7, latents=noise[:1], output_type="pt", **size, **DRAW
+    )
+    assert reply.text == expected.texts[0]
+    assert max_error(pil_to_tensor(reply.images[0])[None], expected.images) <= 1 / 255
+    session.send("now make it blue", output="image", latents=noise[1:], **size, **DRAW)
+    texts = [segment.segment.content for segment in session.contexts["no_image"].segments]
+    assert texts[1:] == ["a red circle", reply.text, "now make it blue"]
+
+
+def test_a_generator_makes_the_answer_deterministic(pipe):
+    def said(seed: int) -> list:
+        session = BagelSession(pipe, "canvas")
+        settings = {"max_new_tokens": 5, "do_sample": True, "temperature": 2.0, "generator": seeded(seed)}
+        reply = session.send(
+            "a red circle", output="interleaved", max_images=1, height=48, width=64, **settings, **DRAW
+        )
+        return [part.get("text") or np.asarray(part["image"]).tolist() for part in reply.content]
+
+    state = torch.get_rng_state()
+    assert said(1) == said(1) != said(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_forks_go_on_by_themselves(pipe):
     session = BagelSession(pipe)
     session.send([golden_image("wide"), "what is it?"], output="text", max_new_tokens=4)
@@ -136,6 +169,15 @@ class TestStreaming:
         assert event.reply.content == []
         assert session.send("again", output="image", **settings).images
 
+    def test_whoever_stops_listening_ends_the_answer(self, pipe):
+        session = BagelSession(pipe)
+        before = threading.active_count()
+        for _ in session.stream("a b c", output="text", max_new_tokens=200):
+            break
+        gc.collect()
+        assert threading.active_count() == before
+        assert session.send("and now?", output="text", max_new_tokens=4).content
+
 
 class TestHistory:
     def test_going_back_forgets_what_was_said(self, pipe):
@@ -145,6 +187,8 @@ class TestHistory:
         session.send("something else", output="text", max_new_tokens=4)
         session.back()
         assert session.messages == other.messages
+        kept = sum(context.length for context in session._read._contexts)
+        assert kept <= sum(map(len, session._said.seen.full))
         answers = [each.send("what colour?", output="text", max_new_tokens=6).text for each in (session, other)]
         assert answers[0] == answers[1]
 
@@ -165,6 +209,8 @@ class TestRefusals:
             ({"output": "video"}, "`output`"),
             ({"steps": 3}, "steps"),
             ({"max_new_tokens": 0}, "`max_new_tokens`"),
+            ({"max_images": 0}, "`max_images`"),
+            ({"preview_every": 0}, "`preview_every`"),
             ({"max_new_tokens": 10**6}, "rope positions"),
             ({"guidance_scale": "x"}, "`guidance_scale`"),
             ({"height": 7}, "`height`"),
