@@ -274,7 +274,7 @@ def damaged(folder):
 BAD = {
     "no target": (talk([text("draw")], []) | {"messages": [{"role": "user", "content": [text("draw")]}]}, "no target"),
     "image missing": (talk([text("draw")], [image("none.png")]), "none.png"),
-    "image left out": (talk([text("draw")], [{"type": "image"}]), "neither"),
+    "image left out": (talk([text("draw")], [{"type": "image"}]), "without its image"),
     "image damaged": (talk([text("draw")], [image("damaged.png")]), "image"),
     "unknown role": ({"messages": [{"role": "wizard", "content": [text("draw")]}]}, "unknown role 'wizard'"),
     "no content": ({"messages": [{"role": "user"}]}, "without content"),
