@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,43 @@ def test_free_memory_is_that_of_this_process(monkeypatch):
     limit = psutil.Process().memory_info().vms + 10**8
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
     assert 0 < fitting.free_bytes(CPU) < min(whole, 2 * 10**8)
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "usage", "stat"),
+    [
+        ("", "memory.max", "memory.current", "anon 10000000\ninactive_file 80000000\n"),
+        (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "inactive_file 0\ntotal_inactive_file 80000000\n",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_files_that_the_system_keeps_in_memory_count_as_free(folder, limit, usage, stat, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "CONTROL_GROUP", tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("100000000\n")
+    (tmp_path / folder / usage).write_text("90000000\n")
+    assert fitting.free_bytes(CPU) == 10**7
+    (tmp_path / folder / "memory.stat").write_text(stat)
+    assert fitting.free_bytes(CPU) == 9 * 10**7
+
+
+def test_free_memory_is_known_where_there_are_no_limits_of_processes(monkeypatch):
+    # As on Windows, which has no module of that name.
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert not hasattr(fitting, "resource")
+    assert 0 < fitting.free_bytes(CPU) <= psutil.virtual_memory().total
+
+
+def test_the_help_of_low_memory_says_what_drawing_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(["draw", "--help"])
+    need = fitting.needed_bytes(BagelConfig(), fitting.ON_DISK, draws=True)
+    assert f"{need / 1e9:.0f} GB are enough" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("layout", ["original", "saved"])
