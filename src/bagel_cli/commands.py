@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +23,14 @@ from transformers_bagel import BagelConfig, BagelForConditionalGeneration, Bagel
 from transformers_bagel.image_processing_bagel import to_rgb
 
 from .conversation import Conversation
-from .files import CommandError, open_picture, save_picture, typed_paths
+from .files import CommandError, check_text, open_picture, save_picture, typed_paths
 from .fitting import choose, loading_arguments
 from .information import describe
 
 
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
+    images = [_upright(image) for image in options.images]
     device = find_device(options.device)
     settings = {
         name: getattr(options, name)
@@ -38,7 +41,7 @@ def draw(options: argparse.Namespace) -> None:
         try:
             out = pipe(
                 prompt=options.prompt,
-                image=[to_rgb(image) for image in options.images] or None,
+                image=images or None,
                 num_inference_steps=options.steps,
                 think=options.think,
                 generator=torch.Generator("cpu").manual_seed(options.seed),
@@ -57,12 +60,16 @@ edit = draw
 
 def ask(options: argparse.Namespace) -> None:
     """Answer a question about pictures."""
+    images = [_upright(image) for image in options.images]
     with _speaker(options) as (model, processor):
-        _answer(Conversation(model, processor), [to_rgb(image) for image in options.images], options.prompt, options)
+        _answer(Conversation(model, processor), images, options.prompt, options)
 
 
 def chat(options: argparse.Namespace) -> None:
     """Talk, line by line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are not UTF-8 spoil their line only.
+        sys.stdin.reconfigure(errors="surrogateescape")
     with _speaker(options) as (model, processor):
         print("Type a message. /image PATH shows a picture, /new starts over, /quit ends.")
         conversation = Conversation(model, processor)
@@ -74,12 +81,13 @@ def chat(options: argparse.Namespace) -> None:
                 return
             command, _, rest = line.partition(" ")
             try:
+                check_text(line)
                 if command == "/quit":
                     return
                 if command == "/new":
                     conversation, images = Conversation(model, processor), []
                 elif command == "/image":
-                    images += [to_rgb(open_picture(path)) for path in typed_paths(rest.strip())]
+                    images += [_upright(open_picture(path)) for path in typed_paths(rest.strip())]
                 elif line.startswith("/"):
                     print("error: known commands are /image PATH, /new and /quit.")
                 elif line:
@@ -123,6 +131,15 @@ def sentence(error: BaseException) -> str:
     for name in ("height", "width", "guidance_scale", "image_guidance_scale", "max_new_tokens", "temperature"):
         text = text.replace(f"`{name}`", f"--{name.replace('_', '-')}")
     return text
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture that was read, as the model sees it."""
+    try:
+        return to_rgb(image)
+    except (OSError, ValueError) as error:
+        name = getattr(image, "filename", "")
+        raise CommandError(f"the picture '{name}' cannot be taken: {sentence(error)}") from error
 
 
 def _answer(conversation: Conversation, images: list[PIL.Image.Image], text: str, options: argparse.Namespace) -> None:

@@ -149,6 +149,39 @@ def test_chat_ends_with_its_input(checkpoint, capsys, monkeypatch):
     assert main(["chat", "--model", checkpoint]) == 0
 
 
+@pytest.fixture(params=["large", "of floats"])
+def unfit(request, tmp_path, monkeypatch) -> str:
+    """A picture that Pillow reads, with a word of warning at most, and the model cannot take."""
+    file = str(tmp_path / "unfit.tiff")
+    image = golden_image("square") if request.param == "large" else PIL.Image.new("F", (64, 64), 1e30)
+    image.save(file)
+    if request.param == "large":
+        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", image.width * image.height - 1)
+    return file
+
+
+@pytest.mark.parametrize("command", ["ask", "edit"])
+def test_a_picture_that_cannot_be_taken_is_told_before_a_model_is_loaded(command, unfit, capsys):
+    assert main([command, unfit, "x", "--model", "."]) == 2
+    assert f"error: the picture '{unfit}' cannot be taken: " in capsys.readouterr().err
+
+
+def test_a_chat_goes_on_after_a_picture_that_cannot_be_taken(unfit, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {unfit}\nhello"))
+    assert main(["chat", "--model", checkpoint, "--max-new-tokens", "2"]) == 0
+    assert f"error: the picture '{unfit}' cannot be taken: " in capsys.readouterr().out
+
+
+def test_bytes_that_are_not_utf_8_spoil_their_line_only(checkpoint, capsys, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n/dance\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert main(["chat", "--model", checkpoint, "--max-new-tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not UTF-8") == 1 and "known commands" in out
+    assert main(["draw", "caf\udce9", "--model", "."]) == 2
+    assert "error: the text is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
