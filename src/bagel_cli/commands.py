@@ -15,6 +15,8 @@ import diffusers
 import PIL.Image
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from transformers import TextStreamer
 from transformers.utils import cached_file
 
@@ -26,6 +28,11 @@ from .conversation import Conversation
 from .files import CommandError, check_text, open_picture, save_picture, typed_paths
 from .fitting import choose, loading_arguments
 from .information import describe
+
+
+# Out of memory is a `RuntimeError`; those of the Hub's client are no `OSError`.
+NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError, SafetensorError)
+NOT_ANSWERED = (ValueError, TypeError, MemoryError, torch.OutOfMemoryError)
 
 
 def draw(options: argparse.Namespace) -> None:
@@ -47,7 +54,7 @@ def draw(options: argparse.Namespace) -> None:
                 generator=torch.Generator("cpu").manual_seed(options.seed),
                 **settings,
             )
-        except (ValueError, TypeError) as error:
+        except NOT_ANSWERED as error:
             raise CommandError(sentence(error)) from error
     if out.texts:
         print(out.texts[0])
@@ -103,7 +110,7 @@ def info(options: argparse.Namespace) -> None:
     with _quiet():
         try:
             print(describe(os.path.expanduser(options.model), find_device(options.device)))
-        except (OSError, ValueError) as error:
+        except NOT_LOADED as error:
             raise CommandError(f"'{options.model}' cannot be read: {sentence(error)}") from error
 
 
@@ -156,7 +163,7 @@ def _answer(conversation: Conversation, images: list[PIL.Image.Image], text: str
             max_new_tokens=options.max_new_tokens,
             **sampling,
         )
-    except (ValueError, TypeError) as error:
+    except NOT_ANSWERED as error:
         raise CommandError(sentence(error)) from error
 
 
@@ -178,7 +185,7 @@ def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **mo
     way = choose(config, device, draws, options.dtype, options.low_memory)
     with loading_arguments(way, config, draws, device) as arguments:
         if not way.on_disk:
-            yield _load(options, loader, None if draws else "transformer", **arguments, **modules).to(device)
+            yield _load(options, loader, None if draws else "transformer", device, **arguments, **modules)
             return
         # diffusers puts no part of a component on the disk.
         model = _load(options, BagelForConditionalGeneration, "transformer", **arguments, **modules)
@@ -190,7 +197,13 @@ def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **mo
         yield pipe
 
 
-def _load(options: argparse.Namespace, loader: Any, component: str | None = None, **kwargs: Any) -> Any:
+def _load(
+    options: argparse.Namespace,
+    loader: Any,
+    component: str | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Any:
     """Load a pipeline; or one component, which diffusers' layout keeps in a folder of its own."""
     name = os.path.expanduser(options.model) if os.path.isdir(os.path.expanduser(options.model)) else options.model
     try:
@@ -198,8 +211,9 @@ def _load(options: argparse.Namespace, loader: Any, component: str | None = None
             file = {"transformer": "config.json", "processor": "processor_config.json"}[component]
             if cached_file(name, file, subfolder=component, _raise_exceptions_for_missing_entries=False):
                 kwargs["subfolder"] = component
-        return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, MemoryError) as error:
+        loaded = loader.from_pretrained(name, **kwargs)
+        return loaded if device is None else loaded.to(device)
+    except NOT_LOADED as error:
         what = "the folder" if os.path.isdir(name) else "the Hub repository"
         raise CommandError(f"no BAGEL checkpoint could be loaded from {what} '{name}': {sentence(error)}") from error
 

@@ -132,10 +132,12 @@ def choose(config: BagelConfig, device: torch.device, draws: bool, dtype: str | 
     """
     free = free_bytes(device)
     ways = [ON_DISK] if low_memory else [FULL[dtype]] if dtype else possible_ways(device)
-    if getattr(config, "quantization_config", None) is not None:
-        ways = [FULL[dtype or "bfloat16"]]
-        _say("the weights are quantised already, and loaded as they are")
-        return ways[0]
+    if any(getattr(config, name, None) is not None for name in ("quantization_config", "dfloat11_config")):
+        _say(
+            "the weights are quantised already, and loaded as they are"
+            + (": --low-memory changes nothing" if low_memory else "")
+        )
+        return FULL[dtype or "bfloat16"]
     needs = [needed_bytes(config, way, draws) for way in ways]
     chosen = next((index for index, need in enumerate(needs) if need <= free), len(ways) - 1)
     text = f"loading in {ways[chosen].name}: about {size(needs[chosen])} of {size(free)} that are free"

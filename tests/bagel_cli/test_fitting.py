@@ -77,11 +77,21 @@ def test_what_the_user_names_is_taken_and_the_estimate_is_said(memory, capsys):
     assert "about 5.0 GB of 20.0 GB" in capsys.readouterr().err
 
 
-def test_quantised_weights_stay_as_they_are(memory, capsys):
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"dfloat11_config": {"pattern_dict": {}}},
+    ],
+    ids=["bitsandbytes", "DFloat11"],
+)
+def test_quantised_weights_stay_as_they_are(settings, low_memory, memory, capsys):
     memory(10e9)
-    config = BagelConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    assert fitting.choose(config, CPU, True, None, low_memory=False).layer_bytes is None
-    assert "quantised already" in capsys.readouterr().err
+    way = fitting.choose(BagelConfig(**settings), CPU, True, None, low_memory)
+    assert way.layer_bytes is None and not way.on_disk
+    said = capsys.readouterr().err
+    assert "quantised already" in said and ("--low-memory changes nothing" in said) == low_memory
 
 
 def test_free_memory_is_that_of_this_process(monkeypatch):
