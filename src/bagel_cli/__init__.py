@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from .arguments import parse
-from .files import CommandError, check_model, check_output, open_picture
+from .files import CommandError, check_model, check_output, check_text, open_picture
 
 
 OWN_LOGGERS = ("transformers_bagel", "diffusers_bagel", "bagel_cli")
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "output" in options:
             options.output = check_output(options.output)
         check_model(options.model)
+        if "prompt" in options:
+            check_text(options.prompt)
         options.images = [open_picture(path) for path in options.images]
         _silence_libraries()
         from . import commands

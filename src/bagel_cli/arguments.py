@@ -76,7 +76,7 @@ def _parser() -> _Parser:
     )
     common.add_argument("--dtype", choices=DTYPES, help="default: the best that fits into the memory")
     common.add_argument(
-        "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 4 GB are enough"
+        "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
     )
     common.add_argument(
         "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"

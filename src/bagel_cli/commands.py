@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,8 @@ import diffusers
 import PIL.Image
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from transformers import TextStreamer
 from transformers.utils import cached_file
 
@@ -21,13 +25,19 @@ from transformers_bagel import BagelConfig, BagelForConditionalGeneration, Bagel
 from transformers_bagel.image_processing_bagel import to_rgb
 
 from .conversation import Conversation
-from .files import CommandError, open_picture, save_picture, typed_paths
+from .files import CommandError, check_text, open_picture, save_picture, typed_paths
 from .fitting import choose, loading_arguments
 from .information import describe
 
 
+# Out of memory is a `RuntimeError`; those of the Hub's client are no `OSError`.
+NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError, SafetensorError)
+NOT_ANSWERED = (ValueError, TypeError, MemoryError, torch.OutOfMemoryError)
+
+
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
+    images = [_upright(image) for image in options.images]
     device = find_device(options.device)
     settings = {
         name: getattr(options, name)
@@ -38,13 +48,13 @@ def draw(options: argparse.Namespace) -> None:
         try:
             out = pipe(
                 prompt=options.prompt,
-                image=[to_rgb(image) for image in options.images] or None,
+                image=images or None,
                 num_inference_steps=options.steps,
                 think=options.think,
                 generator=torch.Generator("cpu").manual_seed(options.seed),
                 **settings,
             )
-        except (ValueError, TypeError) as error:
+        except NOT_ANSWERED as error:
             raise CommandError(sentence(error)) from error
     if out.texts:
         print(out.texts[0])
@@ -57,12 +67,16 @@ edit = draw
 
 def ask(options: argparse.Namespace) -> None:
     """Answer a question about pictures."""
+    images = [_upright(image) for image in options.images]
     with _speaker(options) as (model, processor):
-        _answer(Conversation(model, processor), [to_rgb(image) for image in options.images], options.prompt, options)
+        _answer(Conversation(model, processor), images, options.prompt, options)
 
 
 def chat(options: argparse.Namespace) -> None:
     """Talk, line by line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are not UTF-8 spoil their line only.
+        sys.stdin.reconfigure(errors="surrogateescape")
     with _speaker(options) as (model, processor):
         print("Type a message. /image PATH shows a picture, /new starts over, /quit ends.")
         conversation = Conversation(model, processor)
@@ -74,12 +88,13 @@ def chat(options: argparse.Namespace) -> None:
                 return
             command, _, rest = line.partition(" ")
             try:
+                check_text(line)
                 if command == "/quit":
                     return
                 if command == "/new":
                     conversation, images = Conversation(model, processor), []
                 elif command == "/image":
-                    images += [to_rgb(open_picture(path)) for path in typed_paths(rest.strip())]
+                    images += [_upright(open_picture(path)) for path in typed_paths(rest.strip())]
                 elif line.startswith("/"):
                     print("error: known commands are /image PATH, /new and /quit.")
                 elif line:
@@ -95,7 +110,7 @@ def info(options: argparse.Namespace) -> None:
     with _quiet():
         try:
             print(describe(os.path.expanduser(options.model), find_device(options.device)))
-        except (OSError, ValueError) as error:
+        except NOT_LOADED as error:
             raise CommandError(f"'{options.model}' cannot be read: {sentence(error)}") from error
 
 
@@ -125,6 +140,15 @@ def sentence(error: BaseException) -> str:
     return text
 
 
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture that was read, as the model sees it."""
+    try:
+        return to_rgb(image)
+    except (OSError, ValueError) as error:
+        name = getattr(image, "filename", "")
+        raise CommandError(f"the picture '{name}' cannot be taken: {sentence(error)}") from error
+
+
 def _answer(conversation: Conversation, images: list[PIL.Image.Image], text: str, options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     streamer = TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -139,7 +163,7 @@ def _answer(conversation: Conversation, images: list[PIL.Image.Image], text: str
             max_new_tokens=options.max_new_tokens,
             **sampling,
         )
-    except (ValueError, TypeError) as error:
+    except NOT_ANSWERED as error:
         raise CommandError(sentence(error)) from error
 
 
@@ -161,7 +185,7 @@ def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **mo
     way = choose(config, device, draws, options.dtype, options.low_memory)
     with loading_arguments(way, config, draws, device) as arguments:
         if not way.on_disk:
-            yield _load(options, loader, None if draws else "transformer", **arguments, **modules).to(device)
+            yield _load(options, loader, None if draws else "transformer", device, **arguments, **modules)
             return
         # diffusers puts no part of a component on the disk.
         model = _load(options, BagelForConditionalGeneration, "transformer", **arguments, **modules)
@@ -173,7 +197,13 @@ def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **mo
         yield pipe
 
 
-def _load(options: argparse.Namespace, loader: Any, component: str | None = None, **kwargs: Any) -> Any:
+def _load(
+    options: argparse.Namespace,
+    loader: Any,
+    component: str | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Any:
     """Load a pipeline; or one component, which diffusers' layout keeps in a folder of its own."""
     name = os.path.expanduser(options.model) if os.path.isdir(os.path.expanduser(options.model)) else options.model
     try:
@@ -181,8 +211,9 @@ def _load(options: argparse.Namespace, loader: Any, component: str | None = None
             file = {"transformer": "config.json", "processor": "processor_config.json"}[component]
             if cached_file(name, file, subfolder=component, _raise_exceptions_for_missing_entries=False):
                 kwargs["subfolder"] = component
-        return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, MemoryError) as error:
+        loaded = loader.from_pretrained(name, **kwargs)
+        return loaded if device is None else loaded.to(device)
+    except NOT_LOADED as error:
         what = "the folder" if os.path.isdir(name) else "the Hub repository"
         raise CommandError(f"no BAGEL checkpoint could be loaded from {what} '{name}': {sentence(error)}") from error
 

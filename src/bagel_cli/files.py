@@ -52,6 +52,19 @@ def check_output(name: str) -> Path:
     return output
 
 
+def check_text(text: str) -> None:
+    """
+    Refuse a text of bytes that are not UTF-8, which Python reads as half characters.
+
+    Raises:
+        CommandError: if it is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError("the text is not UTF-8: type it again.") from error
+
+
 def open_picture(path: str) -> PIL.Image.Image:
     """
     A picture file, read.

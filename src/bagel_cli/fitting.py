@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import re
-import resource
 import shutil
 import sys
 import tempfile
@@ -31,8 +30,12 @@ GB = 10**9
 FOR_DRAWING, FOR_SPEECH = 3 * GB, 1 * GB
 # Of weights that rest on the disk, this much may be in memory.
 RESIDENT = 2 * GB
-# Group of control, its limit and what it uses: of version 2, and of version 1.
-_LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+# Its limit, what it uses, and of what: of version 2, and of version 1.
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,29 @@ def free_bytes(device: torch.device) -> int:
     """Memory that a process may still take: of the device, or of the system within the limits of this process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [psutil.virtual_memory().available]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        free.append(limit - psutil.Process().memory_info().vms)
-    for limit_file, usage_file in _LIMITS:
-        files = [Path("/sys/fs/cgroup", name) for name in (limit_file, usage_file)]
-        if all(file.exists() for file in files) and files[0].read_text().strip().isdigit():
-            free.append(int(files[0].read_text()) - int(files[1].read_text()))
+    free = [psutil.virtual_memory().available, *_free_addresses()]
+    for limit, usage, parts in ([CONTROL_GROUP / name for name in names] for names in _LIMITS):
+        if limit.exists() and usage.exists() and (most := limit.read_text().strip()).isdigit():
+            free.append(int(most) - int(usage.read_text()) + _reclaimable(parts))
     return max(min(free), 0)
+
+
+def _free_addresses() -> list[int]:
+    """What a limit of this process leaves, if there is one."""
+    try:
+        import resource
+    except ImportError:
+        # On Windows.
+        return []
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return [] if limit == resource.RLIM_INFINITY else [limit - psutil.Process().memory_info().vms]
+
+
+def _reclaimable(file: Path) -> int:
+    """Of what a control group uses, the files that the system keeps in memory until it is wanted."""
+    counts = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
+    # Version 1 counts those of groups below under another name.
+    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def choose(config: BagelConfig, device: torch.device, draws: bool, dtype: str | None, low_memory: bool) -> Way:
@@ -115,10 +132,12 @@ def choose(config: BagelConfig, device: torch.device, draws: bool, dtype: str | 
     """
     free = free_bytes(device)
     ways = [ON_DISK] if low_memory else [FULL[dtype]] if dtype else possible_ways(device)
-    if getattr(config, "quantization_config", None) is not None:
-        ways = [FULL[dtype or "bfloat16"]]
-        _say("the weights are quantised already, and loaded as they are")
-        return ways[0]
+    if any(getattr(config, name, None) is not None for name in ("quantization_config", "dfloat11_config")):
+        _say(
+            "the weights are quantised already, and loaded as they are"
+            + (": --low-memory changes nothing" if low_memory else "")
+        )
+        return FULL[dtype or "bfloat16"]
     needs = [needed_bytes(config, way, draws) for way in ways]
     chosen = next((index for index, need in enumerate(needs) if need <= free), len(ways) - 1)
     text = f"loading in {ways[chosen].name}: about {size(needs[chosen])} of {size(free)} that are free"

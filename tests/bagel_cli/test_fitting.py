@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,21 @@ def test_what_the_user_names_is_taken_and_the_estimate_is_said(memory, capsys):
     assert "about 5.0 GB of 20.0 GB" in capsys.readouterr().err
 
 
-def test_quantised_weights_stay_as_they_are(memory, capsys):
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"dfloat11_config": {"pattern_dict": {}}},
+    ],
+    ids=["bitsandbytes", "DFloat11"],
+)
+def test_quantised_weights_stay_as_they_are(settings, low_memory, memory, capsys):
     memory(10e9)
-    config = BagelConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    assert fitting.choose(config, CPU, True, None, low_memory=False).layer_bytes is None
-    assert "quantised already" in capsys.readouterr().err
+    way = fitting.choose(BagelConfig(**settings), CPU, True, None, low_memory)
+    assert way.layer_bytes is None and not way.on_disk
+    said = capsys.readouterr().err
+    assert "quantised already" in said and ("--low-memory changes nothing" in said) == low_memory
 
 
 def test_free_memory_is_that_of_this_process(monkeypatch):
@@ -89,6 +100,43 @@ def test_free_memory_is_that_of_this_process(monkeypatch):
     limit = psutil.Process().memory_info().vms + 10**8
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
     assert 0 < fitting.free_bytes(CPU) < min(whole, 2 * 10**8)
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "usage", "stat"),
+    [
+        ("", "memory.max", "memory.current", "anon 10000000\ninactive_file 80000000\n"),
+        (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "inactive_file 0\ntotal_inactive_file 80000000\n",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_files_that_the_system_keeps_in_memory_count_as_free(folder, limit, usage, stat, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "CONTROL_GROUP", tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("100000000\n")
+    (tmp_path / folder / usage).write_text("90000000\n")
+    assert fitting.free_bytes(CPU) == 10**7
+    (tmp_path / folder / "memory.stat").write_text(stat)
+    assert fitting.free_bytes(CPU) == 9 * 10**7
+
+
+def test_free_memory_is_known_where_there_are_no_limits_of_processes(monkeypatch):
+    # As on Windows, which has no module of that name.
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert not hasattr(fitting, "resource")
+    assert 0 < fitting.free_bytes(CPU) <= psutil.virtual_memory().total
+
+
+def test_the_help_of_low_memory_says_what_drawing_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(["draw", "--help"])
+    need = fitting.needed_bytes(BagelConfig(), fitting.ON_DISK, draws=True)
+    assert f"{need / 1e9:.0f} GB are enough" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("layout", ["original", "saved"])

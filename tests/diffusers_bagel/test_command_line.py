@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 
 from diffusers_bagel.__main__ import main
 from tests.conftest import CHECKPOINT, golden_image, load_processor, phone_photo
@@ -147,6 +150,78 @@ def test_what_is_typed_in_a_chat_is_words(raw, checkpoint, capsys, monkeypatch):
 def test_chat_ends_with_its_input(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert main(["chat", "--model", checkpoint]) == 0
+
+
+@pytest.fixture(params=["large", "of floats"])
+def unfit(request, tmp_path, monkeypatch) -> str:
+    """A picture that Pillow reads, with a word of warning at most, and the model cannot take."""
+    file = str(tmp_path / "unfit.tiff")
+    image = golden_image("square") if request.param == "large" else PIL.Image.new("F", (64, 64), 1e30)
+    image.save(file)
+    if request.param == "large":
+        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", image.width * image.height - 1)
+    return file
+
+
+@pytest.mark.parametrize("command", ["ask", "edit"])
+def test_a_picture_that_cannot_be_taken_is_told_before_a_model_is_loaded(command, unfit, capsys):
+    assert main([command, unfit, "x", "--model", "."]) == 2
+    assert f"error: the picture '{unfit}' cannot be taken: " in capsys.readouterr().err
+
+
+def test_a_chat_goes_on_after_a_picture_that_cannot_be_taken(unfit, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {unfit}\nhello"))
+    assert main(["chat", "--model", checkpoint, "--max-new-tokens", "2"]) == 0
+    assert f"error: the picture '{unfit}' cannot be taken: " in capsys.readouterr().out
+
+
+def test_bytes_that_are_not_utf_8_spoil_their_line_only(checkpoint, capsys, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n/dance\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert main(["chat", "--model", checkpoint, "--max-new-tokens", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not UTF-8") == 1 and "known commands" in out
+    assert main(["draw", "caf\udce9", "--model", "."]) == 2
+    assert "error: the text is not UTF-8" in capsys.readouterr().err
+
+
+FAILURES = [
+    ImportError("'bagel.gguf' needs the library `gguf`: pip install 'gguf'."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    MemoryError(),
+    HTTPError("the Hub does not answer"),
+    SafetensorError("header too large"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_what_loading_fails_on_is_one_sentence(failure, checkpoint, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_bagel.BagelPipeline.from_pretrained", fail)
+        assert main(["draw", "x", "--model", checkpoint]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_bagel.BagelPipeline.to", fail)
+        assert main(["draw", "x", "--model", checkpoint]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("bagel_cli.commands.describe", fail)
+        assert main(["info", checkpoint]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and all((str(failure) or "MemoryError") in error for error in errors)
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["gpu", "cpu"])
+def test_a_chat_goes_on_after_an_answer_that_takes_too_much_memory(failure, checkpoint, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(BagelForConditionalGeneration, "generate", fail)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/dance\n"))
+    assert main(["chat", "--model", checkpoint]) == 0
+    out = capsys.readouterr().out
+    assert f"error: {failure!s}" in out and "known commands" in out
 
 
 @pytest.mark.parametrize(
