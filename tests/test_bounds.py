@@ -16,9 +16,14 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# Of which something is imported where it is asked for.
+EXTRAS = ("peft", "quantization")
 REQUIREMENTS = {
     canonicalize_name(item.name): item
-    for item in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["peft"]])
+    for item in map(
+        Requirement,
+        [*PROJECT["dependencies"], *(item for name in EXTRAS for item in PROJECT["optional-dependencies"][name])],
+    )
 }
 PINS = {
     canonicalize_name(name): Version(version)

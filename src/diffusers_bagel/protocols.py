@@ -113,13 +113,22 @@ def without_marks(text: str) -> str:
     return " ".join(re.sub(r"<[^<>]*>", " ", text).split())
 
 
+# ColorBrewer's scheme "Spectral" of eleven colours, which matplotlib interpolates in 256 steps.
+_SPECTRAL = (
+    *((158, 1, 66), (213, 62, 79), (244, 109, 67), (253, 174, 97), (254, 224, 139), (255, 255, 191)),
+    *((230, 245, 152), (171, 221, 164), (102, 194, 165), (50, 136, 189), (94, 79, 162)),
+)
+
+
 def depth_or_segments(values: np.ndarray, text: str) -> Image.Image:
     """A picture of COOPER: depth is the mean of the channels, in the colours of a colour map."""
     if not re.search(r"<depth-estimation>.*?</depth-estimation>", text, re.DOTALL):
         return truncated(values, text)
-    from matplotlib import colormaps
-
-    return Image.fromarray((colormaps["Spectral"](values.mean(-1))[..., :3] * 255).astype(np.uint8))
+    places = (values.mean(-1) * 256).astype(int).clip(0, 255) / 255
+    colours = [
+        np.interp(places, np.linspace(0, 1, len(_SPECTRAL)), channel) for channel in zip(*_SPECTRAL, strict=True)
+    ]
+    return Image.fromarray(np.stack(colours, axis=-1).astype(np.uint8))
 
 
 def truncated(values: np.ndarray, text: str) -> Image.Image:
