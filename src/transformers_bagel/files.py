@@ -111,7 +111,7 @@ def file_names(path: str | os.PathLike, **hub: Any) -> list[str]:
 
 
 def _cached_names(path: str | os.PathLike, hub: dict[str, Any]) -> list[str] | None:
-    place = {name: hub.get(name) for name in ("revision", "cache_dir")}
+    place: dict[str, Any] = {name: hub.get(name) for name in ("revision", "cache_dir")}
     try:
         # No pattern, because the cache may lack files that nobody asked for.
         folder = snapshot_download(str(path), **place, local_files_only=True, allow_patterns=[])

@@ -185,9 +185,8 @@ class BagelLoadingMixin:
             check_kind(config, tensors, source)
             check_layers(config, tensors, source, told_by)
         empty = _empty_model(cls, config, model_args, kwargs)
-        if is_gguf_config(quantization := kwargs.get("quantization_config")):
-            kwargs["dtype"] = gguf_dtype(quantization, kwargs.get("dtype"))
-        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors, empty)
+        quantization = kwargs.get("quantization_config")
+        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors, empty, quantization)
         in_df11 = is_df11(tensors)
         packed: dict[str, Any] = {}
         if in_df11:
@@ -237,10 +236,12 @@ def _parts(tensor: Any) -> tuple[StoredTensor, ...]:
     return (tensor,) if isinstance(tensor, StoredTensor) else tensor.parts
 
 
-def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any], model: Any) -> Any:
+def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any], model: Any, quantization: Any) -> Any:
     """What `from_pretrained` is told of the type, or, if neither it nor the configuration names one, that of the files."""
     if is_df11(tensors):
         return df11_dtype(dtype)
+    if is_gguf_config(quantization):
+        dtype = gguf_dtype(quantization, dtype)
     if tensors and dtype in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
         # Tables of the code and buffers of quantising tools are of types of their own.
         return default_dtype({name: tensors[name] for name in own_names(model, tensors)} or tensors)
