@@ -46,6 +46,10 @@ def find_file(path: str | os.PathLike, name: str, **hub: Any) -> str | None:
     if os.path.isdir(path):
         file = os.path.join(path, hub.get("subfolder", ""), name)
         return file if os.path.isfile(file) else None
+    if hasattr(hub.get("revision"), "resolved") and not hub.get("force_download"):
+        # A commit does not change: of a file that is known to be absent, the library would ask the Hub again.
+        if find_cached(path, name, hub) is _CACHED_NO_EXIST:
+            return None
     try:
         return hf_hub_download(str(path), name, **hub)
     except LocalEntryNotFoundError:
