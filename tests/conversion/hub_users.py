@@ -189,10 +189,12 @@ def user_whose_network_fails(repo: str, original: str, unknown: str) -> dict:
     from transformers_bagel import BagelForConditionalGeneration
 
     def loaded() -> dict:
-        names = {"repository": repo, "original": original}
-        revisions = {"repository": None, "original": "v1"}
-        found = {name: digests(BagelPipeline.from_pretrained(names[name], revision=revisions[name])) for name in names}
-        return found | {"model": digest(BagelForConditionalGeneration.from_pretrained(repo))}
+        models = {"model": (repo, None), "original": (original, "v1")}
+        found = {
+            name: digest(BagelForConditionalGeneration.from_pretrained(place, revision=revision))
+            for name, (place, revision) in models.items()
+        }
+        return found | {"pipeline": digests(BagelPipeline.from_pretrained(repo))}
 
     def refuse(request: Any) -> None:
         raise httpx.ConnectError("no network", request=request)
