@@ -45,8 +45,10 @@ from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, open_tensors, own_names
+from transformers_bagel.errors import some
 from transformers_bagel.fine_tunes import image_settings
 from transformers_bagel.original_config import corrections, read_original_config
+from transformers_bagel.packed import scales_of
 from transformers_bagel.weights import check_kind
 
 
@@ -103,6 +105,11 @@ def convert(
     tensors = files.tensors()
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     original = read_original(files.descriptions)
+    if scales := scales_of({tensor.name: tensor for tensor in tensors}):
+        raise ValueError(
+            f"'{src}' holds weights in FP8 with factors ({some(scales.values())}), which are not converted. Load it with "
+            "`BagelForConditionalGeneration.from_pretrained`, and `save_pretrained` it."
+        )
     config, processor = described(files, original, shapes, src)
     check_kind(config, shapes, src)
     check_layers(config, shapes, src)

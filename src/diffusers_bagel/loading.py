@@ -68,8 +68,30 @@ def settled(
     hub = hub_arguments(path, kwargs)
     if is_original(path, "vae" in kwargs, hub, kwargs.get("base")):
         return path, hub, kwargs, True
-    of_the_library = {name: value for name, value in kwargs.items() if name not in ("base", "torch_dtype")}
+    chosen = {name: kwargs[name] for name in _OF_WEIGHTS if name != "variant" and kwargs.get(name)}
+    left_out = {"base", "torch_dtype", *_OF_WEIGHTS} - {"variant"}
+    of_the_library = {name: value for name, value in kwargs.items() if name not in left_out}
+    if chosen:
+        of_the_library["transformer"] = _saved_transformer(path, kwargs, chosen, hub)
     return path, hub, of_the_library | saved_dtypes(path, kwargs, hub) | hub, False
+
+
+def _saved_transformer(
+    path: str | os.PathLike, kwargs: dict[str, Any], chosen: dict[str, Any], hub: dict[str, Any]
+) -> Any:
+    """The transformer of diffusers' layout, from weights that the caller chose: diffusers itself has no argument for that."""
+    in_the_way = ("transformer", "quantization_config", "device_map")
+    if others := [name for name in in_the_way if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"`{min(chosen)}` and `{others[0]}` do not go together in diffusers' layout. Load the weights with "
+            "`BagelForConditionalGeneration.from_pretrained`, and pass them as `transformer=` alone."
+        )
+    part = os.path.join(hub.get("subfolder", ""), "transformer")
+    is_apart = find_file(path, "config.json", **(hub | {"subfolder": part})) is not None
+    place = hub | {"subfolder": part} if is_apart else hub
+    dtype = component_dtypes(kwargs.get("dtype"), kwargs.get("torch_dtype"))["transformer"]
+    chosen = chosen | ({"variant": kwargs["variant"]} if kwargs.get("variant") else {})
+    return BagelForConditionalGeneration.from_pretrained(path, dtype=dtype, **chosen, **place)
 
 
 def is_original(
@@ -115,7 +137,10 @@ def load_original_components(path: str | os.PathLike, hub: dict[str, Any], **kwa
         OSError, TypeError, ValueError: before anything is loaded, if something is missing or an argument cannot work.
     """
     components = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
-    dtypes = component_dtypes(kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None))
+    dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+    dtypes = component_dtypes(dtype, torch_dtype)
+    if dtype is None and torch_dtype is None and _is_df11(path, hub):
+        dtypes["transformer"] = "auto"
     base = kwargs.pop("base", None)
     chosen = {name: kwargs.pop(name) for name in _OF_WEIGHTS if kwargs.get(name) is not None}
     placement = {name: kwargs.pop(name) for name in _FOR_TRANSFORMER if name in kwargs}
@@ -147,6 +172,11 @@ def load_original_components(path: str | os.PathLike, hub: dict[str, Any], **kwa
     if "processor" not in components:
         components["processor"] = BagelProcessor.from_pretrained(path, **place, **hub)
     return components
+
+
+def _is_df11(path: str | os.PathLike, hub: dict[str, Any]) -> bool:
+    file = find_file(path, "config.json", **hub)
+    return file is not None and "dfloat11_config" in read_json(file)
 
 
 def _check_variant(path: str | os.PathLike, hub: dict[str, Any], variant: str) -> None:

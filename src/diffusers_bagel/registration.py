@@ -19,7 +19,7 @@ from transformers_bagel.original_config import is_original_config
 from .answering import SessionEvent
 from .caching import TaylorSeerConfig
 from .guidance import BagelGuidance
-from .loading import VAE_FILE
+from .loading import VAE_FILES
 from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
@@ -101,7 +101,7 @@ def _is_ours(path: str | os.PathLike, kwargs: dict[str, Any], runs_code: bool) -
             return (
                 config is not None
                 and is_original_config(read_json(config))
-                and find_file(path, VAE_FILE, **hub) is not None
+                and any(find_file(path, name, **hub) is not None for name in VAE_FILES)
             )
         name = read_json(index).get("_class_name")
     except (OSError, ValueError):

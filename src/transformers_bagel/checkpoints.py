@@ -335,7 +335,9 @@ def check_values(tensors: Mapping[str, StoredTensor], name: str | os.PathLike) -
 def _looked_at(key: str, tensor: StoredTensor) -> Iterator[torch.Tensor]:
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
     row = tensor.num_elements // max(rows, 1)
-    if rows <= _SAMPLED_ROWS or key.endswith("lm_head.weight"):
+    # A factor of a weight in FP8 is as good as many numbers.
+    is_whole = key.endswith("lm_head.weight") or "scale" in key.rpartition(".")[2]
+    if rows <= _SAMPLED_ROWS or is_whole:
         count = min(rows, max(1, _BYTES_AT_ONCE // max(row * tensor.dtype.itemsize, 1)))
         places: Iterable[int] = range(0, rows, max(count, 1))
     else:

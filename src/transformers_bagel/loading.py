@@ -36,6 +36,7 @@ from .files import HUB_ARGUMENTS, SETTINGS, TOKENIZER, find_file, folder_and_fil
 from .packed import (
     default_dtype,
     df11_dtype,
+    gguf_dtype,
     is_df11,
     is_gguf_config,
     load_df11,
@@ -184,7 +185,8 @@ class BagelLoadingMixin:
             check_kind(config, tensors, source)
             check_layers(config, tensors, source, told_by)
         empty = _empty_model(cls, config, model_args, kwargs)
-        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors)
+        quantization = kwargs.get("quantization_config")
+        kwargs["dtype"] = _settle_dtype(kwargs.get("dtype"), config, tensors, empty, quantization)
         in_df11 = is_df11(tensors)
         packed: dict[str, Any] = {}
         if in_df11:
@@ -194,8 +196,9 @@ class BagelLoadingMixin:
         if is_compared:
             ignored = (kwargs.get("ignore_mismatched_sizes", False), ignores_extra)
             check_tensors(empty, tensors, source, *ignored, told_by)
-            check_values({name: stored[name] for name in own_names(empty, stored)}, source)
-        if is_gguf_config(quantization := kwargs.get("quantization_config")):
+            looked_at = [part for name in own_names(empty, tensors) for part in _parts(tensors[name])]
+            check_values({part.name: part for part in looked_at}, source)
+        if is_gguf_config(quantization):
             compute_dtype = as_dtype(kwargs.get("dtype"), config)
             tensors, packed = with_gguf_layers(tensors, empty, compute_dtype, source)
             del kwargs["quantization_config"]
@@ -229,12 +232,19 @@ class BagelLoadingMixin:
         return (model, info) if wants_info else model
 
 
-def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any]) -> Any:
+def _parts(tensor: Any) -> tuple[StoredTensor, ...]:
+    return (tensor,) if isinstance(tensor, StoredTensor) else tensor.parts
+
+
+def _settle_dtype(dtype: Any, config: Any, tensors: dict[str, Any], model: Any, quantization: Any) -> Any:
     """What `from_pretrained` is told of the type, or, if neither it nor the configuration names one, that of the files."""
     if is_df11(tensors):
         return df11_dtype(dtype)
+    if is_gguf_config(quantization):
+        dtype = gguf_dtype(quantization, dtype)
     if tensors and dtype in (None, "auto") and getattr(config.dtype, "itemsize", 1) == 1:
-        return default_dtype(tensors)
+        # Tables of the code and buffers of quantising tools are of types of their own.
+        return default_dtype({name: tensors[name] for name in own_names(model, tensors)} or tensors)
     return dtype
 
 
@@ -283,7 +293,9 @@ def _find_weights(
     """
     if kwargs.get("use_safetensors") is False:
         return None
-    stated = getattr(config, "transformers_weights", None)
+    # What was read elsewhere, such as in a base, says nothing of the files here.
+    is_own = str(getattr(config, "name_or_path", "")) == str(path)
+    stated = getattr(config, "transformers_weights", None) if is_own else None
     weights = find_weights(path, hub, named, kwargs.get("variant"), stated=stated)
     if weights is not None:
         config.transformers_weights = weights.name

@@ -35,15 +35,22 @@ class Unpacked:
         dtype (`torch.dtype`): What its file says; the type of what is read is another.
         read (`Callable`): Gives it.
         packed (`Any`, *optional*): What it is in a GGUF, if its values are packed there.
+        parts (`tuple[StoredTensor, ...]`, *optional*): Of what it is made, as far as that can be looked at.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], torch.Tensor], packed: Any = None
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        read: Callable[[], torch.Tensor],
+        packed: Any = None,
+        parts: tuple[Any, ...] = (),
     ):
         self.shape = shape
         self.dtype = dtype
         self.read = read
         self.packed = packed
+        self.parts = parts
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -67,12 +74,20 @@ def open_weights(files: list[str]) -> dict[str, Any]:
 
 
 def default_dtype(tensors: Mapping[str, Any]) -> torch.dtype | None:
-    """The type of a model from its files: that of the first tensor of more than 8 bits, in which nothing computes."""
-    types = [tensor.dtype for tensor in tensors.values()]
+    """The type of a model from its tensors: that of the first of floating numbers of more than 8 bits, in which nothing
+    computes."""
+    types = [tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point]
     return next((dtype for dtype in types if dtype.itemsize > 1), torch.bfloat16 if types else None)
 
 
-def _without_scales(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def scales_of(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """
+    The names of weights in FP8 with those of their factors.
+
+    Raises:
+        ValueError: if a weight has something beside it of which nobody knows how it changes the weight.
+    """
+
     def scale_of(name: str) -> str | None:
         layer = name.removesuffix("weight")
         return next((layer + scale for scale in _SCALES if layer + scale in tensors), None)
@@ -82,11 +97,26 @@ def _without_scales(tensors: Mapping[str, Any]) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point and (scale := scale_of(name))
     }
+    for name in tensors:
+        match = re.fullmatch(r"(.*\.|)(weight_|scale)\w+", name)
+        weight = tensors.get(f"{match[1]}weight") if match else None
+        is_packed = weight is not None and weight.dtype.itemsize == 1 and weight.dtype.is_floating_point
+        if match and is_packed and name != scales.get(f"{match[1]}weight") and not _FP8_MARKS.search(name):
+            raise ValueError(
+                f"'{name}' is beside a weight in FP8, and how it changes the weight is not known: factors are called "
+                f"{some(_SCALES)}, one for each weight. Pass the weights in bfloat16."
+            )
+    return scales
+
+
+def _without_scales(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    scales = scales_of(tensors)
     gone = {*scales.values(), *(name for name in tensors if _FP8_MARKS.search(name))}
     kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
     for name, scale in scales.items():
         packed, factor = tensors[name], tensors[scale]
-        kept[name] = Unpacked(packed.shape, packed.dtype, partial(_scaled_at_last, packed, factor))
+        read = partial(_scaled_at_last, packed, factor)
+        kept[name] = Unpacked(packed.shape, packed.dtype, read, parts=(packed, factor))
     return kept
 
 
@@ -200,6 +230,24 @@ def is_gguf_config(quantization_config: Any) -> bool:
     if isinstance(quantization_config, dict):
         method = quantization_config.get("quant_method")
     return getattr(method, "value", method) == "gguf"
+
+
+def gguf_dtype(quantization_config: Any, dtype: Any) -> Any:
+    """
+    The type in which a model with layers of a GGUF computes: `dtype`, or that of its [`GGUFQuantizationConfig`].
+
+    Raises:
+        ValueError: if they differ: diffusers' layers take inputs of their own type.
+    """
+    is_dict = isinstance(quantization_config, dict)
+    stated = (quantization_config if is_dict else vars(quantization_config)).get("compute_dtype")
+    stated = getattr(torch, stated.removeprefix("torch.")) if isinstance(stated, str) else stated
+    given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if stated is not None and given not in (None, stated):
+        raise ValueError(
+            f"`compute_dtype` of `quantization_config` is {stated}, and `dtype` {given}. Pass the same for both."
+        )
+    return dtype if stated is None else stated
 
 
 def with_gguf_layers(

@@ -170,7 +170,8 @@ def check_kind(config: Any, names: Iterable[str], path: str | os.PathLike) -> No
 
 def check_no_model(path: str | os.PathLike, name: str | None, hub: dict[str, Any]) -> None:
     """
-    Refuse a model where a LoRA is asked for, before it is downloaded or read.
+    Refuse a model where a LoRA is asked for, before it is read. What is no folder, and no file of safetensors or a GGUF, is
+    left to the reader of LoRAs.
 
     Args:
         path (`str` or `os.PathLike`): A directory, a Hub id, or a file.
@@ -182,11 +183,14 @@ def check_no_model(path: str | os.PathLike, name: str | None, hub: dict[str, Any
     """
     path, own = folder_and_file(path)
     name = name or own
+    if not os.path.isdir(path):
+        return
     if name is None:
         names = {*file_names(path, **hub)}
         found = not names.isdisjoint((*SETTINGS, "model_index.json")) and names.isdisjoint(LORA_FILES)
     else:
-        found = os.path.isfile(os.path.join(path, name)) and is_model(_shapes(path, (name,), hub))
+        is_read = name.endswith((".safetensors", ".gguf")) and find_file(path, name, **hub) is not None
+        found = is_read and is_model(_shapes(path, (name,), hub))
     if found:
         raise ValueError(
             f"'{path}' is a model, and no LoRA: pass it to `from_pretrained`, or name a file of LoRA weights."

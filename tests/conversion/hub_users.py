@@ -181,6 +181,33 @@ def package_user(repo: str, original: str, private: str, gated: str, broken: str
     return found
 
 
+def user_whose_network_fails(repo: str, original: str, unknown: str) -> dict:
+    """Somebody who has loaded once, without having said that there is no network."""
+    from huggingface_hub.utils import httpx, set_client_factory
+
+    from diffusers_bagel import BagelPipeline
+    from transformers_bagel import BagelForConditionalGeneration
+
+    def loaded() -> dict:
+        models = {"model": (repo, None), "original": (original, "v1")}
+        found = {
+            name: digest(BagelForConditionalGeneration.from_pretrained(place, revision=revision))
+            for name, (place, revision) in models.items()
+        }
+        return found | {"pipeline": digests(BagelPipeline.from_pretrained(repo))}
+
+    def refuse(request: Any) -> None:
+        raise httpx.ConnectError("no network", request=request)
+
+    found = {"with": loaded()}
+    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(refuse)))
+    found["without"] = loaded()
+    from transformers_bagel.files import file_names
+
+    found["unknown"] = error_of(lambda: file_names(unknown))
+    return found
+
+
 def original_user(repo: str, folder: str) -> dict:
     """Somebody with a token for a private repository of the original layout, one of its branches, and a cache elsewhere."""
     from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor

@@ -252,6 +252,13 @@ def test_the_original_layout_is_corrected_from_the_place_that_is_asked_for(origi
     assert original_user["default cache"] == []
 
 
+def test_what_is_in_the_cache_loads_when_the_network_fails(act, local):
+    found = act("user_whose_network_fails", REPO, ORIGINAL, "org/unknown")
+    assert found["without"] == found["with"]
+    assert found["without"] == {"pipeline": local} | dict.fromkeys(("model", "original"), local["transformer"])
+    assert found["unknown"].startswith("OSError: 'org/unknown': the Hub cannot be reached (no network)")
+
+
 def test_a_pipeline_downloads_every_file_once_and_needed_ones_only(package_user):
     tokenizer = ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
     settings = ["config.json", "generation_config.json", "model_index.json", "model.safetensors.index.json"]

@@ -551,3 +551,12 @@ def test_what_is_no_bagel_is_not_converted(kind, source, capsys):
     }
     save_file({name[kind]: torch.zeros(2, 2)}, source / "ema.safetensors")
     assert {"lora": "is a LoRA", "text model": "another model"}[kind] in said(source, capsys)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--ignore-unexpected-keys",)])
+def test_weights_in_fp8_are_not_converted_without_their_factors(arguments, source, capsys):
+    weights = load_file(source / "ema.safetensors")
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    packed = {name: weights[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.full((), 2.0)}
+    save_file(weights | packed, source / "ema.safetensors")
+    assert f"in FP8 with factors ({name}_scale), which are not converted" in said(source, capsys, *arguments)

@@ -259,3 +259,39 @@ def test_a_model_offered_as_a_lora_is_refused_before_it_is_read(place, pipe, mon
     kwargs = {"weight_name": "ema.safetensors"} if place == "named" else {}
     with pytest.raises(ValueError, match="is a model, and no LoRA: pass it to `from_pretrained`"):
         pipe.load_lora_weights(str(path), **kwargs)
+
+
+@pytest.mark.parametrize("door", ["path", "transformers_weights", "gguf_file"])
+@pytest.mark.parametrize("layout", ["flat", "apart"])
+def test_weights_that_are_named_are_read_in_diffusers_layout_too(layout, door, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    part = tmp_path / "transformer"
+    if layout == "flat":
+        for file in part.iterdir():
+            shutil.move(file, tmp_path)
+        part.rmdir()
+        part = tmp_path
+    weights = load_file(CHECKPOINT / "ema.safetensors")
+    save_file(
+        weights | {"llm2vae.bias": weights["llm2vae.bias"] * 2, "extra": torch.zeros(2)}, part / "rvr.safetensors"
+    )
+    if door == "gguf_file":
+        with pytest.raises(OSError, match="absent.gguf"):
+            BagelPipeline.from_pretrained(tmp_path, gguf_file="absent.gguf")
+        return
+    if (layout, door) == ("apart", "path"):
+        pytest.skip("a file in the folder of a component is no pipeline")
+    path = tmp_path / "rvr.safetensors" if door == "path" else tmp_path
+    kwargs = {} if door == "path" else {"transformers_weights": "rvr.safetensors"}
+    with pytest.raises(ValueError, match="unknown tensor.*extra"):
+        BagelPipeline.from_pretrained(path, **kwargs)
+    found = BagelPipeline.from_pretrained(path, dtype=F32, ignore_unexpected_keys=True, **kwargs)
+    assert torch.equal(found.transformer.model.llm2vae.bias, weights["llm2vae.bias"] * 2)
+    with pytest.raises(ValueError, match="`transformers_weights` and `device_map`.*`transformer=`"):
+        BagelPipeline.from_pretrained(tmp_path, transformers_weights="rvr.safetensors", device_map="balanced")
+
+
+def test_a_pickled_lora_that_is_named_is_left_to_the_library(pipe, tmp_path):
+    torch.save({"transformer.lm_head.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(ValueError, match="lora_B"):
+        pipe.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.bin")

@@ -405,3 +405,19 @@ def test_a_checkpoint_of_another_bagel_says_which_tensors_differ(repository):
     other["vae2llm.weight"] = torch.zeros(64, 20)
     with pytest.raises(ValueError, match=r"lacks tensors .*mlp_moe_gen.*has the wrong shape of tensor"):
         head(repository({"model.safetensors": other}))
+
+
+@pytest.mark.parametrize("door", ["base", "config"])
+def test_the_file_that_another_repository_names_is_not_taken_here(door, repository, weights_alone, tmp_path, caplog):
+    """A base that says `transformers_weights`, and a fine-tune with a file of that name beside its own."""
+    base = repository({"ema.safetensors": WEIGHTS}, name="base")
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(settings | {"transformers_weights": "ema.safetensors"}))
+    folder = weights_alone("rvr.safetensors", TUNED)
+    save_file(WEIGHTS, folder / "ema.safetensors")
+    kwargs = {"base": base} if door == "base" else {"config": BagelConfig.from_pretrained(base)}
+    with caplog.at_level(logging.WARNING):
+        assert is_tuned(head(folder, **kwargs))
+    assert "rvr.safetensors is read" in caplog.text
+    named = BagelConfig.from_pretrained(base, transformers_weights="ema.safetensors")
+    assert not is_tuned(head(base, config=named))

@@ -375,6 +375,12 @@ def test_a_fault_of_the_network_is_no_absent_file(error, hub_that_fails, tmp_pat
         find_file("org/bagel", "tokenizer.json", cache_dir=tmp_path)
 
 
+def test_a_second_place_that_is_the_first_keeps_its_revision(hub_that_fails):
+    hub_that_fails(ABSENT)
+    hub = {"revision": "v1", "subfolder": "part"}
+    assert files.place_of("org/bagel", "org/bagel", ("processor_config.json",), hub) == ("org/bagel", hub)
+
+
 def test_auto_config_of_a_subfolder_is_corrected_by_the_model(model, tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "part")
     config = AutoConfig.from_pretrained(tmp_path, subfolder="part")

@@ -494,3 +494,56 @@ def test_tensors_that_a_quantiser_adds_are_not_missed(model):
     finally:
         AUTO_QUANTIZATION_CONFIG_MAPPING.pop("factors", None)
         AUTO_QUANTIZER_MAPPING.pop("factors", None)
+
+
+@pytest.mark.parametrize("name", ["weight_zero_point", "weight_scale_2", "scale_shift"])
+@pytest.mark.parametrize("ignored", [True, False])
+def test_what_is_beside_a_weight_in_fp8_and_not_known_is_refused(name, ignored, repository):
+    """As of a tool with another scheme: without what is beside them the weights are others."""
+    packed, _ = fp8_pair("tensor")
+    layer = "language_model.model.layers.0.self_attn.q_proj."
+    with pytest.raises(ValueError, match=f"'{layer}{name}' is beside a weight in FP8.*not known"):
+        BAGEL.from_pretrained(repository(packed | {layer + name: torch.ones(())}), ignore_unexpected_keys=ignored)
+
+
+def test_factors_that_are_not_finite_are_refused(repository):
+    packed, _ = fp8_pair("row")
+    name = "language_model.model.layers.1.mlp.up_proj.weight_scale"
+    packed[name][3] = float("nan")
+    with pytest.raises(ValueError, match=f"not finite in {name}"):
+        BAGEL.from_pretrained(repository(packed))
+
+
+EXTRA = {
+    "a_table_of_the_code": {"language_model.model.rotary_emb.inv_freq": torch.zeros(8)},
+    "a_buffer_of_integers": {"encoder.counts": torch.zeros(2, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("kind", EXTRA)
+def test_the_type_of_a_file_is_that_of_the_models_tensors(kind, repository):
+    """A file in FP8 and float16, whose first wider tensor is none of the model's."""
+    packed = {name: tensor.to(FP8) if is_layer(name) else tensor.half() for name, tensor in WEIGHTS.items()}
+    loaded = BAGEL.from_pretrained(repository(packed | EXTRA[kind]), ignore_unexpected_keys=True)
+    assert loaded.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_packed_layers_compute_in_the_type_of_their_config(dtype, tmp_path):
+    from diffusers import GGUFQuantizationConfig
+
+    write_gguf(tmp_path / "bagel.gguf", WEIGHTS, "Q8_0")
+    kwargs = {"base": CHECKPOINT, "quantization_config": GGUFQuantizationConfig(compute_dtype=torch.bfloat16)}
+    if dtype is None:
+        loaded = BAGEL.from_pretrained(tmp_path / "bagel.gguf", **kwargs)
+        assert loaded.dtype == torch.bfloat16 and logits(loaded).isfinite().all()
+        return
+    with pytest.raises(ValueError, match="`compute_dtype`.*bfloat16.*`dtype`.*float32"):
+        BAGEL.from_pretrained(tmp_path / "bagel.gguf", dtype=dtype, **kwargs)
+
+
+def test_a_pipeline_without_a_type_takes_that_of_df11(dfloat11, repository):
+    from diffusers_bagel import BagelPipeline
+
+    folder = repository(df11_tensors(), "model.safetensors", settings=DF11_SETTINGS)
+    assert BagelPipeline.from_pretrained(folder).transformer.dtype == torch.bfloat16
