@@ -1,5 +1,6 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What a repository holds, and what of it would fit into this machine. No weights are downloaded."""
+"""What a repository holds, and what of it would fit into this machine. No weights are downloaded, but those of a GGUF, whose
+names and shapes stand at no fixed place in it."""
 
 from __future__ import annotations
 
