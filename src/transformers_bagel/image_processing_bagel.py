@@ -136,7 +136,7 @@ def _from_base64(text: str) -> bytes:
 
 def _check_chunks(error: ValueError, name: str) -> None:
     """Explain that Pillow reads no larger texts and colour profiles in a PNG, if that is what it says."""
-    if "too large" in str(error) or "text chunks" in str(error):
+    if any(words in str(error).lower() for words in ("too large", "text chunks")):
         raise ValueError(
             f"`images` holds {name}, a PNG with a text or colour profile above Pillow's limit of "
             f"{PngImagePlugin.MAX_TEXT_CHUNK} bytes. Save it without, or raise `PIL.PngImagePlugin.MAX_TEXT_CHUNK` if you "
