@@ -26,7 +26,7 @@ from transformers_bagel.image_processing_bagel import to_rgb
 
 from .conversation import Conversation
 from .files import CommandError, check_text, open_picture, save_picture, typed_paths
-from .fitting import choose, loading_arguments
+from .fitting import are_packed, choose, loading_arguments
 from .information import describe
 
 
@@ -182,7 +182,9 @@ def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **mo
     """A pipeline, or the model without some modules, in the way that fits."""
     draws = loader is BagelPipeline
     config = _load(options, BagelConfig, component="transformer")
-    way = choose(config, device, draws, options.dtype, options.low_memory)
+    with _told(options):
+        packed = are_packed(*_place(options, "transformer"), config)
+    way = choose(config, device, draws, options.dtype, options.low_memory, packed)
     with loading_arguments(way, config, draws, device) as arguments:
         if not way.on_disk:
             yield _load(options, loader, None if draws else "transformer", device, **arguments, **modules)
@@ -205,17 +207,32 @@ def _load(
     **kwargs: Any,
 ) -> Any:
     """Load a pipeline; or one component, which diffusers' layout keeps in a folder of its own."""
-    name = os.path.expanduser(options.model) if os.path.isdir(os.path.expanduser(options.model)) else options.model
-    try:
-        if component is not None:
-            file = {"transformer": "config.json", "processor": "processor_config.json"}[component]
-            if cached_file(name, file, subfolder=component, _raise_exceptions_for_missing_entries=False):
-                kwargs["subfolder"] = component
-        loaded = loader.from_pretrained(name, **kwargs)
+    with _told(options):
+        name, subfolder = _place(options, component)
+        loaded = loader.from_pretrained(name, **subfolder, **kwargs)
         return loaded if device is None else loaded.to(device)
+
+
+def _place(options: argparse.Namespace, component: str | None) -> tuple[str, dict[str, str]]:
+    """The folder or Hub id, and the `subfolder` of a component if it has one."""
+    name = os.path.expanduser(options.model) if os.path.isdir(os.path.expanduser(options.model)) else options.model
+    if component is None:
+        return name, {}
+    file = {"transformer": "config.json", "processor": "processor_config.json"}[component]
+    found = cached_file(name, file, subfolder=component, _raise_exceptions_for_missing_entries=False)
+    return name, {"subfolder": component} if found else {}
+
+
+@contextmanager
+def _told(options: argparse.Namespace) -> Iterator[None]:
+    """What loading fails on, as one sentence."""
+    try:
+        yield
     except NOT_LOADED as error:
-        what = "the folder" if os.path.isdir(name) else "the Hub repository"
-        raise CommandError(f"no BAGEL checkpoint could be loaded from {what} '{name}': {sentence(error)}") from error
+        what = "the folder" if os.path.isdir(os.path.expanduser(options.model)) else "the Hub repository"
+        raise CommandError(
+            f"no BAGEL checkpoint could be loaded from {what} '{options.model}': {sentence(error)}"
+        ) from error
 
 
 @contextmanager

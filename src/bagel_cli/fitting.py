@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import sys
@@ -17,10 +18,14 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub import parse_safetensors_file_metadata
 from huggingface_hub.constants import HF_HOME
 
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
+from transformers_bagel.files import find_cached, find_file, hub_arguments, in_subfolder
+from transformers_bagel.packed import open_weights
 from transformers_bagel.quantization import undivided_modules
+from transformers_bagel.weights import find_weights
 
 from .files import CommandError
 
@@ -30,6 +35,7 @@ GB = 10**9
 FOR_DRAWING, FOR_SPEECH = 3 * GB, 1 * GB
 # Of weights that rest on the disk, this much may be in memory.
 RESIDENT = 2 * GB
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 # Its limit, what it uses, and of what: of version 2, and of version 1.
 _LIMITS = (
@@ -120,7 +126,34 @@ def _reclaimable(file: Path) -> int:
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
-def choose(config: BagelConfig, device: torch.device, draws: bool, dtype: str | None, low_memory: bool) -> Way:
+def are_packed(name: str, subfolder: dict[str, str], config: BagelConfig) -> bool:
+    """
+    Whether the weights of a folder or a Hub repository are in a GGUF or in FP8, from which nothing is rounded again.
+
+    Args:
+        name (`str`), subfolder (`dict`): As arguments of `from_pretrained`.
+        config ([`BagelConfig`])
+    """
+    hub = hub_arguments(name, subfolder)
+    weights = find_weights(name, hub, stated=getattr(config, "transformers_weights", None), strict=False)
+    if weights is None or weights.name.endswith(".gguf"):
+        return weights is not None
+    first = weights.files[0]
+    file = find_file(name, first, **hub) if os.path.isdir(name) else find_cached(name, first, hub)
+    if isinstance(file, str):
+        return any(tensor.dtype in _FP8 for tensor in open_weights([file]).values())
+    metadata = parse_safetensors_file_metadata(name, in_subfolder(first, hub), revision=hub.get("revision"))
+    return any(dtype.startswith("F8_") for dtype in metadata.parameter_count)
+
+
+def choose(
+    config: BagelConfig,
+    device: torch.device,
+    draws: bool,
+    dtype: str | None,
+    low_memory: bool,
+    packed: bool = False,
+) -> Way:
     """
     The best way that fits, unless the user has named one. What was chosen is said, and whether it will do.
 
@@ -129,9 +162,11 @@ def choose(config: BagelConfig, device: torch.device, draws: bool, dtype: str | 
         device (`torch.device`)
         draws (`bool`): Or answers only, for which half of the weights is left out.
         dtype (`str`, *optional*), low_memory (`bool`): What the user asked for.
+        packed (`bool`, *optional*, defaults to `False`): See [`are_packed`].
     """
     free = free_bytes(device)
     ways = [ON_DISK] if low_memory else [FULL[dtype]] if dtype else possible_ways(device)
+    ways = [way for way in ways if way.layer_bytes is None or not packed]
     if any(getattr(config, name, None) is not None for name in ("quantization_config", "dfloat11_config")):
         _say(
             "the weights are quantised already, and loaded as they are"

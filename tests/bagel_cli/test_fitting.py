@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import PIL.Image
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bagel_cli import fitting, main
 from bagel_cli.files import CommandError, save_picture
@@ -92,6 +94,24 @@ def test_quantised_weights_stay_as_they_are(settings, low_memory, memory, capsys
     assert way.layer_bytes is None and not way.on_disk
     said = capsys.readouterr().err
     assert "quantised already" in said and ("--low-memory changes nothing" in said) == low_memory
+
+
+@pytest.mark.parametrize("packing", ["none", "FP8", "GGUF"])
+def test_packed_weights_are_not_rounded_again(packing, memory, tmp_path):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "repo")
+    if packing == "FP8":
+        tensors = load_file(folder / "ema.safetensors")
+        rounded = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items() if "_proj.weight" in name}
+        save_file(tensors | rounded, folder / "ema.safetensors")
+    if packing == "GGUF":
+        (folder / "ema.safetensors").unlink()
+        (folder / "bagel.gguf").write_bytes(b"GGUF")
+    config = BagelConfig.from_pretrained(CHECKPOINT)
+    packed = fitting.are_packed(str(folder), {}, config)
+    assert packed == (packing != "none")
+    memory(15e9)
+    way = fitting.choose(BagelConfig(), CPU, True, None, False, packed)
+    assert (way.on_disk, way.name == "4 bits") == (packed, not packed)
 
 
 def test_free_memory_is_that_of_this_process(monkeypatch):
