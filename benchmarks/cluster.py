@@ -14,7 +14,7 @@ from functools import cache
 import cost
 import torch
 from cost import Cost, Rates
-from diffusers import AutoencoderKL
+from models import published_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,15 +153,7 @@ def tasks(config: BagelConfig) -> dict[str, Task]:
 def vae_operations(pixels: int = 1024) -> tuple[int, int]:
     """Operations of decoding and of encoding with BAGEL's VAE, counted at its shapes."""
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=16,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = published_vae()
         runs: tuple[Callable[[], object], ...] = (
             lambda: vae.decode(torch.empty(1, 16, pixels // 8, pixels // 8)),
             lambda: vae.encode(torch.empty(1, 3, pixels, pixels)),

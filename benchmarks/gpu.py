@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from cases import INSTRUCTION, PROMPT, Work, denoise, picture, random_ids
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from models import CHECKPOINT, IMAGE_SIZES, write_tokens
+from diffusers import FlowMatchEulerDiscreteScheduler
+from models import CHECKPOINT, IMAGE_SIZES, published_vae, write_tokens
 from run import machine
 from timing import default_device, median_and_spread, seconds_of, synchronize
 
@@ -40,17 +40,7 @@ def make_full_size(device: torch.device) -> BagelPipeline:
     try:
         with device:
             transformer = BagelForConditionalGeneration(config).eval()
-            vae = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=16,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ).eval()
+            vae = published_vae().eval()
     finally:
         torch.set_default_dtype(torch.float32)
     pipe = BagelPipeline(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import Cache
 
 from diffusers_bagel import BagelPipeline
@@ -56,6 +56,21 @@ IMAGE_SIZES = {
     "size": {"shortest_edge": 224, "longest_edge": 980},
     "vae_size": {"shortest_edge": 256, "longest_edge": 1024},
 }
+
+
+def published_vae() -> AutoencoderKL:
+    """A VAE of the sizes of BAGEL's, of random weights."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def make_config(width: str, image_size: int = 980, patches_per_side: int = 70) -> BagelConfig:

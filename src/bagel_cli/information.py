@@ -17,7 +17,7 @@ from transformers_bagel.checkpoints import read_json
 from transformers_bagel.files import find_file
 from transformers_bagel.original_config import corrections, is_original_config
 
-from .fitting import free_bytes, needed_bytes, possible_ways, size
+from .fitting import are_packed, free_bytes, needed_bytes, possible_ways, size
 
 
 def describe(repository: str, device: torch.device) -> str:
@@ -45,7 +45,10 @@ def describe(repository: str, device: torch.device) -> str:
     if is_original_config(stated):
         wrong = corrections(stated, config)
         lines += [f"  corrected: {key} is {value}, and {right} by the files" for key, value, right in wrong]
-    return "\n".join([*lines, *_fits(config, device)])
+    if getattr(config, "quantization_config", None) or getattr(config, "dfloat11_config", None):
+        return "\n".join([*lines, "  loaded as they are, they take about what their files do"])
+    packed = are_packed(repository, {"subfolder": folder} if folder else {}, config)
+    return "\n".join([*lines, *_fits(config, device, packed)])
 
 
 def _files(repository: str) -> dict[str, int]:
@@ -77,10 +80,11 @@ def _about(config: BagelConfig) -> Iterator[str]:
         yield f"  quantised: {method}"
 
 
-def _fits(config: BagelConfig, device: torch.device) -> Iterator[str]:
+def _fits(config: BagelConfig, device: torch.device, packed: bool) -> Iterator[str]:
     free = free_bytes(device)
     yield f"here, with {size(free)} free ({device.type}):"
-    for way in possible_ways(device):
+    # What is packed in FP8 or a GGUF is unpacked, and not rounded again.
+    for way in (way for way in possible_ways(device) if not (packed and way.layer_bytes)):
         uses = {"to draw": True, "to answer": False} if config.visual_gen else {"to answer": False}
         needs = {use: needed_bytes(config, way, draws) for use, draws in uses.items()}
         told = (f"{size(need)} {use}, {'fits' if need <= free else 'too much'}" for use, need in needs.items())

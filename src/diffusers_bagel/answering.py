@@ -14,12 +14,12 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TextIterator
 
 from transformers_bagel.segments import END, START, THINK_PROMPTS, VISION_START, EncodedSegment, Segment, content_parts
 
-from .contexts import BagelContext, TextSettings, Written, seeded
+from .contexts import BagelContext, TextSettings, Written
 from .conversation import Conversation, Track, Update
 from .denoising import Denoiser
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
-from .inputs import draw_seed
 from .protocols import ENCODERS, InterleaveProtocol
+from .randomness import draw_seed, seeded
 
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Answer:
 
     def _show(self, image: Any, is_given: bool = False) -> None:
         """Add an image to what was said: one of the user's, or a picture that was drawn."""
-        protocol, encode = self.protocol, self.pipe.processor.encode_segments
+        protocol, encode = self.protocol, self.pipe._encode_segments
         vae, vit = encode([Segment("vae_image", image), Segment("vit_image", image)])
         mode = self.settings.drawing.get("vae_sample_mode", "sample")
         vae = replace(vae, latents=self.pipe.encode_image(vae.pixels, self.settings.generator, mode))
@@ -204,6 +204,7 @@ class Answer:
             update (`Update`, *optional*): What it does to the contexts of guidance, if it is a part of an answer of several.
         """
         protocol, read = self.protocol, self.session._read
+        self.session._check_length(self.said, self.settings.max_new_tokens)
         context = read.context(self.reader, track.full)
         seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
         written = yield from self._written(context, self._text_settings(seed))

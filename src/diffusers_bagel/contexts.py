@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, GrowingCache, fork_cache
+from transformers_bagel.cache import join_caches, split_cache
 from transformers_bagel.segments import END, START, EncodedSegment, Segment, without_images, without_last_text
 from transformers_bagel.sequence import EncodedSequence, SequenceLayout, lay_out
 
 from .adapter_scale import AdapterScale
 from .guidance import BagelGuidance
+from .randomness import seeded
 
 
 # Fixed cost of a forward of text, in token equivalents: more padding than this costs more than a forward of its own.
@@ -28,9 +28,6 @@ FORWARD_COST = 32
 MAX_PREFILL_TOKENS = 1024
 # Most tokens, padding and new ones included, of contexts that grow together.
 MAX_JOINED_TOKENS = 32768
-
-# `generate` samples from the global random state, which one call at a time may borrow.
-_random_state = Lock()
 
 
 @dataclass(frozen=True)
@@ -349,6 +346,17 @@ class ContextReader:
         return texts
 
     def _write_together(self, contexts: list[BagelContext], max_new_tokens: int, **sampling: Any) -> list[str]:
+        cache = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
+        written, _ = self._generate(contexts, cache, max_new_tokens=max_new_tokens, **sampling)
+        stops = self.transformer.generation_config.eos_token_id
+        stops = set(stops if isinstance(stops, list) else [stops])
+        texts = [self.processor.tokenizer.decode(_until_stop(tokens, stops)) for tokens in written]
+        return [text.split(END)[0].split(START)[0] for text in texts]
+
+    def _generate(
+        self, contexts: list[BagelContext], cache: DynamicCache | None, **settings: Any
+    ) -> tuple[list[list[int]], DynamicCache]:
+        """The tokens that `generate` writes behind each context and a start token, and the cache of all of them."""
         tokenizer = self.processor.tokenizer
         start_ids = torch.tensor([tokenizer.convert_tokens_to_ids(START)])
         ids = [torch.cat([*(item.token_ids for item in context.segments), start_ids]) for context in contexts]
@@ -356,24 +364,21 @@ class ContextReader:
             torch.cat([*(item.token_types for item in context.segments), torch.zeros_like(start_ids)])
             for context in contexts
         ]
-        prompt = pad(ids, tokenizer.pad_token_id, side="left").to(self.device, non_blocking=True)
+        masks = [torch.ones_like(own) for own in ids]
+        prompt, token_types, mask = (
+            pad(values, padding, side="left").to(self.device, non_blocking=True)
+            for values, padding in ((ids, tokenizer.pad_token_id), (types, 0), (masks, 0))
+        )
         with self.adapters.applied():
-            sequences = self.transformer.generate(
+            out = self.transformer.generate(
                 input_ids=prompt,
-                mm_token_type_ids=pad(types, 0, side="left").to(self.device, non_blocking=True),
-                attention_mask=pad([torch.ones_like(own) for own in ids], 0, side="left").to(
-                    self.device, non_blocking=True
-                ),
-                past_key_values=join_caches(
-                    [context.own_cache for context in contexts if context.own_cache is not None]
-                ),
-                max_new_tokens=max_new_tokens,
-                **sampling,
+                mm_token_type_ids=token_types,
+                attention_mask=mask,
+                past_key_values=cache,
+                return_dict_in_generate=True,
+                **settings,
             )
-        stops = self.transformer.generation_config.eos_token_id
-        stops = set(stops if isinstance(stops, list) else [stops])
-        texts = [tokenizer.decode(_until_stop(tokens, stops)) for tokens in sequences[:, prompt.shape[1] :].tolist()]
-        return [text.split(END)[0].split(START)[0] for text in texts]
+        return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values
 
     def read_to_the_end(
         self, context: BagelContext, segments: Sequence[EncodedSegment]
@@ -388,23 +393,9 @@ class ContextReader:
 
         The cache of what is written holds its tokens, too, so that it can be read without a second forward.
         """
-        start_ids = torch.tensor([self.processor.tokenizer.convert_tokens_to_ids(START)])
-        segments = context.segments
-        prompt = torch.cat([*(item.token_ids for item in segments), start_ids])[None].to(
-            self.device, non_blocking=True
-        )
-        types = torch.cat([*(item.token_types for item in segments), torch.zeros_like(start_ids)])[None]
-        with self.adapters.applied(), seeded(settings.seed, self.device):
-            out = self.transformer.generate(
-                input_ids=prompt,
-                mm_token_type_ids=types.to(self.device, non_blocking=True),
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=context.growing_cache,
-                return_dict_in_generate=True,
-                **settings.of_generate(),
-            )
-        tokens = out.sequences[0, prompt.shape[1] :].tolist()
-        return Written(tokens, out.past_key_values)
+        with seeded(settings.seed, self.device):
+            (tokens,), cache = self._generate([context], context.growing_cache, **settings.of_generate())
+        return Written(tokens, cache)
 
     def end(
         self, context: BagelContext, segment: EncodedSegment, written: Written
@@ -494,63 +485,6 @@ def bucket_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float
 def pad(sequences: Sequence[torch.Tensor], value: int, side: str = "right") -> torch.Tensor:
     """Sequences `(tokens,)` of any lengths as one tensor `(batch, longest)`."""
     return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=value, padding_side=side)
-
-
-def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache | None:
-    """
-    One cache of the samples of several, padded on the left with zeros, that grows on its own.
-
-    Args:
-        caches (`Sequence[DynamicCache]`): Of one sample each. A single one is not copied; without any, there is none.
-    """
-    if not caches:
-        return None
-    joined = fork_cache(caches[0])
-    if len(caches) == 1:
-        return joined
-    longest = max(cache.get_seq_length() for cache in caches)
-    for layer, *of_samples in zip(joined.layers, *(cache.layers for cache in caches), strict=True):
-        for name in ("keys", "values"):
-            states = [getattr(sample, name) for sample in of_samples]
-            together = states[0].new_zeros(len(states), states[0].shape[1], longest, states[0].shape[3])
-            for index, tokens in enumerate(states):
-                together[index, :, longest - tokens.shape[2] :] = tokens[0]
-            setattr(layer, name, together)
-    return joined
-
-
-def split_cache(cache: DynamicCache, starts: Sequence[int], lengths: Sequence[int]) -> list[DynamicCache]:
-    """A cache of each sample, without its padding. No tensor is copied.
-
-    Args:
-        cache (`DynamicCache`): Of `len(lengths)` samples.
-        starts (`Sequence[int]`): First token of each sample that is not padding.
-        lengths (`Sequence[int]`): Tokens of each sample.
-    """
-    if len(lengths) == 1 and starts[0] == 0 and cache.get_seq_length() == lengths[0]:
-        return [cache]
-    samples = []
-    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        own = fork_cache(cache)
-        for layer in own.layers:
-            layer.keys = layer.keys[index : index + 1, :, start : start + length]
-            layer.values = layer.values[index : index + 1, :, start : start + length]
-        samples.append(own)
-    return samples
-
-
-@contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Sample text under a seed without touching the global random state."""
-    if seed is None:
-        yield
-        return
-    with (
-        _random_state,
-        torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type),
-    ):
-        torch.manual_seed(seed)
-        yield
 
 
 def _grids(images: Sequence[EncodedSegment]) -> torch.Tensor:

@@ -208,7 +208,6 @@ class DenoisingLoop:
     Attributes:
         latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`): As of the last step; whoever iterates may replace
             them.
-        clean_latents (`torch.Tensor` of the same shape): What the last velocity predicts that they will be.
 
     Raises:
         ValueError: while it is iterated, if the latents become infinite or NaN.
@@ -225,7 +224,8 @@ class DenoisingLoop:
     ):
         self.call = call
         self.denoiser = denoiser
-        self.latents = self.clean_latents = latents
+        self.latents = latents
+        self._step: tuple[torch.Tensor, ...] = ()
         self.timesteps = timesteps
         self.levels = levels
         self.is_interrupted = is_interrupted
@@ -240,7 +240,7 @@ class DenoisingLoop:
             call._current_timestep = timestep
             level = self.device_levels[step]
             velocity = self.denoiser.velocity(self.latents, self.levels[step], level, call.guidance_scale)
-            self.clean_latents = self.latents - level * velocity
+            self._step = (self.latents, level, velocity)
             self.latents = call.scheduler.step(velocity, timestep, self.latents, return_dict=False)[0]
             yield step, timestep
             finite.append(torch.isfinite(self.latents).all())
@@ -251,6 +251,12 @@ class DenoisingLoop:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def clean_latents(self) -> torch.Tensor:
+        """What the velocity of the last step predicts that the latents will be, of the same shape."""
+        latents, level, velocity = self._step
+        return latents - level * velocity
 
     def is_whole_step(self, step: int) -> bool:
         """Whether a step of the scheduler's ends one of the caller's: some schedulers take several for it."""

@@ -323,10 +323,3 @@ def as_conversations(prompt: Any, image: Any, messages: Any) -> list[list[dict[s
         ]
         for items, text in zip(images, prompts, strict=True)
     ]
-
-
-def draw_seed(generator: torch.Generator | None) -> int | None:
-    """A seed that follows the state of a generator, and moves it on."""
-    if generator is None:
-        return None
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -22,7 +22,7 @@ from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
 from transformers_bagel.image_processing_bagel import patchify, unpatchify
 from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_posterior, scale_latents
-from transformers_bagel.segments import EncodedSegment, chat_segments
+from transformers_bagel.segments import EncodedSegment, Segment, chat_segments
 
 from .adapter_scale import check_adapter_scale
 from .caching import TaylorSeerConfig
@@ -47,7 +47,6 @@ from .inputs import (
     check_sigmas,
     check_size,
     check_whole_number,
-    draw_seed,
     takes_sigmas,
     with_plain_numbers,
 )
@@ -55,6 +54,7 @@ from .loading import CheckedDownloadMixin, load_original_components, name_own_mo
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
+from .randomness import draw_seed
 
 
 logger = logging.get_logger(__name__)
@@ -303,11 +303,14 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         Raises:
             ValueError: if the model cannot see images, or if one is larger than its position tables.
         """
-        segments = chat_segments(messages, think, generation_mode="image")
+        return self._encode_segments(chat_segments(messages, think, generation_mode="image"))
+
+    def _encode_segments(self, segments: list[Segment], **image_settings: Any) -> list[EncodedSegment]:
+        """Segments as tokens, see [`~segments.encode_segments`], if the model can take their images."""
         config = self.transformer.config
         if any(segment.type == "vit_image" for segment in segments) and not config.visual_und:
             raise ValueError("`image`: the transformer cannot see, it was loaded without `visual_und=True`.")
-        encoded = self.processor.encode_segments(segments)
+        encoded = self.processor.encode_segments(segments, **image_settings)
         limits = {
             "vae_image": (self.max_latent_size, "vae_size"),
             "vit_image": (config.vit_max_num_patch_per_side, "size"),

@@ -77,6 +77,10 @@ class BagelSession:
     def __init__(self, pipe: Any, protocol: str | InterleaveProtocol | None = None):
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
             raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, got {shown(protocol)}.")
+        if not pipe.transformer.config.visual_und:
+            raise ValueError(
+                "`pipe`: a session reads its own pictures, and the transformer was loaded without `visual_und=True`."
+            )
         self.pipe = pipe
         self.protocol = PROTOCOLS[protocol or "plain"] if protocol is None or isinstance(protocol, str) else protocol
         self.messages: list[dict[str, Any]] = []
@@ -161,7 +165,7 @@ class BagelSession:
         answer = Answer(self, self._settings(settings, streams))
         self._began_at = time.monotonic()
         answer.hear(message, output)
-        self._check_length(answer.said, answer.settings.max_new_tokens)
+        self._check_length(answer.said, 0 if output == "image" else answer.settings.max_new_tokens)
         self._turns.append((len(self.messages), self._said))
         self.messages.append(message)
         self._said = answer.said
@@ -178,7 +182,10 @@ class BagelSession:
         chosen = {"max_images": self.protocol.max_images} | dict(self.protocol.settings)
         chosen |= {name: value for name, value in given.items() if value is not None}
         drawing = {name: chosen.pop(name) for name in _DRAWING if name in chosen}
-        if unknown := chosen.keys() - AnswerSettings.__dataclass_fields__.keys():
+        if unknown := chosen.keys() - AnswerSettings.__dataclass_fields__.keys() | chosen.keys() & {
+            "streams",
+            "drawing",
+        }:
             raise TypeError(f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`.")
         for name in ("think", "do_sample"):
             check_flag(name, chosen.get(name, False))

@@ -94,6 +94,49 @@ def fork_cache(cache: DynamicCache) -> DynamicCache:
     return fork
 
 
+def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache | None:
+    """
+    One cache of the samples of several, padded on the left with zeros, that grows on its own.
+
+    Args:
+        caches (`Sequence[DynamicCache]`): Of one sample each. A single one is not copied; without any, there is none.
+    """
+    if not caches:
+        return None
+    joined = fork_cache(caches[0])
+    if len(caches) == 1:
+        return joined
+    longest = max(cache.get_seq_length() for cache in caches)
+    for layer, *of_samples in zip(joined.layers, *(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            states = [getattr(sample, name) for sample in of_samples]
+            together = states[0].new_zeros(len(states), states[0].shape[1], longest, states[0].shape[3])
+            for index, tokens in enumerate(states):
+                together[index, :, longest - tokens.shape[2] :] = tokens[0]
+            setattr(layer, name, together)
+    return joined
+
+
+def split_cache(cache: DynamicCache, starts: Sequence[int], lengths: Sequence[int]) -> list[DynamicCache]:
+    """A cache of each sample, without its padding. No tensor is copied.
+
+    Args:
+        cache (`DynamicCache`): Of `len(lengths)` samples.
+        starts (`Sequence[int]`): First token of each sample that is not padding.
+        lengths (`Sequence[int]`): Tokens of each sample.
+    """
+    if len(lengths) == 1 and starts[0] == 0 and cache.get_seq_length() == lengths[0]:
+        return [cache]
+    samples = []
+    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        own = fork_cache(cache)
+        for layer in own.layers:
+            layer.keys = layer.keys[index : index + 1, :, start : start + length]
+            layer.values = layer.values[index : index + 1, :, start : start + length]
+        samples.append(own)
+    return samples
+
+
 @dataclass
 class PrefixBuffer:
     """Keys and values of one prefix, per layer `(1, kv_heads, length + scratch, head_dim)`.

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from diffusers_bagel import BagelPipeline, contexts
-from diffusers_bagel.contexts import bucket_by_length, join_caches, pad, split_cache
+from diffusers_bagel.contexts import bucket_by_length, pad
 from diffusers_bagel.guidance import RENORM_TYPES
 from tests.conftest import conversation, golden_image
 from tests.diffusers_bagel.conftest import (
@@ -20,6 +20,7 @@ from tests.diffusers_bagel.conftest import (
     close,
     seeded,
 )
+from transformers_bagel.cache import join_caches, split_cache
 
 
 def shapes(calls: list[dict]) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_bagel import BagelPipeline
 from diffusers_bagel.session import BagelSession
-from tests.conftest import golden_image, max_error
+from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, max_error
 from tests.diffusers_bagel.conftest import seeded
 
 
@@ -34,6 +36,13 @@ def tokens_read(pipe):
     )
     yield counts
     hook.remove()
+
+
+def never_ends(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Writes nothing but the same word."""
+    forced = torch.full_like(scores, -torch.inf)
+    forced[:, 64] = 0.0
+    return forced
 
 
 def answer(pipe, *parts, **settings) -> str:
@@ -208,6 +217,7 @@ class TestRefusals:
         [
             ({"output": "video"}, "`output`"),
             ({"steps": 3}, "steps"),
+            ({"streams": True}, "streams"),
             ({"max_new_tokens": 0}, "`max_new_tokens`"),
             ({"max_images": 0}, "`max_images`"),
             ({"preview_every": 0}, "`preview_every`"),
@@ -225,6 +235,27 @@ class TestRefusals:
         with pytest.raises((TypeError, ValueError), match=message):
             session.send("b", **({"output": "text"} | arguments))
         assert session.send("c", output="text", max_new_tokens=2).content
+
+    def test_an_image_beyond_the_position_tables(self, pipe):
+        large = golden_image("wide").resize((640, 64))
+        session = BagelSession(copy.copy(pipe))
+        session.pipe.processor = load_processor(vae_size={"shortest_edge": 64, "longest_edge": 640})
+        with pytest.raises(ValueError, match="position table"):
+            session.send([large, "what is it?"], output="text", max_new_tokens=2)
+        assert session.messages == []
+
+    def test_an_answer_that_outgrows_the_positions_keeps_its_whole_parts(self, pipe, monkeypatch):
+        session = BagelSession(pipe, "canvas")
+        monkeypatch.setattr(pipe.transformer.config.text_config, "max_position_embeddings", 24)
+        settings = {"output": "interleaved", "max_new_tokens": 10, "do_sample": False, "height": 48, "width": 64}
+        with pytest.raises(ValueError, match="rope positions.*knows 24"):
+            session.send("a red circle", logits_processor=[never_ends], **settings, **DRAW)
+        assert [part["type"] for part in session.messages[-1]["content"]] == ["text"]
+
+    def test_a_model_that_cannot_see(self, pipe):
+        blind = BagelPipeline.from_pretrained(CHECKPOINT, transformer=load_model(visual_und=False))
+        with pytest.raises(ValueError, match="visual_und"):
+            BagelSession(blind)
 
     def test_an_unknown_protocol(self, pipe):
         with pytest.raises(ValueError, match="zebra"):
