@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from bagel_cli import fitting, main
 from bagel_cli.files import CommandError, save_picture
-from tests.conftest import CHECKPOINT, golden_image
+from tests.conftest import CHECKPOINT, golden_image, load_model
+from tests.quantization import torchao_int8
 from transformers_bagel import BagelConfig
 
 
@@ -215,6 +216,20 @@ def test_info_tells_what_a_repository_holds_and_what_would_fit(layout, saved, me
     assert ("corrected: max_latent_size is 4, and 8 by the files" in said) == (layout == "original")
     assert "sees and draws" in said and "with 1.0 MB free" in said
     assert "bfloat16: 1.4 MB to draw, too much; 0.9 MB to answer, fits" in said
+
+
+def test_info_of_rounded_weights_offers_no_other_rounding(tmp_path, memory, capsys):
+    memory(1e9)
+    rounded, packed = tmp_path / "rounded", tmp_path / "packed"
+    load_model(quantization_config=torchao_int8(), dtype=torch.bfloat16).save_pretrained(rounded)
+    shutil.copytree(CHECKPOINT, packed)
+    weights = load_file(packed / "ema.safetensors")
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, packed / "ema.safetensors")
+    for folder, expected in ((rounded, "loaded as they are"), (packed, "bfloat16:")):
+        assert main(["info", str(folder)]) == 0
+        said = capsys.readouterr().out
+        assert expected in said and "int8:" not in said and "4 bits:" not in said
 
 
 @pytest.mark.parametrize("files", [{}, {"config.json": "{"}, {"readme.md": "x"}], ids=["empty", "broken", "other"])
