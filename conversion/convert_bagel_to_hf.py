@@ -46,7 +46,7 @@ from diffusers_bagel.loading import vae_from_file
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.checkpoints import check_layers, check_tensors, check_values, open_tensors, own_names
 from transformers_bagel.errors import some
-from transformers_bagel.fine_tunes import image_settings
+from transformers_bagel.fine_tunes import fine_tune_of, image_settings
 from transformers_bagel.original_config import corrections, read_original_config
 from transformers_bagel.packed import scales_of
 from transformers_bagel.weights import check_kind
@@ -140,6 +140,8 @@ def convert(
     for name, said, right in corrected:
         print(f"{name}: the JSON says {said}, the weights and the tokenizer {right}.")
     settings = repository_settings(original, corrected, config, most_frequent_dtype(shards))
+    if fine_tune_of(src) is not None:
+        settings["_name_or_path"] = public_name(src)
     write_small_files(dst, pipe, settings, files.descriptions)
     card = ModelCardData(base_model=base_model, **({"license": "apache-2.0"} | known.metadata))
     if known.results:

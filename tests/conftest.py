@@ -17,10 +17,12 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from accelerate.utils import send_to_device
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from diffusers_bagel import BagelPipeline
 from diffusers_bagel.loading import load_original_vae
 from tests import rounded_convolutions  # noqa: F401
 from transformers_bagel import BagelDataCollator, BagelForConditionalGeneration, BagelProcessor
@@ -175,6 +177,12 @@ def processor() -> BagelProcessor:
 @pytest.fixture(scope="session")
 def vae():
     return load_original_vae(CHECKPOINT).to(DEVICE)
+
+
+@pytest.fixture
+def talker(processor) -> BagelPipeline:
+    """A pipeline without the modules that draw."""
+    return BagelPipeline(load_model(visual_gen=False), None, FlowMatchEulerDiscreteScheduler(), processor)
 
 
 class PickyVae:

@@ -123,6 +123,37 @@ class TestPictures:
         ):
             assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
+    def test_in_one_batch_whatever_the_sizes_of_their_images(self, any_to_any, own_pipe):
+        messages = [
+            [turn("user", golden_image("square"), "make it red")],
+            [turn("user", golden_image("wide"), "and it")],
+        ]
+        made = any_to_any(
+            text=messages,
+            generation_mode="image",
+            batch_size=2,
+            generate_kwargs=DRAWING | {"generator": [seeded(0), seeded(1)]},
+        )
+        expected = own_pipe(messages=messages, generator=[seeded(0), seeded(1)], **DRAWING).images
+        for (record,), picture in zip(made, expected, strict=True):
+            assert np.array_equal(np.asarray(record["generated_image"]), np.asarray(picture))
+
+    def test_by_arguments_of_generate_as_others_pass_them(self, own_pipe):
+        """Those that are left open, and the output with a name."""
+        inputs = own_pipe.processor.apply_chat_template(
+            conversation(["a red circle"]),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            generation_mode="image",
+        )
+        arguments = inputs | DRAWING | {"generation_mode": "image"}
+        drawn = own_pipe.transformer.generate(**arguments, generator=seeded())
+        again = own_pipe.transformer.generate(
+            **arguments, generator=seeded(), streamer=None, stopping_criteria=None, return_dict_in_generate=True
+        )
+        assert torch.equal(again.sequences, drawn)
+
 
 class TestRefusedPictures:
     @pytest.fixture
@@ -168,6 +199,18 @@ def test_the_text_generation_pipeline_writes_what_generate_writes(own_pipe, capl
 def test_the_image_text_to_text_pipeline_sees(own_pipe):
     sees = pipeline("image-text-to-text", model=str(SHAPES))
     assert sees(text=QUESTION, **SHORT)[0]["generated_text"] == answer(own_pipe, QUESTION)
+
+
+def test_pipelines_give_thoughts_apart_from_words(any_to_any):
+    """What comes back as messages: `return_full_text` is the libraries' default."""
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    said = any_to_any(text=[turn("user", "a large red circle")], **settings)[0]["generated_text"][-1]
+    assert (said["role"], said["content"]) == ("assistant", "")
+    assert said["reasoning_content"].startswith("a large red circle at the")
+    said = any_to_any(text=QUESTION, **settings)[0]["generated_text"]
+    assert said[-1] == {"role": "assistant", "content": said[-1]["content"]}
+    again = [*said, turn("user", "what size is it?")]
+    assert any_to_any(text=again, **settings)[0]["generated_text"][-1]["content"] in ("small", "medium", "large")
 
 
 def test_the_server_of_transformers_loads_it_as_a_multimodal_model():

@@ -131,6 +131,12 @@ def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:
         "--vit_dropout", type=float, default=0.3, help="rate at which conditions' ViT tokens are dropped"
     )
     group.add_argument("--vae_dropout", type=float, default=0.3, help="rate at which conditions' latents are dropped")
+    group.add_argument(
+        "--next_action",
+        choices=CHOICES["next_action"],
+        default="text",
+        help="learn what follows: each text of an answer that has pictures, all parts of answers, none",
+    )
     group.add_argument("--weighting_scheme", choices=("logit_normal", "none"), default="logit_normal")
     group.add_argument("--logit_mean", type=float, default=0.0)
     group.add_argument("--logit_std", type=float, default=1.0)

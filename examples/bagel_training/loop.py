@@ -111,6 +111,7 @@ def make_loader(
         on_error=args.on_error,
         return_layout=True,
         max_positions=max_positions(pipe.transformer.config),
+        next_action=args.next_action,
     )
     batch_size = args.train_batch_size
     if batch_size is None and args.max_tokens is None:

@@ -81,7 +81,7 @@ def main() -> None:
         question = {"role": "user", "content": [picture(), {"type": "text", "text": "what colour is the circle?"}]}
         said = ask("image", question)
         assert said == "red"
-        chunks = client.chat.completions.create(
+        chunks: Any = client.chat.completions.create(
             model=args.checkpoint,
             messages=[question],  # type: ignore[list-item]
             max_tokens=24,
@@ -92,6 +92,15 @@ def main() -> None:
         assert streamed == said
         answered = {"role": "assistant", "content": said}
         ask("history", question, answered, {"role": "user", "content": "what size is the circle?"})
+        plan = client.chat.completions.create(
+            model=args.checkpoint,
+            messages=[{"role": "user", "content": "a large red circle"}],
+            max_tokens=40,
+            temperature=0,
+        )
+        thought = plan.choices[0].message.model_dump().get("reasoning_content") or ""
+        print(f"{'reasoning':14} {thought!r} {plan.choices[0].message.content!r}")
+        assert thought.startswith("a large red circle") and not plan.choices[0].message.content
         empty = {"role": "system", "content": ""}
         assert ask("empty system", empty, question) == said
         ask("developer", {"role": "developer", "content": "be brief"}, question)
@@ -115,10 +124,10 @@ def main() -> None:
         print(f"{'responses':14} {response.output_text!r}")
         assert response.output_text == said
         chat = [sys.executable, "-m", "transformers.cli.transformers", "chat", args.checkpoint, address]
-        typed = "a large red circle\n!exit\n"
+        typed = "what colour is the circle?\n!exit\n"
         # The library's chat asks its server through the Hub's session, which offline refuses.
         online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        settings = ["do_sample=False", "max_new_tokens=24"]
+        settings = ["do_sample=False", "max_new_tokens=48"]
         shown = subprocess.run(
             [*chat, *settings], input=typed, capture_output=True, text=True, timeout=120, env=online
         )

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from transformers import pipeline
 from transformers.utils import import_utils
 
-import transformers_bagel  # noqa: F401  so that the pipelines know BAGEL
 from diffusers_bagel import BagelPipeline
+from transformers_bagel import BagelProcessor
 
 
 CHECKPOINT = str(Path(__file__).parents[1] / "shapes" / "checkpoint")
@@ -36,8 +36,10 @@ def main() -> None:
     words = [{"role": "user", "content": "a large red circle"}]
     short = {"max_new_tokens": 24, "do_sample": False, "return_full_text": False}
 
-    text = pipeline("text-generation", model=CHECKPOINT)
-    print("text-generation     ", text(words, **short)[0]["generated_text"])
+    text = pipeline(
+        "text-generation", model=CHECKPOINT, tokenizer=BagelProcessor.from_pretrained(CHECKPOINT).tokenizer
+    )
+    print("text-generation     ", text(words, max_new_tokens=24, do_sample=False)[0]["generated_text"][-1])
     sees = pipeline("image-text-to-text", model=CHECKPOINT)
     print("image-text-to-text  ", sees(text=question, **short)[0]["generated_text"])
 

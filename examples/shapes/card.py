@@ -27,6 +27,9 @@ ROWS = {
     "ask_with_thought": "questions, `think=True`",
     "riddle_answer": "riddles about a picture",
     "riddle_answer_with_thought": "riddles about a picture, `think=True`",
+    "decides": "requests, answered with words and pictures in the right order",
+    "steps": "steps: every picture right, and grown from the one before",
+    "look_again": "questions about its own drawing",
     "describe": "objects of a picture described with size, colour, shape and place",
     "vae": "pictures after the VAE alone: the ceiling",
 }
@@ -35,6 +38,7 @@ TASKS = {
     "edit": "image-to-image",
     "ask": "visual-question-answering",
     "ask_with_thought": "visual-question-answering",
+    "look_again": "visual-question-answering",
     "riddle_answer": "visual-question-answering",
     "riddle_answer_with_thought": "visual-question-answering",
 }

@@ -9,8 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from tasks import sample
+
+
+# Of a part, which has no other keys than these and its image. Said here, since a column of nothing else has no type.
+PART = {"type": "string", "text": "string"} | dict.fromkeys(("loss", "vae", "next_action"), "bool")
+FEATURES = Features(
+    {
+        "messages": List({"role": Value("string"), "content": List({key: Value(kind) for key, kind in PART.items()})}),
+        "images": List({"bytes": Value("binary"), "path": Value("string")}),
+    }
+)
 
 
 def write_dataset(path: Path, seed: int, shares: dict[str, float], num_samples: int) -> None:
@@ -30,10 +40,11 @@ def write_rows(path: Path, conversations: Iterable[list[dict[str, Any]]]) -> Non
         columns["messages"].append(messages)
         for part in parts:
             # Rows of a table have the same keys.
-            part.setdefault("text", None)
+            for key in PART:
+                part.setdefault(key, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    Dataset.from_dict(columns).to_parquet(unfinished)
+    Dataset.from_dict(columns, FEATURES).to_parquet(unfinished)
     os.replace(unfinished, path)
 
 

@@ -16,9 +16,13 @@ import torch
 from judge import (
     PROMPTS,
     AskCase,
+    DecideCase,
     DrawCase,
     EditCase,
+    StepsCase,
+    are_steps,
     ask_cases,
+    decide_cases,
     described_share,
     draw_cases,
     edit_cases,
@@ -26,17 +30,18 @@ from judge import (
     is_edited,
     riddle_cases,
     seen,
+    steps_cases,
     unseen_scene,
 )
-from language import DESCRIBE, EDITS
+from language import DESCRIBE, EDITS, QUESTIONS, question
 from parts import CHECKPOINT
 from PIL import Image
 from reader import read
 from tasks import conversation, text
 from tqdm.auto import tqdm
-from world import random_scene, render
+from world import Scene, random_scene, render
 
-from diffusers_bagel import BagelPipeline
+from diffusers_bagel import BagelPipeline, BagelReply, BagelSession, send_all
 
 
 BATCH_SIZE = 25
@@ -98,6 +103,45 @@ class Evaluation:
         for case, words in zip(cases, said, strict=True):
             right.setdefault(case.kind, []).append(words == case.answer)
         return _shares(right)
+
+    def decide(self, cases: Sequence[DecideCase]) -> float:
+        """Share of requests that are answered with words and pictures in the right order."""
+        requests = [([] if case.scene is None else [render(case.scene)]) + [case.request] for case in cases]
+        replies = self.converse([BagelSession(self.pipe) for _ in cases], requests)
+        kinds = [tuple(part["type"] for part in reply.content) for reply in replies]
+        return float(np.mean([found == case.kinds for found, case in zip(kinds, cases, strict=True)]))
+
+    def show_steps(self, cases: Sequence[StepsCase]) -> float:
+        """Share of requests for steps of which every picture is right."""
+        replies = self.converse([BagelSession(self.pipe) for _ in cases], [[case.request] for case in cases])
+        return float(np.mean([are_steps(reply.images, case) for reply, case in zip(replies, cases, strict=True)]))
+
+    def look_again(self, cases: Sequence[DrawCase]) -> float:
+        """Share of drawings about which a question is answered word for word, as the judge sees them."""
+        sessions = [BagelSession(self.pipe) for _ in cases]
+        drawn = self.converse(sessions, [[case.prompt] for case in cases])
+        scenes = [read(reply.images[-1]) if reply.images else None for reply in drawn]
+        asked = [self.question_about(scene, index) for index, scene in enumerate(scenes)]
+        replies = self.converse(sessions, [[question] for question, _ in asked])
+        return float(np.mean([reply.text == answer for reply, (_, answer) in zip(replies, asked, strict=True)]))
+
+    def question_about(self, scene: Scene | None, index: int) -> tuple[str, str | None]:
+        """A question about a picture and its answer, which is none if the picture is nothing of this world."""
+        if scene is None or not scene.things or any("unknown" in thing.pair for thing in scene.things):
+            return "how many things are there?", None
+        generator, asked = random.Random(f"look again {self.seed} {index}"), None
+        while asked is None:
+            asked = question(generator, scene, generator.choice(QUESTIONS))
+        return asked
+
+    def converse(self, sessions: Sequence[BagelSession], contents: Sequence[list[Any]]) -> list[BagelReply]:
+        """Answers of sessions that decide what they answer with."""
+        replies: list[BagelReply] = []
+        for start in range(0, len(sessions), BATCH_SIZE):
+            turns = list(zip(sessions, contents, strict=True))[start : start + BATCH_SIZE]
+            settings = {"num_inference_steps": STEPS, "max_new_tokens": MAX_TOKENS} | EDITING
+            replies += send_all(turns, generator=_generators(start, len(turns)), **settings)
+        return replies
 
     def describe(self) -> float:
         """Share of objects that are described with their size, colour, shape and place."""
@@ -202,6 +246,9 @@ def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str,
     add("think_gain", table["riddle_with_plan"] - table["riddle_without_plan"])
     add("riddle_answer", evaluation.answers(riddles)["all"])
     add("riddle_answer_with_thought", evaluation.answers(riddles, think=True)["all"])
+    add("decides", evaluation.decide(decide_cases(num, seed)))
+    add("steps", evaluation.show_steps(steps_cases(num, seed)))
+    add("look_again", evaluation.look_again(cases["draw_full"]))
     for count, name in ((1, "unseen_pair"), (2, "2_objects"), (3, "3_objects")):
         add(f"draw_full_{name}", evaluation.draw(evaluation.cases("draw_full", count)))
     add("draw_unseen_pair", evaluation.draw(evaluation.cases("draw", 1)))

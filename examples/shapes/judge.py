@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import language
 import PIL.Image
@@ -41,6 +42,23 @@ class AskCase:
     scene: Scene
     question: str
     answer: str
+
+
+@dataclass(frozen=True)
+class DecideCase:
+    """A request, an image that comes with it, and of what kinds the parts of its answer are."""
+
+    request: str
+    scene: Scene | None
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepsCase:
+    """A request, and what each of the pictures must show."""
+
+    request: str
+    wishes: tuple[Wish, ...]
 
 
 PROMPTS: dict[str, Callable[[random.Random, Scene], Prompt | None]] = {
@@ -100,6 +118,59 @@ def riddle_cases(count: int, seed: int = 0) -> list[AskCase]:
     generator = random.Random(f"riddle {seed}")
     scenes = [unseen_scene(generator) for _ in range(count)]
     return [AskCase("riddle", scene, *language.riddle_question(generator, scene)) for scene in scenes]
+
+
+def decide_cases(count: int, seed: int = 0) -> list[DecideCase]:
+    """Requests of all kinds alike: to draw, to draw and tell, to show the steps, to edit, to answer about a picture or words."""
+    generator = random.Random(f"decide {seed}")
+    cases: list[DecideCase] = []
+    while len(cases) < count:
+        kind = ("draw", "tell", "steps", "edit", "ask", "words")[len(cases) % 6]
+        scene = unseen_scene(generator)
+        prompt = (
+            language.full_prompt(generator, scene)
+            if generator.random() < 0.5
+            else language.ordinary_prompt(generator, scene)
+        )
+        asked = language.question(generator, scene, generator.choice(language.QUESTIONS))
+        edited = language.edit(generator, scene, generator.choice(language.EDITS))
+        if asked is None or edited is None or (kind == "steps" and len(scene.things) == 1):
+            continue
+        request, shown, kinds = {
+            "draw": (prompt.text, None, ("image",)),
+            "tell": (generator.choice(language.TELL).format(prompt.text, asked[0]), None, ("image", "text")),
+            "steps": (
+                generator.choice(language.STEPS).format(prompt.text),
+                None,
+                ("text", "image") * len(scene.things),
+            ),
+            "edit": (edited[0], scene, ("image",)),
+            "ask": (asked[0], scene, ("text",)),
+            "words": (language.words_question(generator, scene)[0], None, ("text",)),
+        }[kind]
+        cases.append(DecideCase(request, shown, kinds))
+    return cases
+
+
+def steps_cases(count: int, seed: int = 0) -> list[StepsCase]:
+    """Held-out scenes of two or three objects, step by step; every other prompt leaves places open."""
+    generator = random.Random(f"steps {seed}")
+    cases = []
+    for index in range(count):
+        scene = unseen_scene(generator, generator.choice((2, 2, 3)))
+        prompt = (language.full_prompt, language.ordinary_prompt)[index % 2](generator, scene)
+        wishes = tuple(
+            replace(prompt.wish, things=prompt.wish.things[:end]) for end in range(1, len(scene.things) + 1)
+        )
+        cases.append(StepsCase(generator.choice(language.STEPS).format(prompt.text), wishes))
+    return cases
+
+
+def are_steps(pictures: Sequence[PIL.Image.Image], case: StepsCase) -> bool:
+    """Whether each picture shows what it must, and everything that the one before it showed."""
+    scenes = [read(picture) for picture in pictures]
+    grow = all(set(seen(before)[1]) < set(seen(after)[1]) for before, after in pairwise(scenes))
+    return len(scenes) == len(case.wishes) and grow and all(map(language.grants, scenes, case.wishes))
 
 
 def is_drawn(picture: PIL.Image.Image, case: DrawCase) -> bool:

@@ -254,6 +254,32 @@ def edit(generator: random.Random, scene: Scene, kind: str) -> tuple[str, Scene]
 
 EDITS = ("recolour", "remove", "add", "move", "background")
 
+# Asked for behind a prompt: draw, then answer.
+TELL = ("{0} then tell me {1}", "{0} and then answer {1}", "{0} then say {1}")
+STEPS = ("show the steps: {0}", "draw this step by step: {0}", "in steps: {0}")
+
+
+def steps(scene: Scene) -> list[tuple[str, Scene]]:
+    """How a scene comes to be, an object at a time and in its order: what is said before each picture, and the picture."""
+    found = []
+    for count, thing in enumerate(scene.things, start=1):
+        so_far = Scene(scene.background, tuple(sorted(scene.things[:count])))
+        found.append((f"first {layout(so_far)}" if count == 1 else f"then add {phrase(thing)}", so_far))
+    return found
+
+
+def words_question(generator: random.Random, scene: Scene) -> tuple[str, str]:
+    """A question about a scene in words, which no picture is needed for, and its answer."""
+    scene = _in_any_order(generator, scene)
+    size, place = generator.random() < 0.5, generator.random() < 0.5
+    kinds = {
+        "just say how many things are in: {0}": NUMBERS[len(scene.things)],
+        "no picture: which shapes are in: {0}?": joined([thing.shape for thing in scene.things]),
+        "just name the colours of: {0}": joined([thing.colour for thing in scene.things]),
+    }
+    text = generator.choice(list(kinds))
+    return text.format(joined([phrase(thing, size, place) for thing in scene.things])), kinds[text]
+
 
 def _replaced(scene: Scene, old: Thing, new: Thing | None) -> Scene:
     others = [thing for thing in scene.things if thing is not old]
@@ -292,8 +318,10 @@ def question(generator: random.Random, scene: Scene, kind: str) -> tuple[str, st
         return generator.choice(texts), scene.background
     if kind == "exists":
         return _exists(generator, scene, chosen)
-    if kind == "relation":
-        return _related(generator, scene)
+    if kind in ("relation", "bare_relation"):
+        return _related(generator, scene, is_named=kind == "relation")
+    if kind == "riddle":
+        return riddle_question(generator, scene)
     raise ValueError(f"`kind` must be one of {', '.join(QUESTIONS)}, got {kind!r}.")
 
 
@@ -317,17 +345,33 @@ def _exists(generator: random.Random, scene: Scene, chosen: Thing) -> tuple[str,
     return generator.choice((f"is there {name}?", f"can you see {name}?")), "yes" if is_there else "no"
 
 
-def _related(generator: random.Random, scene: Scene) -> tuple[str, str] | None:
-    """The answer says where both things are before it says yes or no."""
+# Of each relation the axis on which it compares, and what is said of two things that are level there.
+AXES = {
+    "left of": ("column", "neither left nor right of"),
+    "right of": ("column", "neither left nor right of"),
+    "above": ("row", "neither above nor below"),
+    "below": ("row", "neither above nor below"),
+}
+
+
+def _related(generator: random.Random, scene: Scene, is_named: bool) -> tuple[str, str] | None:
+    """The answer says where both things are, and then, if it is to be named, how they stand, before yes or no."""
     if len(scene.things) < 2:
         return None
     first, second = generator.sample(scene.things, 2)
     is_so = generator.random() < 0.5
-    relations = [name for name, holds in RELATIONS.items() if holds(first, second) == is_so]
-    relation = generator.choice(relations)
+    relation = generator.choice([name for name, holds in RELATIONS.items() if holds(first, second) == is_so])
     names = [f"the {thing.colour} {thing.shape}" for thing in (first, second)]
-    places = [f"{name} is {PLACES[thing.cell]}" for name, thing in zip(names, (first, second), strict=True)]
-    return f"is {names[0]} {relation} {names[1]}?", f"{joined(places)} so {'yes' if is_so else 'no'}"
+    places = joined([f"{name} is {PLACES[thing.cell]}" for name, thing in zip(names, (first, second), strict=True)])
+    reason = f" so it is {_standing(first, second, relation)} it and the answer is" if is_named else " so"
+    return f"is {names[0]} {relation} {names[1]}?", f"{places}{reason} {'yes' if is_so else 'no'}"
+
+
+def _standing(first: Thing, second: Thing, asked: str) -> str:
+    """How two things stand on the axis that is asked about."""
+    axis, level = AXES[asked]
+    holding = [name for name, holds in RELATIONS.items() if AXES[name][0] == axis and holds(first, second)]
+    return holding[0] if holding else level
 
 
 DESCRIBE = ("describe the picture", "what is in the picture?", "what do you see?", "describe this")

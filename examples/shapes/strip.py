@@ -1,5 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The picture in the README, of what bagel-shapes really draws and says: `python examples/shapes/strip.py strip.png`."""
+"""The pictures in the README, of what bagel-shapes really draws and says:
+`python examples/shapes/strip.py strip.png --conversation conversation.png`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import torch
 from evaluate import answer
 from parts import CHECKPOINT
 
-from diffusers_bagel import BagelPipeline
+from diffusers_bagel import BagelPipeline, BagelSession
 
 
 PICTURE = 160
@@ -59,6 +61,38 @@ def panels(pipe: BagelPipeline) -> list[Panel]:
     ]
 
 
+# In each the model decides what it answers with.
+CONVERSATIONS = (
+    (
+        "show the steps: a large red star at the top and a small purple circle in the middle and a medium blue cross at the "
+        "bottom right on a white background",
+    ),
+    (
+        "a large red star at the top and a small purple circle in the middle on a white background",
+        "make the purple circle green",
+        "what colour is the circle?",
+    ),
+)
+
+
+def conversation_panels(pipe: BagelPipeline) -> list[Panel]:
+    """All conversations: what was asked above the first panel of each answer."""
+    made: list[Panel] = []
+    for requests in CONVERSATIONS:
+        session, generator = BagelSession(pipe), torch.Generator().manual_seed(0)
+        for request in requests:
+            said, words = request, ""
+            for part in session.send(request, generator=generator, max_new_tokens=64).content:
+                if part["type"] == "text":
+                    words = part["text"]
+                else:
+                    made.append(Panel(said and "asked", part["image"], said, words))
+                    said, words = "", ""
+            if words:
+                made.append(Panel(said and "asked", made[-1].picture, said, words))
+    return made
+
+
 def composed(strip: list[Panel]) -> PIL.Image.Image:
     """All panels side by side."""
     above = max(len(textwrap.wrap(panel.above, CHARACTERS)) for panel in strip)
@@ -82,14 +116,17 @@ def composed(strip: list[Panel]) -> PIL.Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", help="where to write the picture")
+    parser.add_argument(
+        "--conversation", required=True, help="where to write the other one, of an answer in words and pictures"
+    )
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     args = parser.parse_args()
     pipe = BagelPipeline.from_pretrained(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    strip = panels(pipe)
-    composed(strip).save(args.output)
-    for panel in strip:
-        print(f"{panel.title}: {panel.above}" + (f" -> {panel.below}" if panel.below else ""))
+    for strip, output in ((panels(pipe), args.output), (conversation_panels(pipe), args.conversation)):
+        composed(strip).save(output)
+        for panel in strip:
+            print(f"{panel.title}: {panel.above}" + (f" -> {panel.below}" if panel.below else ""))
 
 
 if __name__ == "__main__":

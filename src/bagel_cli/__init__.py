@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from .arguments import parse
-from .files import CommandError, check_model, check_output, check_text, open_picture
+from .files import CommandError, check_model, check_output, check_session, check_text, open_picture
 
 
 OWN_LOGGERS = ("transformers_bagel", "diffusers_bagel", "bagel_cli")
@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         if "output" in options:
             options.output = check_output(options.output)
+        if getattr(options, "session", None) is not None:
+            options.session = check_session(options.session)
         check_model(options.model)
         if "prompt" in options:
             check_text(options.prompt)

@@ -15,6 +15,9 @@ from .files import CommandError
 
 DEFAULT_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 DTYPES = ("float32", "bfloat16", "float16")
+# Of `diffusers_bagel`, which is not imported yet.
+PROTOCOLS = ("plain", "thinkmorph", "zebra", "sot", "canvas", "twiff", "cooper")
+OUTPUTS = ("auto", "text", "image", "interleaved")
 PACKAGES = ("transformers", "diffusers", "torch")
 
 
@@ -40,6 +43,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return _parser().parse_args(argv)
 
 
+def setting_names() -> list[str]:
+    """What [`parse_settings`] changes."""
+    return list(vars(_Parser(add_help=False, parents=_chat_settings()).parse_args([])))
+
+
+def parse_settings(words: Sequence[str], options: argparse.Namespace) -> argparse.Namespace:
+    """
+    The arguments of a chat with changed settings, such as `steps=20`, by their names on the command line.
+
+    Raises:
+        CommandError: in a sentence, if they are wrong.
+    """
+    parser = _Parser(prog="bagel chat", add_help=False, parents=_chat_settings())
+    pairs = (word.partition("=") for word in words)
+    arguments = [f"--{name.lstrip('-').replace('_', '-')}{equals}{value}" for name, equals, value in pairs]
+    return parser.parse_args(arguments, argparse.Namespace(**vars(options)))
+
+
 def _number(kind: Callable[[str], Any], lowest: float, highest: float) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
@@ -55,54 +76,104 @@ def _number(kind: Callable[[str], Any], lowest: float, highest: float) -> Callab
     return read
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
-    commands = parser.add_subparsers(dest="command", required=True)
-    model = _Parser(add_help=False)
-    model.add_argument(
-        "--model",
-        default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
-        help="folder or Hub id of the checkpoint (default: $BAGEL_MODEL, or %(default)s)",
-    )
-    place = _Parser(add_help=False)
-    place.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-    common = _Parser(add_help=False)
+def _group() -> _Parser:
+    return _Parser(add_help=False)
+
+
+def _common() -> _Parser:
+    common = _group()
     common.add_argument(
         "--seed",
         type=_number(int, -(2**63), 2**64 - 1),
         default=0,
         help="seed of the noise or of sampled text (default: 0)",
     )
-    common.add_argument("--dtype", choices=DTYPES, help="default: the best that fits into the memory")
-    common.add_argument(
-        "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
-    )
     common.add_argument(
         "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"
     )
-    common.add_argument("--think", action="store_true", help="let the model think first, and show what it thought")
+    common.add_argument(
+        "--think", action=argparse.BooleanOptionalAction, help="let the model think first, and show what it thought"
+    )
+    return common
 
+
+def _pictures() -> _Parser:
     side, scale = _number(int, 1, math.inf), _number(float, 0, math.inf)
-    pictures = _Parser(add_help=False)
-    pictures.add_argument("-o", "--output", default="out.png", help="picture to write (default: out.png)")
+    pictures = _group()
     pictures.add_argument("--height", type=side, help="in pixels (default: 1024, or like the last picture)")
     pictures.add_argument("--width", type=side, help="in pixels (default: 1024, or like the last picture)")
     pictures.add_argument("--guidance-scale", type=scale, help="weight of the text (default: 4)")
     pictures.add_argument("--image-guidance-scale", type=scale, help="weight of the pictures (default: 2 in edits)")
+    return pictures
 
-    speech = _Parser(add_help=False)
-    speech.add_argument("--max-new-tokens", type=side, default=1024, help="longest answer (default: 1024)")
+
+def _speech() -> _Parser:
+    speech = _group()
+    speech.add_argument("--max-new-tokens", type=_number(int, 1, math.inf), help="longest answer (default: 1024)")
     speech.add_argument(
-        "--raw-tokens", action="store_true", help="read <|im_end|> and the like as tokens (default: as words)"
+        "--raw-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="read <|im_end|> and the like as tokens (default: as words)",
     )
-    speech.add_argument("--temperature", type=scale, default=0.0, help="0 takes the likeliest word (default: 0)")
+    speech.add_argument(
+        "--temperature", type=_number(float, 0, math.inf), help="0 takes the likeliest word (default: 0)"
+    )
+    return speech
 
+
+def _chat_settings() -> list[_Parser]:
+    own = _group()
+    own.add_argument(
+        "--answer",
+        choices=OUTPUTS,
+        help="of what an answer is made: auto leaves it to a model that was trained to decide (default: text, or auto if "
+        "there is a protocol)",
+    )
+    return [_common(), _pictures(), _speech(), own]
+
+
+def _chat() -> _Parser:
+    chat = _group()
+    chat.add_argument("--session", metavar="DIR", help="folder in which the conversation is kept, and goes on")
+    chat.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="how a fine-tune answers in texts and pictures (default: that of the checkpoint's name, or plain)",
+    )
+    chat.add_argument(
+        "--no-drawing",
+        dest="draws",
+        action="store_false",
+        help="leave out what draws: half of the weights, and the VAE",
+    )
+    return chat
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
+    commands = parser.add_subparsers(dest="command", required=True)
+    model, place, memory, output = (_group() for _ in range(4))
+    model.add_argument(
+        "--model",
+        default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
+        help="folder or Hub id of the checkpoint (default: $BAGEL_MODEL, or %(default)s)",
+    )
+    place.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    memory.add_argument("--dtype", choices=DTYPES, help="default: the best that fits into the memory")
+    memory.add_argument(
+        "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
+    )
+    output.add_argument(
+        "-o", "--output", default="out.png", help="picture to write, in a chat with a number (default: out.png)"
+    )
+
+    drawing = [model, place, _common(), memory, output, _pictures()]
     for name, parts, summary in (
-        ("draw", [model, place, common, pictures], "Draw a picture of a text."),
-        ("edit", [model, place, common, pictures], "Change one or several pictures as told."),
-        ("ask", [model, place, common, speech], "Answer a question about pictures."),
-        ("chat", [model, place, common, speech], "Talk, line by line."),
+        ("draw", drawing, "Draw a picture of a text."),
+        ("edit", drawing, "Change one or several pictures as told."),
+        ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
+        ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)

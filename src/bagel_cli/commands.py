@@ -12,45 +12,41 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
-import PIL.Image
 import torch
 import transformers
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
-from transformers import TextStreamer
 from transformers.utils import cached_file
 
-from diffusers_bagel import BagelPipeline
+from diffusers_bagel import BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.image_processing_bagel import to_rgb
 
-from .conversation import Conversation
-from .files import CommandError, check_text, open_picture, save_picture, typed_paths
+from .chat import NOT_ANSWERED, Chat, upright
+from .files import CommandError, save_picture, sentence
 from .fitting import are_packed, choose, loading_arguments
 from .information import describe
 
 
 # Out of memory is a `RuntimeError`; those of the Hub's client are no `OSError`.
 NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError, SafetensorError)
-NOT_ANSWERED = (ValueError, TypeError, MemoryError, torch.OutOfMemoryError)
 
 
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
-    images = [_upright(image) for image in options.images]
-    device = find_device(options.device)
+    images = [upright(image) for image in options.images]
     settings = {
         name: getattr(options, name)
         for name in ("height", "width", "guidance_scale", "image_guidance_scale")
         if getattr(options, name) is not None
     }
-    with _quiet(), _loaded(options, BagelPipeline, device) as pipe:
+    with _loaded(options) as pipe:
         try:
             out = pipe(
                 prompt=options.prompt,
                 image=images or None,
                 num_inference_steps=options.steps,
-                think=options.think,
+                think=bool(options.think),
                 generator=torch.Generator("cpu").manual_seed(options.seed),
                 **settings,
             )
@@ -67,42 +63,25 @@ edit = draw
 
 def ask(options: argparse.Namespace) -> None:
     """Answer a question about pictures."""
-    images = [_upright(image) for image in options.images]
-    with _speaker(options) as (model, processor):
-        _answer(Conversation(model, processor), images, options.prompt, options)
+    images = [upright(image) for image in options.images]
+    with _loaded(options, draws=False) as pipe:
+        Chat(BagelSession(pipe), options).answer([*images, options.prompt], "text")
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Talk, line by line."""
+    """Talk, look and draw, line by line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are not UTF-8 spoil their line only.
         sys.stdin.reconfigure(errors="surrogateescape")
-    with _speaker(options) as (model, processor):
-        print("Type a message. /image PATH shows a picture, /new starts over, /quit ends.")
-        conversation = Conversation(model, processor)
-        images: list[PIL.Image.Image] = []
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                return
-            command, _, rest = line.partition(" ")
-            try:
-                check_text(line)
-                if command == "/quit":
-                    return
-                if command == "/new":
-                    conversation, images = Conversation(model, processor), []
-                elif command == "/image":
-                    images += [_upright(open_picture(path)) for path in typed_paths(rest.strip())]
-                elif line.startswith("/"):
-                    print("error: known commands are /image PATH, /new and /quit.")
-                elif line:
-                    shown, images = images, []
-                    _answer(conversation, shown, line, options)
-            except CommandError as error:
-                # What was said before is remembered, this is not.
-                print(f"error: {error}")
+    with _loaded(options, draws=options.draws) as pipe:
+        try:
+            if options.session is not None and options.session.is_dir() and any(options.session.iterdir()):
+                session = BagelSession.from_pretrained(options.session, pipe, options.protocol)
+            else:
+                session = BagelSession(pipe, options.protocol)
+        except (OSError, *NOT_ANSWERED) as error:
+            raise CommandError(sentence(error)) from error
+        Chat(session, options).run()
 
 
 def info(options: argparse.Namespace) -> None:
@@ -131,72 +110,31 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def sentence(error: BaseException) -> str:
-    """The first line of an error, with arguments called as the command calls them."""
-    text = (str(error).strip() or repr(error)).split("\n")[0]
-    text = text.replace("`num_inference_steps`", "--steps")
-    for name in ("height", "width", "guidance_scale", "image_guidance_scale", "max_new_tokens", "temperature"):
-        text = text.replace(f"`{name}`", f"--{name.replace('_', '-')}")
-    return text
-
-
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture that was read, as the model sees it."""
-    try:
-        return to_rgb(image)
-    except (OSError, ValueError) as error:
-        name = getattr(image, "filename", "")
-        raise CommandError(f"the picture '{name}' cannot be taken: {sentence(error)}") from error
-
-
-def _answer(conversation: Conversation, images: list[PIL.Image.Image], text: str, options: argparse.Namespace) -> None:
-    torch.manual_seed(options.seed)
-    streamer = TextStreamer(conversation.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
-    try:
-        conversation.send(
-            images,
-            text,
-            think=options.think,
-            raw_tokens=options.raw_tokens,
-            streamer=streamer,
-            max_new_tokens=options.max_new_tokens,
-            **sampling,
-        )
-    except NOT_ANSWERED as error:
-        raise CommandError(sentence(error)) from error
-
-
 @contextmanager
-def _speaker(options: argparse.Namespace) -> Iterator[tuple[BagelForConditionalGeneration, BagelProcessor]]:
-    """The model without `visual_gen`, which needs half the memory, and the processor."""
+def _loaded(options: argparse.Namespace, draws: bool = True) -> Iterator[BagelPipeline]:
+    """The pipeline in the way that fits; if the model is to draw, or can, with the half of the weights that does."""
     device = find_device(options.device)
     with _quiet():
-        processor = _load(options, BagelProcessor, component="processor")
-        with _loaded(options, BagelForConditionalGeneration, device, visual_gen=False) as model:
-            yield model, processor
-
-
-@contextmanager
-def _loaded(options: argparse.Namespace, loader: Any, device: torch.device, **modules: bool) -> Iterator[Any]:
-    """A pipeline, or the model without some modules, in the way that fits."""
-    draws = loader is BagelPipeline
-    config = _load(options, BagelConfig, component="transformer")
-    with _told(options):
-        packed = are_packed(*_place(options, "transformer"), config)
-    way = choose(config, device, draws, options.dtype, options.low_memory, packed)
-    with loading_arguments(way, config, draws, device) as arguments:
-        if not way.on_disk:
-            yield _load(options, loader, None if draws else "transformer", device, **arguments, **modules)
-            return
-        # diffusers puts no part of a component on the disk.
-        model = _load(options, BagelForConditionalGeneration, "transformer", **arguments, **modules)
-        if not draws:
-            yield model
-            return
-        pipe = _load(options, BagelPipeline, transformer=model, dtype=way.dtype)
-        pipe.vae.to(device)
-        yield pipe
+        config = _load(options, BagelConfig, component="transformer")
+        draws = draws and config.visual_gen
+        with _told(options):
+            packed = are_packed(*_place(options, "transformer"), config)
+        way = choose(config, device, draws, options.dtype, options.low_memory, packed)
+        with loading_arguments(way, config, draws, device) as arguments:
+            if draws and not way.on_disk:
+                yield _load(options, BagelPipeline, device=device, **arguments)
+                return
+            place = None if way.on_disk else device
+            loader = BagelForConditionalGeneration
+            model = _load(options, loader, "transformer", place, visual_gen=draws, **arguments)
+            if draws:
+                # diffusers puts no part of a component on the disk.
+                pipe = _load(options, BagelPipeline, transformer=model, dtype=way.dtype)
+                pipe.vae.to(device)
+            else:
+                processor = _load(options, BagelProcessor, "processor")
+                pipe = BagelPipeline(model, None, FlowMatchEulerDiscreteScheduler(), processor)
+            yield pipe
 
 
 def _load(

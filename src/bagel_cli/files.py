@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shlex
 import tempfile
@@ -31,12 +32,13 @@ def check_model(name: str) -> None:
 
 def check_output(name: str) -> Path:
     """
-    Where a picture is to be written; links are followed, so that what is written takes the place of its name.
+    Where a picture is to be written, as it was named.
 
     Raises:
         CommandError: if it could not be written there.
     """
-    output = Path(os.path.realpath(os.path.expanduser(name)))
+    named = Path(os.path.expanduser(name))
+    output = _behind_links(named)
     try:
         image_format = PIL.Image.registered_extensions()[output.suffix.lower()]
         PIL.Image.new("RGB", (16, 16)).save(io.BytesIO(), image_format)
@@ -49,7 +51,54 @@ def check_output(name: str) -> Path:
     is_other = output.exists() and not output.is_file()
     if is_other or not os.access(output.parent, os.W_OK | os.X_OK):
         raise CommandError(f"--output '{output}' cannot be written: name another file.")
-    return output
+    return named
+
+
+def _behind_links(file: Path) -> Path:
+    """The file that a link leads to, so that what is written does not take the place of the link."""
+    return Path(os.path.realpath(file))
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an error, with arguments called as the command calls them."""
+    text = (str(error).strip() or repr(error)).split("\n")[0]
+    text = (
+        text.replace("`num_inference_steps`", "--steps").replace("`output`", "--answer").replace("`back()`", "/back")
+    )
+    for name in (
+        "height",
+        "width",
+        "guidance_scale",
+        "image_guidance_scale",
+        "max_new_tokens",
+        "temperature",
+        "protocol",
+    ):
+        text = text.replace(f"`{name}`", f"--{name.replace('_', '-')}")
+    return text
+
+
+def check_session(name: str) -> Path:
+    """
+    The folder of a session, which need not be there yet.
+
+    Raises:
+        CommandError: if it could not be written.
+    """
+    folder = Path(os.path.realpath(os.path.expanduser(name)))
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"--session '{folder}' is a file: name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "session.json").is_file():
+        raise CommandError(f"--session '{folder}' holds no conversation, but other files: name a new folder.")
+    if not folder.parent.is_dir() or not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise CommandError(f"--session lies in the folder '{folder.parent}', in which nothing can be written.")
+    return folder
+
+
+def numbered(output: Path) -> Path:
+    """The first name like that of a file, with a number, that is still free."""
+    names = (output.with_stem(f"{output.stem}-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def check_text(text: str) -> None:
@@ -110,10 +159,11 @@ def save_picture(image: PIL.Image.Image, output: Path) -> None:
     Raises:
         CommandError: if it could not be written; the picture is then kept in the folder of temporary files.
     """
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
+    place = _behind_links(output)
+    temporary = place.with_name(f".{place.stem}.{os.getpid()}{place.suffix}")
     try:
         image.save(temporary)
-        os.replace(temporary, output)
+        os.replace(temporary, place)
     except (OSError, ValueError) as error:
         with tempfile.NamedTemporaryFile(prefix="bagel-", suffix=".png", delete=False) as kept:
             image.save(kept, "PNG")

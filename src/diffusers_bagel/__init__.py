@@ -18,6 +18,7 @@ __all__ = [
     "InterleaveProtocol",
     "SessionEvent",
     "TaylorSeerConfig",
+    "send_all",
 ]
 
 # The command line reads its arguments before it imports a library, and `python -m` imports this before the command line.
@@ -33,6 +34,7 @@ if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
         InterleaveProtocol,
         SessionEvent,
         TaylorSeerConfig,
+        send_all,
     )
 else:
 

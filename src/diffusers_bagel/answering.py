@@ -3,23 +3,35 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 
-from transformers_bagel.segments import END, START, THINK_PROMPTS, VISION_START, EncodedSegment, Segment, content_parts
+from transformers_bagel.segments import (
+    END,
+    END_OF_TEXT,
+    START,
+    THINK_PROMPTS,
+    VISION_START,
+    EncodedSegment,
+    Segment,
+    content_parts,
+    read_image,
+)
 
 from .contexts import BagelContext, TextSettings, Written
-from .conversation import Conversation, Track, Update
-from .denoising import Denoiser
+from .conversation import Conversation, SaidImage, SaidText, Track, Update
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
+from .inputs import check_latents
 from .protocols import ENCODERS, InterleaveProtocol
 from .randomness import draw_seed, seeded
+from .streamers import AnswerStreamer, Streamers, in_writer
+from .work import Drawing, Reading, Work, Writing
 
 
 if TYPE_CHECKING:
@@ -30,6 +42,7 @@ class Interrupted(Exception):
     """An answer that somebody ended."""
 
 
+Result = TypeVar("Result")
 CONTEXTS = ("full", "no_text", "no_image")
 _GUIDANCE = {
     "guidance_scale": "text_scale",
@@ -53,6 +66,7 @@ class SessionEvent:
         image (`PIL.Image.Image`, *optional*): A picture, or what it will be like.
         step (`int`, *optional*): Of a preview.
         reply (`BagelReply`, *optional*): The whole answer, when it is done.
+        is_whole (`bool`): Whether a text ends here, maybe without another word, or a picture is no preview.
     """
 
     type: str
@@ -60,6 +74,11 @@ class SessionEvent:
     image: Image.Image | None = None
     step: int | None = None
     reply: Any = None
+    is_whole: bool = False
+
+
+# What an answer does: it gives out events, asks for work, of which it is sent the result, and returns something.
+Steps: TypeAlias = Generator["SessionEvent | Work", Any, Result]
 
 
 @dataclass
@@ -68,23 +87,44 @@ class AnswerSettings:
     How a session answers, see [`BagelSession.stream`].
 
     Attributes:
-        think, max_images, max_new_tokens, do_sample, temperature, logits_processor, generator, latents, preview_every:
-            As there.
+        think, max_images, max_new_tokens, do_sample, temperature, sanitize_control_tokens: As there.
+        logits_processor, stopping_criteria, generator, latents, preview_every: As there.
+        streamer ([`AnswerStreamer`], *optional*): For the tokens of all texts.
         streams (`bool`): Whether words are given out as they come.
         drawing (`dict`): Settings of the pipeline's `__call__`.
     """
 
     think: bool = False
     max_images: int | None = None
-    max_new_tokens: int = 1023
+    max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 0.3
+    sanitize_control_tokens: bool = False
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    streamer: AnswerStreamer | None = None
     generator: torch.Generator | None = None
     latents: list[torch.Tensor] | None = None
     preview_every: int | None = None
     streams: bool = False
     drawing: dict[str, Any] = field(default_factory=dict)
+
+
+def encode_image(pipe: Any, image: Any, is_resized: bool) -> tuple[EncodedSegment, EncodedSegment]:
+    """
+    An image as the VAE gets it, its latents left out, and as the ViT sees it.
+
+    Args:
+        pipe ([`BagelPipeline`])
+        image (`Any`): As a message holds it. What it is now is kept, whatever becomes of its file or array.
+        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
+    """
+    image = read_image(image)
+    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)])
+    if not is_resized:
+        own_size = {"shortest_edge": min(image.size), "longest_edge": max(image.size)}
+        (vit,) = pipe._encode_segments([Segment("vit_image", image)], vae_size=own_size)
+    return vae, vit
 
 
 class Answer:
@@ -103,29 +143,49 @@ class Answer:
         self.settings = settings
         self.said: Conversation = session._said
         self.reader = session._reader(settings.drawing.get("attention_kwargs"))
+        self.message: dict[str, Any] = {}
         self.content: list[dict[str, Any]] = []
         self._is_left = False
 
     def hear(self, message: dict[str, Any], output: str) -> None:
-        """What the user says, behind the words that the protocol, or thinking, puts before it."""
+        """
+        What the user says, behind the words that the protocol, or thinking, puts before it.
+
+        Raises:
+            ValueError: if the protocol takes no image, or if the first part of the answer cannot be made.
+        """
         protocol = self.protocol
-        is_first = not self.said.drawn_from.full
+        if not protocol.takes_images and any(part["type"] == "image" for part in content_parts(message)):
+            raise ValueError(
+                f"`content` holds an image, and the protocol '{protocol.name}' begins with a text alone. Leave it out, or "
+                "choose another `protocol`."
+            )
+        self.message = message
         self.said = self.said.at_next_turn()
-        opening = protocol.system_prompt if is_first else None
+        opening = protocol.system_prompt
         if self.settings.think:
             own = None if protocol.think_prompt is None and protocol.system_prompt else THINK_PROMPTS
             opening = protocol.think_prompt or (
                 opening if own is None else own["image" if output == "image" else "text"]
             )
-        if opening is not None:
+        # Once said, it holds.
+        said = [segment.segment.content for segment in self.said.drawn_from.full if segment.grid is None]
+        if opening is not None and opening not in said:
             self._say(opening, Update("keep", "read"))
         for part in content_parts(message):
             if part["type"] == "text":
-                self._say(part["text"], protocol.given_text)
+                self._say(part["text"], protocol.given_text, is_given=True)
             else:
                 self._show(part["image"], is_given=True)
+        if output == "image":
+            self._check_noise(self._grid())
+        if output != "image" or self.settings.think:
+            self._check_positions_of_text()
+        else:
+            self._check_positions_of_picture()
 
-    def events(self, output: str) -> Iterator[SessionEvent]:
+    def steps(self, output: str) -> Steps[None]:
+        """What is done for a text, a picture, or both in turn."""
         if output == "text":
             yield from self._write(self.said.seen)
         elif output == "image":
@@ -135,10 +195,12 @@ class Answer:
         else:
             yield from self._in_turn(output)
 
-    def _in_turn(self, output: str) -> Iterator[SessionEvent]:
+    def _in_turn(self, output: str) -> Steps[None]:
         """Texts and pictures, until the protocol says that it is enough."""
         protocol, images, texts = self.protocol, 0, 0
-        draws = output == "auto" and protocol.begins_with == "token" and self._next_token() == self._id(VISION_START)
+        draws = output == "auto" and protocol.begins_with == "token"
+        if draws:
+            draws = (yield from self._next_token()) == self._id(VISION_START)
         text = ""
         while True:
             if draws:
@@ -146,8 +208,13 @@ class Answer:
                 images += 1
                 if images == self.settings.max_images or texts + images == protocol.max_items:
                     return
-            track = self.said.drawn_from if "vae" in protocol.text_sees else self.said.seen
-            text, next_token = yield from self._write(track, self.protocol.written)
+                text = ""
+                next_token = (yield from self._next_token()) if protocol.after_image == "token" else None
+                if next_token == self._id(END_OF_TEXT):
+                    return
+                if next_token == self._id(VISION_START):
+                    continue
+            text, next_token = yield from self._write(self._shown, self.protocol.written)
             texts += 1
             if protocol.stops(text) and protocol.closing_picture:
                 yield from self._draw(text, self.said.pictures)
@@ -157,29 +224,36 @@ class Answer:
             goes_on = protocol.goes_on
             if protocol.trigger == "token":
                 draws = next_token == self._id(VISION_START)
-                is_end = next_token == self.pipe.processor.tokenizer.pad_token_id
+                is_end = next_token == self._id(END_OF_TEXT)
                 goes_on = not is_end and (protocol.goes_on or next_token == self._id(START))
             if not (draws or goes_on):
                 return
 
-    def _say(self, text: str, update: Update, untagged: str | None = None, is_written: bool = False) -> EncodedSegment:
-        """Add a text to what was said."""
-        (segment,) = self.reader.encode_text(text)
+    def _say(
+        self,
+        text: str,
+        update: Update,
+        untagged: str | None = None,
+        is_written: bool = False,
+        is_given: bool = False,
+    ) -> EncodedSegment:
+        """Add a text to what was said: one of the protocol's, one that was written, or one of the user's."""
+        (segment,) = self.reader.encode_text(text, is_given and self.settings.sanitize_control_tokens)
         without = None if untagged is None else self.reader.encode_text(untagged)[0]
-        self.said = self.said.with_text(segment, update, without, is_written)
+        self.said = self.said.with_text(SaidText(segment, update, without, is_written))
         return segment
 
     def _show(self, image: Any, is_given: bool = False) -> None:
         """Add an image to what was said: one of the user's, or a picture that was drawn."""
-        protocol, encode = self.protocol, self.pipe._encode_segments
-        vae, vit = encode([Segment("vae_image", image), Segment("vit_image", image)])
-        mode = self.settings.drawing.get("vae_sample_mode", "sample")
-        vae = replace(vae, latents=self.pipe.encode_image(vae.pixels, self.settings.generator, mode))
-        if not (is_given or protocol.resizes_drawn):
-            own_size = {"shortest_edge": min(image.size), "longest_edge": max(image.size)}
-            (vit,) = encode([Segment("vit_image", image)], vae_size=own_size)
+        protocol = self.protocol
+        is_resized = is_given or protocol.resizes_drawn
+        vae, vit = encode_image(self.pipe, image, is_resized)
+        # Without what draws, latents are never read.
+        if self.pipe.vae is not None:
+            mode = self.settings.drawing.get("vae_sample_mode", "sample")
+            vae = replace(vae, latents=self.pipe.encode_image(vae.pixels, self.settings.generator, mode))
         update, encoders = (protocol.given_image, ENCODERS) if is_given else (protocol.drawn, protocol.drawn_as)
-        self.said = self.said.with_image(vae, vit, update, encoders, is_given)
+        self.said = self.said.with_image(SaidImage(vae, vit, update, encoders, is_given, is_resized))
 
     def _finish(self, **part: Any) -> None:
         """A part of the answer is whole: the session remembers it, whatever comes."""
@@ -193,9 +267,20 @@ class Answer:
     def _id(self, token: str) -> int:
         return self.pipe.processor.tokenizer.convert_tokens_to_ids(token)
 
-    def _write(
-        self, track: Track, update: Update | None = None
-    ) -> Generator[SessionEvent, None, tuple[str, int | None]]:
+    def _context(self, segments: Sequence[EncodedSegment], but_texts: bool = False) -> Steps[BagelContext]:
+        """The context of some segments, of which the model reads what it has not yet, but for texts at the end if so wanted."""
+        read = self.session._read
+        context = read.nearest(segments)
+        missing = segments[len(context.segments) :]
+        last = [segment.grid is None for segment in missing]
+        count = last[::-1].index(False) if False in last else len(missing)
+        now, later = (missing[: len(missing) - count], missing[len(missing) - count :]) if but_texts else (missing, ())
+        if now or (context.held < context.length and not but_texts):
+            context, _ = yield Reading(self.reader, context, now)
+            read.keep(context)
+        return context.grown(later, context.own_cache)
+
+    def _write(self, track: Track, update: Update | None = None) -> Steps[tuple[str, int | None]]:
         """
         A text, and the token that the model predicts behind it, if it is one that decides what comes next.
 
@@ -204,10 +289,17 @@ class Answer:
             update (`Update`, *optional*): What it does to the contexts of guidance, if it is a part of an answer of several.
         """
         protocol, read = self.protocol, self.session._read
-        self.session._check_length(self.said, self.settings.max_new_tokens)
-        context = read.context(self.reader, track.full)
+        self._check_positions_of_text()
+        # The last texts are read in the same forward as the token that starts the answer.
+        context = yield from self._context(track.full, but_texts=True)
         seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
-        written = yield from self._written(context, self._text_settings(seed))
+        settings = self._text_settings(seed)
+        if self.settings.streams:
+            written = yield from self._streamed(context, settings)
+        else:
+            written = yield Writing(self.reader, context, settings)
+        context = context.grown([], written.cache)
+        read.keep(context)
         self._check_interrupted()
         text, is_cut = self._text_of(written)
         in_turn = update is protocol.written
@@ -221,57 +313,48 @@ class Answer:
             segment = self._say(
                 text, update or protocol.written, protocol.untagged(text) if is_untagged else None, is_written=True
             )
-            if [self._id(START), *written.tokens] == segment.token_ids.tolist():
-                # The tokens are those that the text has: they need not be read again.
-                context, scores = self.reader.end(context, segment, written)
-                read.keep(context)
-            elif decides:
-                context, scores = self.reader.read_to_the_end(context, [segment])
-                read.keep(context)
+            context = context.with_written(segment, written)
+            read.keep(context)
             if decides:
-                next_token = self._chosen(context, scores)
+                next_token = yield from self._predicted(context, [])
         shown = protocol.clean_last(text) if protocol.clean_last and protocol.stops(text) else text
         self._finish(type="text", text=shown)
-        if not self.settings.streams:
-            yield SessionEvent("text", text=shown)
+        yield SessionEvent("text", text="" if self.settings.streams else shown, is_whole=True)
         return text, next_token
 
-    def _written(self, context: BagelContext, settings: TextSettings) -> Generator[SessionEvent, None, Written]:
-        """What is written behind a context, given out word by word if that is wanted."""
-        if not self.settings.streams:
-            return self.reader.write_on(context, settings)
+    def _streamed(self, context: BagelContext, settings: TextSettings) -> Generator[SessionEvent, None, Written]:
+        """What is written behind a context, given out word by word."""
         streamer = TextIteratorStreamer(self.pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        results: list[Written] = []
-        errors: list[BaseException] = []
-
-        def write() -> None:
-            try:
-                results.append(self.reader.write_on(context, replace(settings, streamer=streamer)))
-            except BaseException as error:  # Raised below, in the thread of the caller.
-                errors.append(error)
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=write)
-        thread.start()
+        streamers = Streamers(*filter(None, (streamer, settings.streamer)))
+        own = replace(settings, streamer=streamers)
+        writing = in_writer(lambda: self.reader.write_on(context, own), self.reader.device.type)
+        writing.add_done_callback(lambda _: streamer.end())
         try:
             for words in streamer:
                 if words:
                     yield SessionEvent("text", text=words)
-        finally:
+        except BaseException:
             # Whoever stops listening ends the writing, too.
-            self._is_left = thread.is_alive()
-            thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
+            self._is_left = True
+            raise
+        finally:
+            wait([writing])
+        return writing.result()
+
+    def _is_stopped(self) -> bool:
+        return self._is_left or self.session._is_interrupted()
 
     def _text_settings(self, seed: int | None) -> TextSettings:
         own = self.settings
         stopping = StoppingCriteriaList(
-            [lambda ids, scores: torch.full(ids.shape[:1], self._is_left or self.session._is_interrupted())]
+            [
+                *own.stopping_criteria,
+                lambda ids, scores: ids.new_full(ids.shape[:1], self._is_stopped(), dtype=torch.bool),
+            ]
         )
-        return TextSettings(own.max_new_tokens, own.do_sample, own.temperature, seed, own.logits_processor, stopping)
+        return TextSettings(
+            own.max_new_tokens, own.do_sample, own.temperature, seed, own.logits_processor, stopping, own.streamer
+        )
 
     def _text_of(self, written: Written) -> tuple[str, bool]:
         """What was written as a text, and whether it was cut off before its end."""
@@ -282,56 +365,57 @@ class Answer:
         text = self.pipe.processor.tokenizer.decode(tokens).split(START)[0]
         return (text if self.protocol.clean is None else self.protocol.clean(text)), is_cut
 
-    def _next_token(self) -> int:
-        """The token that the model predicts behind what was said."""
-        *before, last = self.said.drawn_from.full
-        context = self.session._read.context(self.reader, before)
-        context, scores = self.reader.read_to_the_end(context, [last])
-        self.session._read.keep(context)
-        return self._chosen(context, scores)
+    @property
+    def _shown(self) -> Track:
+        """What texts, and what comes next, are predicted from."""
+        return self.said.drawn_from if "vae" in self.protocol.text_sees else self.said.seen
 
-    def _chosen(self, context: BagelContext, scores: torch.Tensor) -> int:
+    def _next_token(self) -> Steps[int]:
+        """The token that the model predicts behind what was said."""
+        segments = self._shown.full
+        context = self.session._read.nearest(segments[:-1])
+        return (yield from self._predicted(context, segments[len(context.segments) :]))
+
+    def _predicted(self, context: BagelContext, segments: Sequence[EncodedSegment]) -> Steps[int]:
+        """The token that the model predicts behind a context and more segments, of which something is yet to be read."""
+        context, scores = yield Reading(self.reader, context, segments)
+        self.session._read.keep(context)
         seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
         with seeded(seed, scores.device):
             return self._text_settings(None).choose(context.token_ids, scores)
 
-    def _draw(self, text: str, track: Track | None = None) -> Iterator[SessionEvent]:
+    def _draw(self, text: str, track: Track | None = None) -> Steps[None]:
         """A picture that a text asked for, drawn from a track, which is read back."""
-        pipe, protocol, settings = self.pipe, self.protocol, self.settings.drawing
+        protocol = self.protocol
         track = self.said.drawn_from if track is None else track
+        self._check_positions_of_picture()
         guidance = self._guidance(track)
+        contexts = yield from self._contexts(track, guidance)
         grid = self._grid()
-        noise = self._noise(grid)
-        call = pipe._new_call(guidance.text_scale, settings.get("attention_kwargs"))
-        denoiser = Denoiser(
-            pipe.transformer,
-            [self._contexts(track, guidance)],
-            [grid],
-            [guidance],
-            pipe._taylorseer,
-            pipe._split_group,
-            call.attention_kwargs,
+        drawing = Drawing(
+            self.pipe, contexts, grid, guidance, self._noise(grid), self.settings.drawing, self.session._is_interrupted
         )
-        loop = pipe._prepare_loop(
-            call, denoiser, noise, settings.get("num_inference_steps", 49), settings.get("sigmas")
-        )
-        stops = loop.is_interrupted
-        loop.is_interrupted = lambda: stops() or self.session._is_interrupted()
-        for step, _ in loop:
-            every = self.settings.preview_every
-            if every is not None and (step + 1) % every == 0 and step + 1 < len(loop):
-                yield SessionEvent("preview", image=self._picture(loop.clean_latents, grid, text), step=step)
+        every = self.settings.preview_every
+        latents = (yield drawing) if every is None else (yield from self._previewed(drawing, text, every))
         self._check_interrupted()
-        image = self._picture(loop.latents, grid, text)
+        image = self._picture(latents, grid, text)
         self._check_interrupted()
         self._show(image)
         if protocol.reflection is not None:
             self._say(protocol.reflection, Update("after", "read"))
         self._finish(type="image", image=image)
-        yield SessionEvent("image", image=image)
+        yield SessionEvent("image", image=image, is_whole=True)
         if protocol.reflection is not None:
             self._finish(type="text", text=protocol.reflection)
-            yield SessionEvent("text", text=protocol.reflection)
+            yield SessionEvent("text", text=protocol.reflection, is_whole=True)
+
+    def _previewed(self, drawing: Drawing, text: str, every: int) -> Generator[SessionEvent, None, torch.Tensor]:
+        """Latents of a picture, and what it will be like after each so many steps."""
+        loop = Drawing.loop([drawing])
+        for step in drawing.steps(loop):
+            if (step + 1) % every == 0 and step + 1 < len(loop):
+                yield SessionEvent("preview", image=self._picture(loop.clean_latents, drawing.grid, text), step=step)
+        return loop.latents
 
     def _picture(self, latents: torch.Tensor, grid: tuple[int, int], text: str) -> Image.Image:
         values = self.pipe.decode_latents(latents, grid, "np")
@@ -343,19 +427,18 @@ class Answer:
         preset = EDITING if any(segment.grid for segment in track.full) else TEXT_TO_IMAGE
         return preset.with_changes(**{ours: self.settings.drawing.get(name) for name, ours in _GUIDANCE.items()})
 
-    def _contexts(self, track: Track, guidance: BagelGuidance) -> dict[str, BagelContext]:
+    def _contexts(self, track: Track, guidance: BagelGuidance) -> Steps[dict[str, BagelContext]]:
         """What a picture is drawn from, and what guidance compares it with; equal ones are the same object."""
-        needed = {"full": True, "no_text": guidance.text_scale > 1}
-        needed["no_image"] = needed["no_text"] and guidance.image_scale > 1
+        needed = ["full"]
+        if guidance.text_scale > 1:
+            # The full context is read last, as the next turn goes on from it.
+            needed = ["no_image", "full", "no_text"] if guidance.image_scale > 1 else ["full", "no_text"]
         read: dict[tuple[int, ...], BagelContext] = {}
-        contexts = {}
-        for name in (name for name in CONTEXTS if needed[name]):
-            segments = track.segments_of(name)
-            key = tuple(map(id, segments))
+        keys = {name: tuple(map(id, track.segments_of(name))) for name in needed}
+        for name, key in keys.items():
             if key not in read:
-                read[key] = self.session._read.context(self.reader, segments)
-            contexts[name] = read[key]
-        return contexts
+                read[key] = yield from self._context(track.segments_of(name))
+        return {name: read[keys[name]] for name in CONTEXTS if name in keys}
 
     def _grid(self) -> tuple[int, int]:
         """Rows and columns of tokens of a picture: as asked for, else as the protocol says."""
@@ -367,15 +450,35 @@ class Answer:
         return height // stride if height else rows, width // stride if width else columns
 
     def _noise(self, grid: tuple[int, int]) -> torch.Tensor:
+        self._check_noise(grid)
         given = self.settings.latents
         if given is None:
             return self.pipe.prepare_latents([grid], [self.settings.generator])
-        if not given:
+        return self.pipe.prepare_latents([grid], [None], given.pop(0)[None])
+
+    def _check_noise(self, grid: tuple[int, int]) -> None:
+        """Refuse to draw one more picture, if the caller passed other noise, or too little."""
+        given = self.settings.latents
+        if given:
+            check_latents(given[0][None], [grid], self.pipe.latent_dim)
+        elif given is not None:
             drawn = sum(part["type"] == "image" for part in self.content)
             raise ValueError(f"`latents` holds noise for {drawn} pictures, and one more is due. Pass noise for each.")
-        noise = given.pop(0)
-        if tuple(noise.shape) != (grid[0] * grid[1], self.pipe.latent_dim):
+
+    def _check_positions_of_text(self) -> None:
+        # Beside its tokens, those that begin and end it.
+        tokens = self.settings.max_new_tokens
+        self._check_positions(f"A text of `max_new_tokens` {tokens}", tokens + 2)
+
+    def _check_positions_of_picture(self) -> None:
+        self._check_positions("A picture", len(self.protocol.drawn_as))
+
+    def _check_positions(self, part: str, needed: int) -> None:
+        """Refuse to make a part of an answer that would lead behind the positions that the model knows."""
+        limit = self.pipe.transformer.config.text_config.max_position_embeddings
+        used = sum(segment.num_positions for segment in self.said.drawn_from.full)
+        if used + needed > limit:
             raise ValueError(
-                f"`latents` of a picture must be of shape {(grid[0] * grid[1], self.pipe.latent_dim)}, got {tuple(noise.shape)}."
+                f"{part} takes {needed} rope positions, but the model knows {limit}, of which the conversation takes {used}: "
+                f"{max(limit - used, 0)} are left. Say less, ask for less, or go `back()`."
             )
-        return self.pipe.prepare_latents([grid], [None], noise[None])

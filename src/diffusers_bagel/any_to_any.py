@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.errors import some
@@ -32,10 +33,10 @@ def draw(
     model: BagelForConditionalGeneration,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
-    vae_pixel_values: Sequence[torch.Tensor] | None = None,
+    vae_pixel_values: Sequence[Any] | None = None,
     generation_config: GenerationConfig | None = None,
     **settings: Any,
-) -> torch.Tensor | list[torch.Tensor]:
+) -> torch.Tensor | list[torch.Tensor] | GenerateDecoderOnlyOutput:
     """
     Pictures, as [`BagelPipeline`] draws them with the components that lie beside the model.
 
@@ -43,22 +44,27 @@ def draw(
         model ([`BagelForConditionalGeneration`]): Loaded by `from_pretrained` from where a VAE lies, too.
         input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Conversations, with a generation prompt or without.
         attention_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): 0 at padding.
-        vae_pixel_values (`Sequence[torch.Tensor]`, *optional*): Of each image `(3, height, width)`.
-        generation_config ([`GenerationConfig`], *optional*): Of which `guidance_scale` is read.
+        vae_pixel_values (`Sequence`, *optional*): Of each image `(3, height, width)`, or lists of them for each conversation.
+        generation_config ([`GenerationConfig`], *optional*):
+            Of which `guidance_scale` and `return_dict_in_generate` are read.
         settings: Of the pipeline's call, with `num_return_sequences` for its `num_images_per_prompt`. Those of
             text generation are for texts.
 
     Returns:
-        `torch.FloatTensor` of shape `(images, 3, height, width)` in [0, 1], or a list where the sizes differ.
+        `torch.FloatTensor` of shape `(images, 3, height, width)` in [0, 1], or a list where the sizes differ; with
+        `return_dict_in_generate=True` as `sequences` of an output.
 
     Raises:
         ValueError: for unknown settings, for images without pixels, or if the model's folder is not known.
     """
+    returns_dict = settings.get(
+        "return_dict_in_generate", getattr(generation_config, "return_dict_in_generate", False)
+    )
     settings = _drawing_settings(generation_config, settings)
     pipe = _pipeline(model)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     samples = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
-    images = [_image(pixels, pipe.processor) for pixels in vae_pixel_values or ()]
+    images = [_image(pixels, pipe.processor) for pixels in _flat(vae_pixel_values or ())]
     seen = sum(ids.count(pipe.processor.tokenizer.convert_tokens_to_ids(VISION_END)) for ids in samples)
     if seen and not images:
         raise ValueError(
@@ -67,12 +73,14 @@ def draw(
         )
     rest = iter(images)
     messages = [[{"role": "user", "content": list(_parts(ids, rest, pipe.processor))}] for ids in samples]
-    return pipe(messages=messages, output_type="pt", **settings).images
+    pictures = pipe(messages=messages, output_type="pt", **settings).images
+    return GenerateDecoderOnlyOutput(sequences=pictures) if returns_dict else pictures
 
 
 def _drawing_settings(generation_config: GenerationConfig | None, settings: dict[str, Any]) -> dict[str, Any]:
     known = {name: value for name, value in settings.items() if name in DRAWING_SETTINGS}
-    unknown = [name for name in settings.keys() - known.keys() if not hasattr(GenerationConfig, name)]
+    given = {name for name, value in settings.items() if value is not None}
+    unknown = [name for name in given - known.keys() if not hasattr(GenerationConfig, name)]
     unknown = [name for name in unknown if name not in GenerationConfig().to_dict()]
     if unknown:
         raise ValueError(
@@ -100,6 +108,12 @@ def _pipeline(model: BagelForConditionalGeneration) -> BagelPipeline:
     pipe = BagelPipeline(transformer=model, **_components[model])
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _flat(pixels: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The pixels of each image: pipelines batch what is a list for each conversation as lists in a list."""
+    for item in pixels:
+        yield from [item] if isinstance(item, torch.Tensor) else item
 
 
 def _image(pixels: torch.Tensor, processor: BagelProcessor) -> Image.Image:

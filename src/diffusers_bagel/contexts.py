@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, GrowingCache, fork_cache
-from transformers_bagel.cache import join_caches, split_cache
-from transformers_bagel.segments import END, START, EncodedSegment, Segment, without_images, without_last_text
+from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, GrowingCache
+from transformers_bagel.cache import copy_cache, extend_cache, join_caches, kept_whole, split_cache
+from transformers_bagel.segments import END, START, EncodedSegment, Segment
 from transformers_bagel.sequence import EncodedSequence, SequenceLayout, lay_out
 
 from .adapter_scale import AdapterScale
-from .guidance import BagelGuidance
 from .randomness import seeded
 
 
@@ -36,63 +34,104 @@ class BagelContext:
 
     Attributes:
         segments (`tuple[EncodedSegment, ...]`): What was read.
-        cache (`DynamicCache`, *optional*): Whose first `length` tokens are the keys and values of the segments.
+        cache (`DynamicCache`, *optional*):
+            Whose first `length` tokens are the keys and values of the segments. If it is shorter, the last texts, or the end
+            of one, are yet to be read, with what comes next.
         length (`int`): Tokens.
         next_position (`int`): Rope position of what comes next.
+        prefix (`BagelContext`, *optional*): Holds the first tokens, so that the cache holds only those behind them.
     """
 
     segments: tuple[EncodedSegment, ...] = ()
     cache: DynamicCache | None = None
     length: int = 0
     next_position: int = 0
+    prefix: BagelContext | None = None
+
+    @property
+    def _reach(self) -> int:
+        """Tokens of the prefix and in the cache, others' included."""
+        return self._before + (0 if self.cache is None else self.cache.get_seq_length())
+
+    @property
+    def _before(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def held(self) -> int:
+        """Of its tokens, those that were read."""
+        return min(self.length, self._reach)
 
     @property
     def own_cache(self) -> DynamicCache | None:
-        """The cache without what another context has read behind these segments. No tensor is copied."""
-        if self.cache is None or self.cache.get_seq_length() == self.length:
-            return self.cache
-        return split_cache(self.cache, [0], [self.length])[0]
+        """A cache of these segments alone, whatever others have read behind them. Tensors are copied for a prefix only.
+
+        A context of fewer segments in the same cache stays what it is while the cache grows.
+        """
+        cache = self.cache
+        if cache is not None and self._reach > self.length:
+            (cache,) = split_cache(cache, [0], [self.length - self._before])
+        return cache if self.prefix is None else extend_cache(self.prefix.own_cache, cache)
+
+    def behind(self, prefix: BagelContext) -> BagelContext:
+        """The same context, of which another one holds the first tokens, and its cache nothing but the rest."""
+        if self.prefix is not None and self.prefix.length == prefix.length and self._reach <= self.length:
+            return replace(self, prefix=prefix)
+        (cache,) = split_cache(self.own_cache, [prefix.length], [self.held - prefix.length])
+        return replace(self, cache=copy_cache(cache), prefix=prefix)
+
+    def cut(self) -> BagelContext:
+        """The context without what its cache holds behind it, as a copy if there is something."""
+        return self if self._reach <= self.length else self.copied()
+
+    def unread(self, more: Sequence[EncodedSegment] = ()) -> EncodedSequence:
+        """The tokens that the cache does not hold, of this context and more segments, at their rope positions."""
+        whole, tokens = 0, 0
+        while whole < len(self.segments) and tokens + len(self.segments[whole]) <= self.held:
+            tokens += len(self.segments[whole])
+            whole += 1
+        sequence, skipped = lay_out([*self.segments[whole:], *more]), self.held - tokens
+        names = ("input_ids", "labels", "token_types", "position_ids")
+        rest = EncodedSequence(*(getattr(sequence, name)[skipped:] for name in names))
+        return replace(rest, position_ids=rest.position_ids + self.first(whole).next_position)
 
     @property
     def token_ids(self) -> torch.Tensor:
         """Of everything, `(1, tokens)`."""
         return torch.cat([segment.token_ids for segment in self.segments])[None]
 
-    @property
-    def growing_cache(self) -> DynamicCache | None:
-        """The cache itself if nothing has been read behind these segments, else a copy that grows on its own.
-
-        A context of fewer segments in the same cache stays what it is while the cache grows.
-        """
-        if self.cache is None or self.cache.get_seq_length() == self.length:
-            return self.cache
-        return self.own_cache
-
-    def fork(self) -> BagelContext:
-        """The same context, which grows on its own. Nothing is copied until it does."""
-        return self if self.cache is None else self._with(self.segments, fork_cache(self.cache))
-
     def first(self, num_segments: int) -> BagelContext:
         """The context of the first segments, in the same cache."""
-        return self._with(self.segments[:num_segments], self.cache)
+        if self.prefix is not None and num_segments <= len(self.prefix.segments):
+            return self.prefix.first(num_segments)
+        return replace(self._with(self.segments[:num_segments], self.cache), prefix=self.prefix)
+
+    def common(self, segments: Sequence[EncodedSegment]) -> int:
+        """With how many of the very same segments both begin, with the same images."""
+        pairs = zip(self.segments, segments, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
     def begins(self, other: BagelContext) -> bool:
-        """Whether another context holds the same segments first: not equal ones, but the very same, with the same images."""
-        count = len(self.segments)
-        return count <= len(other.segments) and all(map(operator.is_, self.segments, other.segments[:count]))
+        """Whether another context holds the same segments first."""
+        return self.common(other.segments) == len(self.segments)
 
-    def cut(self) -> BagelContext:
-        """The context without what its cache holds behind it, as a copy if there is something."""
-        if self.cache is None or self.cache.get_seq_length() == self.length:
-            return self
+    def copied(self) -> BagelContext:
+        """The context with keys and values of its own."""
         cache = self.own_cache
-        for layer in cache.layers:  # type: ignore[union-attr]  # there is one
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-        return BagelContext(self.segments, cache, self.length, self.next_position)
+        return self if cache is None else replace(self, cache=copy_cache(cache), prefix=None)
 
-    def grown(self, segments: Sequence[EncodedSegment], cache: DynamicCache) -> BagelContext:
-        """The context with more segments, whose tokens a cache holds behind its own."""
+    def grown(self, segments: Sequence[EncodedSegment], cache: DynamicCache | None) -> BagelContext:
+        """The context with more segments, whose tokens a cache holds behind its own, or the first of them."""
         return self._with((*self.segments, *segments), cache)
+
+    def with_written(self, segment: EncodedSegment, written: Written) -> BagelContext:
+        """The context with a text that was written behind it: the tokens with which it begins as it was need not be read."""
+        cached = [int(segment.token_ids[0]), *written.tokens[:-1]]
+        pairs = zip(cached, segment.token_ids[:-1].tolist(), strict=False)
+        held = self.length + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        written.cache.crop(held - written.cache.get_seq_length())
+        return self.grown([segment], written.cache)
 
     def _with(self, segments: tuple[EncodedSegment, ...], cache: DynamicCache | None) -> BagelContext:
         removed, added = self.segments[len(segments) :], segments[len(self.segments) :]
@@ -115,7 +154,7 @@ class TextSettings:
         streamer (`BaseStreamer`, *optional*): Gets the tokens.
     """
 
-    max_new_tokens: int = 1023
+    max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 1.0
     seed: int | None = None
@@ -129,7 +168,7 @@ class TextSettings:
         return {name: getattr(self, name) for name in names} | sampling
 
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
-        """A token by its scores, as `generate` would choose it."""
+        """A token by its scores: the best one, or one that is drawn at the temperature."""
         scores = self.logits_processor(ids, scores.float())
         if not self.do_sample:
             return int(scores.argmax())
@@ -148,48 +187,6 @@ class Written:
 
     tokens: list[int]
     cache: DynamicCache
-
-
-class ReadContexts:
-    """Contexts that were read. One that begins like another goes on from there."""
-
-    def __init__(self, contexts: Sequence[BagelContext] = ()):
-        self._contexts = list(contexts)
-
-    def fork(self) -> ReadContexts:
-        return ReadContexts(self._contexts)
-
-    def context(self, reader: ContextReader, segments: Sequence[EncodedSegment]) -> BagelContext:
-        """The context of some segments; what no other has read is read now."""
-        nearest = self.nearest(segments)
-        missing = segments[len(nearest.segments) :]
-        if not missing:
-            return nearest
-        (context,) = reader.read([nearest], [missing])
-        self.keep(context)
-        return context
-
-    def nearest(self, segments: Sequence[EncodedSegment]) -> BagelContext:
-        """The context of as many of the segments as any has read."""
-        best = BagelContext()
-        for context in self._contexts:
-            pairs = zip(context.segments, segments, strict=False)
-            common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
-            if common > len(best.segments):
-                best = context if common == len(context.segments) else context.first(common)
-        return best
-
-    def forget_all_but(self, segments: Sequence[Sequence[EncodedSegment]]) -> None:
-        """Forget what none of these lists of segments begins with, with its keys and values."""
-        wanted = [self.nearest(own) for own in segments]
-        self._contexts = []
-        for context in sorted(wanted, key=lambda context: -context.length):
-            if context.segments and not any(context.begins(other) for other in self._contexts):
-                self._contexts.append(context.cut())
-
-    def keep(self, context: BagelContext) -> None:
-        """Remember a context, and none that it begins with: its cache has their tokens."""
-        self._contexts = [other for other in self._contexts if not other.begins(context)] + [context]
 
 
 class ContextReader:
@@ -213,6 +210,7 @@ class ContextReader:
         self.transformer = transformer
         self.processor = processor
         self.device = device
+        self.attention_kwargs = attention_kwargs
         self.adapters = AdapterScale(transformer, attention_kwargs)
 
     def read(
@@ -229,36 +227,46 @@ class ContextReader:
             segments (`Sequence[Sequence[EncodedSegment]]`):
                 What each is to read; of images as latents, the VAE's `latents` are needed.
         """
-        read = list(contexts)
+        return self.read_with_scores(contexts, segments)[0]
+
+    def read_with_scores(
+        self, contexts: Sequence[BagelContext], segments: Sequence[Sequence[EncodedSegment]]
+    ) -> tuple[list[BagelContext], list[torch.Tensor | None]]:
+        """Like `read`, and the scores of the token behind each, `(1, vocabulary)`, where something was read."""
+        read, scores = list(contexts), [None] * len(contexts)
         texts: dict[bool, list[int]] = {True: [], False: []}
         batches = []
         for index, (context, new) in enumerate(zip(contexts, segments, strict=True)):
             if any(segment.grid is not None for segment in new):
                 batches.append([index])
-            elif new:
+            elif new or context.held < context.length:
                 texts[context.cache is None].append(index)
-        new_tokens = [sum(map(len, new)) for new in segments]
+        new_tokens = [
+            context.length - context.held + sum(map(len, new)) for context, new in zip(contexts, segments, strict=True)
+        ]
         for indices in texts.values():
-            lengths = [contexts[index].length + new_tokens[index] for index in indices]
+            lengths = [contexts[index].held + new_tokens[index] for index in indices]
             for places in bucket_by_length(lengths, MAX_JOINED_TOKENS):
                 joined = [indices[place] for place in places]
                 shared = bucket_by_length([new_tokens[index] for index in joined], MAX_PREFILL_TOKENS, FORWARD_COST)
                 batches += [[joined[place] for place in batch] for batch in shared]
         for batch in batches:
-            grown, _ = self._read_together([contexts[index] for index in batch], [segments[index] for index in batch])
-            for index, context in zip(batch, grown, strict=True):
-                read[index] = context
-        return read
+            grown, found = self._read_together(
+                [contexts[index] for index in batch], [segments[index] for index in batch]
+            )
+            for place, index in enumerate(batch):
+                read[index], scores[index] = grown[place], found[place : place + 1]
+        return read, scores
 
     def _read_together(
         self, contexts: list[BagelContext], segments: list[Sequence[EncodedSegment]]
     ) -> tuple[list[BagelContext], torch.Tensor]:
         """One forward of texts, or of one conversation with images, and the last scores `(contexts, vocabulary)`."""
-        sequences = [lay_out(new) for new in segments]
-        past = [context.length for context in contexts]
-        cache: Any = contexts[0].growing_cache
+        sequences = [context.unread(new) for context, new in zip(contexts, segments, strict=True)]
+        past = [context.held for context in contexts]
+        cache: Any = contexts[0].own_cache
         if len(contexts) > 1:
-            cache = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
+            cache = join_caches([own for context in contexts if (own := context.own_cache) is not None])
         if cache is None:
             cache = GrowingCache(self.transformer.config)
         longest = max(past)
@@ -274,14 +282,15 @@ class ContextReader:
                 .long()
                 .to(self.device, non_blocking=True)
             )
-        with self.adapters.applied():
+        ends = torch.tensor([[len(sequence.input_ids) - 1] for sequence in sequences])
+        with kept_whole(contexts[0].cache), self.adapters.applied():
             outputs = self.transformer(
                 input_ids=ids.to(self.device, non_blocking=True),
                 attention_mask=mask,
-                position_ids=self._positions(contexts, sequences, ids.shape[1]).to(self.device, non_blocking=True),
+                position_ids=self._positions(sequences, ids.shape[1]).to(self.device, non_blocking=True),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=ends.to(self.device, non_blocking=True),
                 **self._images([segment for new in segments for segment in new], types),
                 **self.adapters.attention_kwargs,
             )
@@ -290,13 +299,10 @@ class ContextReader:
         grown = [context.grown(new, own) for context, new, own in zip(contexts, segments, caches, strict=True)]
         return grown, outputs.logits[:, -1]
 
-    def _positions(self, contexts: list[BagelContext], sequences: list[EncodedSequence], length: int) -> torch.Tensor:
+    def _positions(self, sequences: list[EncodedSequence], length: int) -> torch.Tensor:
         """Rope positions `(contexts, length)`, which go on behind the tokens of the shorter texts."""
-        rows = []
-        for context, sequence in zip(contexts, sequences, strict=True):
-            own = sequence.position_ids
-            rows.append(torch.cat([own, own[-1] + 1 + torch.arange(length - len(own))]) + context.next_position)
-        return torch.stack(rows)
+        each = [sequence.position_ids for sequence in sequences]
+        return torch.stack([torch.cat([own, own[-1] + 1 + torch.arange(length - len(own))]) for own in each])
 
     def _images(self, segments: list[EncodedSegment], token_types: torch.Tensor) -> dict[str, Any]:
         """What forward is told of the images of segments, in the order of their placeholders."""
@@ -346,14 +352,14 @@ class ContextReader:
         return texts
 
     def _write_together(self, contexts: list[BagelContext], max_new_tokens: int, **sampling: Any) -> list[str]:
-        cache = join_caches([context.own_cache for context in contexts if context.own_cache is not None])
-        written, _ = self._generate(contexts, cache, max_new_tokens=max_new_tokens, **sampling)
+        cache = join_caches([own for context in contexts if (own := context.own_cache) is not None])
+        written, _ = self.generate(contexts, cache, max_new_tokens=max_new_tokens, **sampling)
         stops = self.transformer.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops])
         texts = [self.processor.tokenizer.decode(_until_stop(tokens, stops)) for tokens in written]
         return [text.split(END)[0].split(START)[0] for text in texts]
 
-    def _generate(
+    def generate(
         self, contexts: list[BagelContext], cache: DynamicCache | None, **settings: Any
     ) -> tuple[list[list[int]], DynamicCache]:
         """The tokens that `generate` writes behind each context and a start token, and the cache of all of them."""
@@ -380,81 +386,20 @@ class ContextReader:
             )
         return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values
 
-    def read_to_the_end(
-        self, context: BagelContext, segments: Sequence[EncodedSegment]
-    ) -> tuple[BagelContext, torch.Tensor]:
-        """One context with more segments, and the scores of the token behind them, `(1, vocabulary)`."""
-        (grown,), scores = self._read_together([context], [segments])
-        return grown, scores
-
     def write_on(self, context: BagelContext, settings: TextSettings) -> Written:
         """
         What the model writes behind one context, which stays as it is.
 
         The cache of what is written holds its tokens, too, so that it can be read without a second forward.
         """
-        with seeded(settings.seed, self.device):
-            (tokens,), cache = self._generate([context], context.growing_cache, **settings.of_generate())
+        with seeded(settings.seed, self.device), kept_whole(context.cache):
+            (tokens,), cache = self.generate([context], context.own_cache, **settings.of_generate())
         return Written(tokens, cache)
 
-    def end(
-        self, context: BagelContext, segment: EncodedSegment, written: Written
-    ) -> tuple[BagelContext, torch.Tensor]:
-        """A context that has read what was written behind it, of which only the last token is new, and the next scores."""
-        last = segment.token_ids[-1:]
-        with self.adapters.applied():
-            outputs = self.transformer(
-                input_ids=last[None].to(self.device, non_blocking=True),
-                position_ids=torch.tensor([[context.next_position + len(segment) - 1]]).to(
-                    self.device, non_blocking=True
-                ),
-                past_key_values=written.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **self.adapters.attention_kwargs,
-            )
-        return context.grown([segment], written.cache), outputs.logits[:, -1]
-
-    def encode_text(self, text: str) -> list[EncodedSegment]:
-        """A text as what a context reads."""
-        return self.processor.encode_segments([Segment("text", text)])
-
-
-def guidance_contexts(
-    reader: ContextReader,
-    prompts: Sequence[Sequence[EncodedSegment]],
-    full: Sequence[BagelContext],
-    guidance: Sequence[BagelGuidance],
-) -> list[dict[str, BagelContext]]:
-    """
-    The contexts that guidance compares (original behaviour, points 14-16).
-
-    `full` is everything; `no_text` the same before the last text of the prompt, unless an image follows it; `no_image`
-    all texts but the plan. A context that equals `full` is the same object, and its velocity is not computed twice.
-
-    Args:
-        reader (`ContextReader`): Reads the texts of `no_image`.
-        prompts (`Sequence[Sequence[EncodedSegment]]`): What each image is drawn from, without the plan.
-        full (`Sequence[BagelContext]`): The context of each prompt and its plan.
-        guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
-    """
-    texts = [without_images(prompt) for prompt in prompts]
-    compared = [
-        index
-        for index, settings in enumerate(guidance)
-        if settings.text_scale > 1 and settings.image_scale > 1 and len(texts[index]) < len(full[index].segments)
-    ]
-    read = reader.read([BagelContext()] * len(compared), [texts[index] for index in compared])
-    no_image = dict(zip(compared, read, strict=True))
-    contexts = []
-    for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
-        branches = {"full": context}
-        if settings.text_scale > 1:
-            kept = len(without_last_text(prompt))
-            branches["no_text"] = context if kept == len(context.segments) else context.first(kept)
-            branches["no_image"] = no_image.get(index, context)
-        contexts.append(branches)
-    return contexts
+    def encode_text(self, text: str, sanitize_control_tokens: bool = False) -> list[EncodedSegment]:
+        """A text as what a context reads; special tokens in it may be words like others."""
+        segment = Segment("text", text, sanitize_control_tokens=sanitize_control_tokens)
+        return self.processor.encode_segments([segment])
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float = float("inf")) -> list[list[int]]:

@@ -93,6 +93,45 @@ IMAGE = Update("after", "keep")
 
 
 @dataclass(frozen=True)
+class SaidText:
+    """
+    A text as it was said.
+
+    Attributes:
+        segment (`EncodedSegment`)
+        update (`Update`): What it does to the contexts of guidance.
+        untagged (`EncodedSegment`, *optional*): The same without what triggers a picture.
+        is_written (`bool`): Whether the model wrote it.
+    """
+
+    segment: EncodedSegment
+    update: Update
+    untagged: EncodedSegment | None = None
+    is_written: bool = False
+
+
+@dataclass(frozen=True)
+class SaidImage:
+    """
+    An image as it was shown.
+
+    Attributes:
+        vae, vit (`EncodedSegment`): As latents, and as it is seen.
+        update (`Update`): What it does to the contexts of guidance.
+        encoders (`tuple[str, ...]`): By which of them, `"vae"` and `"vit"`, pictures are drawn from it.
+        is_given (`bool`): Whether the user showed it.
+        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
+    """
+
+    vae: EncodedSegment
+    vit: EncodedSegment
+    update: Update
+    encoders: tuple[str, ...]
+    is_given: bool
+    is_resized: bool
+
+
+@dataclass(frozen=True)
 class Conversation:
     """
     All that was said.
@@ -102,6 +141,7 @@ class Conversation:
         drawn_from (`Track`): With images as latents, too.
         pictures (`Track`): The same without what was written.
         given, last (`tuple[int, int]`, *optional*): Rows and columns of the last image that was given, and of any.
+        turns (`tuple[tuple[SaidText | SaidImage, ...], ...]`): What was said in each turn, from which all of this follows.
     """
 
     seen: Track = Track()
@@ -109,37 +149,33 @@ class Conversation:
     pictures: Track = Track()
     given: tuple[int, int] | None = None
     last: tuple[int, int] | None = None
+    turns: tuple[tuple[SaidText | SaidImage, ...], ...] = ()
 
-    def with_text(
-        self,
-        segment: EncodedSegment,
-        update: Update,
-        untagged: EncodedSegment | None = None,
-        is_written: bool = False,
-    ) -> Conversation:
-        """The conversation with a text; `untagged` is the same without what triggers a picture."""
-        names = ("seen", "drawn_from") if is_written else ("seen", "drawn_from", "pictures")
-        grown = {name: getattr(self, name).grown((segment,), update, untagged) for name in names}
-        return replace(self, **grown)
+    def with_text(self, text: SaidText) -> Conversation:
+        """The conversation with a text."""
+        names = ("seen", "drawn_from") if text.is_written else ("seen", "drawn_from", "pictures")
+        grown = {name: getattr(self, name).grown((text.segment,), text.update, text.untagged) for name in names}
+        return replace(self, turns=self._turns_with(text), **grown)
 
-    def with_image(
-        self, vae: EncodedSegment, vit: EncodedSegment, update: Update, encoders: tuple[str, ...], is_given: bool
-    ) -> Conversation:
-        """The conversation with an image, by the encoders that are named."""
-        segments = tuple({"vae": vae, "vit": vit}[name] for name in encoders)
+    def with_image(self, image: SaidImage) -> Conversation:
+        """The conversation with an image."""
+        segments = tuple({"vae": image.vae, "vit": image.vit}[name] for name in image.encoders)
         return Conversation(
-            self.seen.grown((vit,), update),
-            self.drawn_from.grown(segments, update),
-            self.pictures.grown(segments, update),
-            vae.grid if is_given else self.given,
-            vae.grid,
+            self.seen.grown((image.vit,), image.update),
+            self.drawn_from.grown(segments, image.update),
+            self.pictures.grown(segments, image.update),
+            image.vae.grid if image.is_given else self.given,
+            image.vae.grid,
+            self._turns_with(image),
         )
+
+    def _turns_with(self, said: SaidText | SaidImage) -> tuple[tuple[SaidText | SaidImage, ...], ...]:
+        return (*self.turns[:-1], (*self.turns[-1], said))
 
     def at_next_turn(self) -> Conversation:
         """The conversation when the user speaks again."""
-        return replace(
-            self, **{name: getattr(self, name).at_next_turn() for name in ("seen", "drawn_from", "pictures")}
-        )
+        tracks = {name: getattr(self, name).at_next_turn() for name in ("seen", "drawn_from", "pictures")}
+        return replace(self, turns=(*self.turns, ()), **tracks)
 
     def segment_lists(self) -> list[tuple[EncodedSegment, ...]]:
         """The segments of each context that may be written or drawn from."""

@@ -16,10 +16,11 @@ from transformers_bagel import (
     PrefixView,
     SplitPrefixCache,
 )
+from transformers_bagel.segments import EncodedSegment, without_images, without_last_text
 
 from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerState
-from .contexts import BagelContext
+from .contexts import BagelContext, ContextReader
 from .guidance import BagelGuidance
 
 
@@ -191,6 +192,43 @@ class Denoiser:
             for branch, features in zip(branches, outputs.latent_hidden_states.split(counts), strict=True):
                 self.states[branch].update(features)
         return dict(zip(branches, outputs.velocity.split(counts), strict=True))
+
+
+def guidance_contexts(
+    reader: ContextReader,
+    prompts: Sequence[Sequence[EncodedSegment]],
+    full: Sequence[BagelContext],
+    guidance: Sequence[BagelGuidance],
+) -> list[dict[str, BagelContext]]:
+    """
+    The contexts that guidance compares (original behaviour, points 14-16).
+
+    `full` is everything; `no_text` the same before the last text of the prompt, unless an image follows it; `no_image`
+    all texts but the plan. A context that equals `full` is the same object, and its velocity is not computed twice.
+
+    Args:
+        reader (`ContextReader`): Reads the texts of `no_image`.
+        prompts (`Sequence[Sequence[EncodedSegment]]`): What each image is drawn from, without the plan.
+        full (`Sequence[BagelContext]`): The context of each prompt and its plan.
+        guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
+    """
+    texts = [without_images(prompt) for prompt in prompts]
+    compared = [
+        index
+        for index, settings in enumerate(guidance)
+        if settings.text_scale > 1 and settings.image_scale > 1 and len(texts[index]) < len(full[index].segments)
+    ]
+    read = reader.read([BagelContext()] * len(compared), [texts[index] for index in compared])
+    no_image = dict(zip(compared, read, strict=True))
+    contexts = []
+    for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
+        branches = {"full": context}
+        if settings.text_scale > 1:
+            kept = len(without_last_text(prompt))
+            branches["no_text"] = context if kept == len(context.segments) else context.first(kept)
+            branches["no_image"] = no_image.get(index, context)
+        contexts.append(branches)
+    return contexts
 
 
 class DenoisingLoop:

@@ -26,8 +26,8 @@ from transformers_bagel.segments import EncodedSegment, Segment, chat_segments
 
 from .adapter_scale import check_adapter_scale
 from .caching import TaylorSeerConfig
-from .contexts import BagelContext, ContextReader, guidance_contexts
-from .denoising import Denoiser, DenoisingLoop
+from .contexts import BagelContext, ContextReader
+from .denoising import Denoiser, DenoisingLoop, guidance_contexts
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
@@ -85,7 +85,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
     Args:
         transformer ([`BagelForConditionalGeneration`]):
             The model. The pipeline uses it through `forward` and `generate` only.
-        vae ([`AutoencoderKL`]): FLUX's VAE.
+        vae ([`AutoencoderKL`]): FLUX's VAE. `None` beside a transformer without `visual_gen`, for sessions that only talk.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]): With `shift=3.0` in the original checkpoint.
         processor ([`BagelProcessor`]): Reads prompts, messages and images.
     """
@@ -112,8 +112,8 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, processor=processor)
         config = getattr(getattr(self, "transformer", None), "config", None)
-        if config is not None and not config.visual_gen:
-            raise ValueError("`transformer` cannot draw: it was loaded without `visual_gen=True`.")
+        if vae is not None:
+            self._check_that_it_draws()
         self.latent_patch_size = config.latent_patch_size if config is not None else 2
         self.vae_scale_factor = config.latent_stride if config is not None else 16
         self.latent_dim = config.latent_dim if config is not None else 64
@@ -249,6 +249,11 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         self._interrupted_at = time.monotonic() if value else -1.0
 
     _interrupt = property(lambda self: self.interrupt, _set_interrupt)
+
+    def _check_that_it_draws(self) -> None:
+        config = getattr(getattr(self, "transformer", None), "config", None)
+        if config is not None and not config.visual_gen:
+            raise ValueError("`transformer` cannot draw: it was loaded without `visual_gen=True`.")
 
     def check_inputs(
         self,
@@ -522,6 +527,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
+        self._check_that_it_draws()
         self.check_inputs(
             prompt,
             image,

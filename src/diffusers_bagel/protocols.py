@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,9 +11,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
+
+from transformers_bagel.checkpoints import read_json
+from transformers_bagel.fine_tunes import fine_tune_of
 
 from .conversation import IMAGE, TEXT, Update
 
+
+logger = logging.get_logger(__name__)
 
 ENCODERS = ("vae", "vit")
 
@@ -30,11 +37,15 @@ class InterleaveProtocol:
         stop (`str`, *optional*): A regular expression; a text that holds it is the last.
         begins_with (`str`, *optional*, defaults to `"text"`):
             What an answer begins with, if it is left to the model: a `"text"`, or what the `"token"` behind the user's says.
+        after_image (`str`, *optional*, defaults to `"text"`):
+            What follows a picture: a `"text"`, or what the `"token"` behind it says, which may also be another picture or
+            the end.
         goes_on (`bool`, *optional*, defaults to `False`):
             Whether another text follows one that neither triggers a picture nor stops. If a token decides: whether one does
             that is neither the start of a text, nor that of a picture, nor the end.
         keeps_idle_texts (`bool`, *optional*, defaults to `True`): Whether such a text goes into the contexts.
         max_texts, max_images, max_items (`int`, *optional*): After how many of them an answer ends.
+        takes_images (`bool`, *optional*, defaults to `True`): Whether the user may show images.
         given_text, given_image, written, drawn ([`Update`]): What each does to the contexts of guidance.
         text_sees (`tuple[str, ...]`, *optional*): By which encoders a text sees the images, `"vae"`, `"vit"` or both.
         drawn_as (`tuple[str, ...]`, *optional*): By which encoders a picture is read back.
@@ -57,11 +68,13 @@ class InterleaveProtocol:
     trigger: str | tuple[str, ...] = "token"
     stop: str | None = None
     begins_with: str = "text"
+    after_image: str = "text"
     goes_on: bool = False
     keeps_idle_texts: bool = True
     max_texts: int | None = None
     max_images: int | None = None
     max_items: int | None = None
+    takes_images: bool = True
     given_text: Update = TEXT
     given_image: Update = IMAGE
     written: Update = TEXT
@@ -155,6 +168,7 @@ _SOT = _ZEBRA.with_changes(
     name="sot",
     stop=r"(?i:<assembly>|final assembly:)",
     clean=inside_think,
+    takes_images=False,
     clean_last=without_marks,
     closing_picture=True,
     system_prompt=(
@@ -264,5 +278,23 @@ _COOPER = InterleaveProtocol(
     | {"cfg_renorm_type": "text_channel", "max_new_tokens": 4095, "do_sample": False},
 )
 # Decides by the token behind each part, the user's included.
-_PLAIN = InterleaveProtocol("plain", max_items=10, begins_with="token")
+_PLAIN = InterleaveProtocol("plain", max_items=10, begins_with="token", after_image="token")
 PROTOCOLS = {protocol.name: protocol for protocol in (_PLAIN, _THINKMORPH, _ZEBRA, _SOT, _CANVAS, _TWIFF, _COOPER)}
+
+
+def protocol_of(pipe: Any) -> InterleaveProtocol:
+    """The protocol of the fine-tune that a pipeline's model is named after, which is said; else the plain one."""
+    model = pipe.transformer
+    names = [name for name in (model.name_or_path, model.config.name_or_path, pipe.name_or_path) if name]
+    # A conversion says in its configuration what it was made of.
+    files = [os.path.join(name, "config.json") for name in names]
+    stated = [read_json(file).get("_name_or_path") for file in files if os.path.isfile(file)]
+    for name in (*names, *(name for name in stated if isinstance(name, str))):
+        known = fine_tune_of(name)
+        if known is not None and known.protocol is not None:
+            logger.warning(
+                f"'{name}' is a fine-tune that answers in texts and pictures by a loop of its own: "
+                f'`protocol="{known.protocol}"` is chosen. Pass another one, such as `protocol="plain"`, to choose otherwise.'
+            )
+            return PROTOCOLS[known.protocol]
+    return _PLAIN

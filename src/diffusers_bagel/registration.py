@@ -25,6 +25,7 @@ from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
 from .protocols import PROTOCOLS, InterleaveProtocol
 from .session import BagelReply, BagelSession
+from .together import send_all
 
 
 AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
@@ -125,4 +126,5 @@ __all__ = [
     "InterleaveProtocol",
     "SessionEvent",
     "TaylorSeerConfig",
+    "send_all",
 ]

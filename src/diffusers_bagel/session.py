@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from transformers_bagel.errors import shown
+from transformers_bagel.responses import message_of
 from transformers_bagel.segments import check_conversation
 
-from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent
-from .contexts import BagelContext, ContextReader, ReadContexts
+from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent, Steps
+from .contexts import BagelContext, ContextReader
 from .conversation import Conversation
 from .inputs import check_flag, check_guidance, check_whole_number
-from .protocols import PROTOCOLS, InterleaveProtocol
+from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
+from .read_contexts import ReadContexts
+from .saved_sessions import read_description, restored, save_session, saved_protocol
+from .streamers import AnswerStreamer, ended, is_streamer
+from .work import at_once
 
 
 OUTPUTS = ("auto", "text", "image", "interleaved")
@@ -43,8 +50,18 @@ class BagelReply:
 
     @property
     def text(self) -> str:
-        """All words."""
-        return "".join(part["text"] for part in self.content if part["type"] == "text")
+        """All words but the thoughts."""
+        return message_of([part for part in self.content if part["type"] == "text"])["content"]
+
+    @property
+    def thinking(self) -> str:
+        """What stands between `<think>` and `</think>`."""
+        return self.message.get("reasoning_content", "")
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """What [`BagelProcessor.parse_response`] makes of an answer, with the pictures in it."""
+        return message_of(self.content)
 
     @property
     def images(self) -> list[Image.Image]:
@@ -59,7 +76,8 @@ class BagelSession:
     Args:
         pipe ([`BagelPipeline`]): The pipeline.
         protocol (`str` or [`InterleaveProtocol`], *optional*):
-            How the model answers in texts and pictures in turn, or its name in [`PROTOCOLS`].
+            How the model answers in texts and pictures in turn, or its name in [`PROTOCOLS`]. By default that of the
+            fine-tune which the pipeline's model is named after, with a warning that says so, else `"plain"`.
 
     Attributes:
         messages (`list[dict]`): What was said, as chat messages.
@@ -77,25 +95,75 @@ class BagelSession:
     def __init__(self, pipe: Any, protocol: str | InterleaveProtocol | None = None):
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
             raise ValueError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, got {shown(protocol)}.")
-        if not pipe.transformer.config.visual_und:
+        if not isinstance(protocol, (str, InterleaveProtocol, type(None))):
+            raise TypeError(f"`protocol` must be a name or an `InterleaveProtocol`, got {shown(protocol)}.")
+        config = pipe.transformer.config
+        if not config.visual_und:
             raise ValueError(
-                "`pipe`: a session reads its own pictures, and the transformer was loaded without `visual_und=True`."
+                "`pipe`: a session sees its own pictures, and the transformer was loaded without `visual_und=True`. Load it "
+                "with that."
             )
+        if config.visual_gen and pipe.vae is None:
+            raise ValueError("`pipe`: a session draws, and the pipeline has no `vae`. Load it with one.")
         self.pipe = pipe
-        self.protocol = PROTOCOLS[protocol or "plain"] if protocol is None or isinstance(protocol, str) else protocol
+        if protocol is None:
+            protocol = protocol_of(pipe) if config.visual_gen else "plain"
+        self.protocol = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+        if self.protocol.name != "plain" and not config.visual_gen:
+            raise ValueError(
+                f"`protocol`: '{self.protocol.name}' draws, and the transformer was loaded without `visual_gen=True`."
+            )
         self.messages: list[dict[str, Any]] = []
         self._said = Conversation()
         self._read = ReadContexts()
+        self._device: torch.device | None = None
         self._turns: list[tuple[int, Conversation]] = []
         self._interrupted_at, self._began_at = -1.0, 0.0
+        self._is_answering = False
+        # What was said is in several places, which a thread that forks or saves must not see in between.
+        self._changing = threading.Lock()
 
     def fork(self) -> BagelSession:
         """A session that goes on by itself from here. Nothing is copied until it does."""
         other = BagelSession(self.pipe, self.protocol)
-        other.messages = [message | {"content": list(message["content"])} for message in self.messages]
-        other._said, other._turns = self._said, list(self._turns)
-        other._read = self._read.fork()
+        with self._changing:
+            other.messages = [message | {"content": list(message["content"])} for message in self.messages]
+            other._said, other._turns = self._said, list(self._turns)
+            other._read, other._device = self._read.fork(), self._device
         return other
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Save what was said, whole or not at all; while an answer is being made, what is whole of it.
+
+        The folder gets the messages, protocol and turns as JSON, each picture as PNG as the model saw it (RGB, upright,
+        transparency on white), and its latents. A session that is there is replaced.
+
+        Raises:
+            OSError: if the folder is a file, or cannot be written to; it then holds what it held.
+        """
+        save_session(self.fork(), folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, pipe: Any, protocol: str | InterleaveProtocol | None = None
+    ) -> BagelSession:
+        """
+        A session that was saved, which goes on as if it had not been. What was said is read again when it is needed.
+
+        Args:
+            folder (`str` or `os.PathLike`): See [`save_pretrained`].
+            pipe ([`BagelPipeline`]): The pipeline, with the model that the session had.
+            protocol (`str` or [`InterleaveProtocol`], *optional*):
+                Another protocol from now on. One of your own with functions is in no file, and must be passed.
+
+        Raises:
+            OSError, ValueError: naming the file, if one is missing or broken, or does not fit the pipeline.
+        """
+        place, description = read_description(folder)
+        session = cls(pipe, saved_protocol(place, description) if protocol is None else protocol)
+        session.messages, session._said, session._turns = restored(place, description, pipe)
+        return session
 
     def back(self, turns: int = 1) -> None:
         """
@@ -104,9 +172,13 @@ class BagelSession:
         Raises:
             ValueError: if there were not as many.
         """
+        self._check_idle()
+        if not self._turns:
+            raise ValueError("`turns`: there is none to forget, since nothing was said yet.")
         check_whole_number("turns", turns, 1, len(self._turns))
-        count, self._said = self._turns[-turns]
-        del self.messages[count:], self._turns[-turns:]
+        with self._changing:
+            count, self._said = self._turns[-turns]
+            del self.messages[count:], self._turns[-turns:]
         self._read.forget_all_but(self._said.segment_lists())
 
     def interrupt(self) -> None:
@@ -117,6 +189,7 @@ class BagelSession:
         return self._interrupted_at >= self._began_at
 
     @property
+    @torch.no_grad()
     def contexts(self) -> dict[str, BagelContext]:
         """What the next picture would be drawn from: `full`, and what guidance compares it with."""
         reader = self._reader(None)
@@ -125,7 +198,7 @@ class BagelSession:
 
     def send(self, content: str | Sequence[Any], output: str = "auto", **settings: Any) -> BagelReply:
         """Say something and get the whole answer. The arguments are those of [`stream`]."""
-        *_, last = self._answered(content, output, streams=False, **settings)
+        *_, last = self._answered(content, output, False, settings)
         return last.reply
 
     def stream(self, content: str | Sequence[Any], output: str = "auto", **settings: Any) -> Iterator[SessionEvent]:
@@ -139,10 +212,15 @@ class BagelSession:
                 the model also decides what it begins with.
             think (`bool`, *optional*): Whether a system segment asks for thoughts first.
             max_images (`int`, *optional*): After how many pictures an answer ends.
-            max_new_tokens (`int`, *optional*): Of each text.
+            max_new_tokens (`int`, *optional*, defaults to 1024): Of each text.
             do_sample, temperature: Of texts.
+            sanitize_control_tokens (`bool`, *optional*): Whether special tokens in what is said are words like others.
             logits_processor (`Sequence[Callable]`, *optional*):
                 Changes the scores from which tokens are chosen, also those that decide what comes next.
+            stopping_criteria (`Sequence[Callable]`, *optional*): Cut a text off, as `max_new_tokens` does.
+            stop_strings (`str` or `list[str]`, *optional*): The same behind these words.
+            streamer (`BaseStreamer`, *optional*):
+                Gets the tokens of all texts behind one prompt, and ends when the answer does, however it ends.
             generator (`torch.Generator`, *optional*): Makes the answer deterministic.
             latents (`Sequence[torch.Tensor]`, *optional*): Packed float32 noise of each picture, in order.
             preview_every (`int`, *optional*): After how many steps a preview of a picture is given out.
@@ -154,27 +232,47 @@ class BagelSession:
         Raises:
             TypeError, ValueError: for arguments that cannot work, before anything is said.
         """
-        return self._answered(content, output, streams=True, **settings)
+        return self._answered(content, output, True, settings)
 
     @torch.no_grad()
-    def _answered(self, content: Any, output: str, streams: bool, **settings: Any) -> Iterator[SessionEvent]:
+    def _answered(self, content: Any, output: str, streams: bool, settings: dict[str, Any]) -> Iterator[SessionEvent]:
+        with ended(settings.get("streamer")):
+            steps = self._steps(self._heard(content, output, streams, settings), output)
+            try:
+                yield from at_once(steps)
+            finally:
+                self.pipe.maybe_free_model_hooks()
+
+    def _heard(self, content: Any, output: str, streams: bool, settings: dict[str, Any]) -> Answer:
+        """An answer to something, which is not yet said."""
+        self._check_idle()
+        self._began_at = time.monotonic()
         if output not in OUTPUTS:
             raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
+        if output != "text" and not self.pipe.transformer.config.visual_gen:
+            raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
         message = {"role": "user", "content": _parts(content)}
         check_conversation([message], "content")
+        if not (message["content"] or self._turns):
+            raise ValueError(
+                "`content` is empty, and nothing was said before. Pass a text, an image, or a list of them."
+            )
         answer = Answer(self, self._settings(settings, streams))
-        self._began_at = time.monotonic()
         answer.hear(message, output)
-        self._check_length(answer.said, 0 if output == "image" else answer.settings.max_new_tokens)
-        self._turns.append((len(self.messages), self._said))
-        self.messages.append(message)
-        self._said = answer.said
+        return answer
+
+    def _steps(self, answer: Answer, output: str) -> Steps[None]:
+        """What an answer does; what was asked is said now."""
+        self._check_idle()
+        self._is_answering = True
+        self._begin_turn(answer.message, answer.said)
         try:
-            yield from answer.events(output)
+            yield from answer.steps(output)
         except Interrupted:
             pass
         finally:
-            self.pipe.maybe_free_model_hooks()
+            self._is_answering = False
+            self._read.forget_all_but(self._said.segment_lists())
         yield SessionEvent("done", reply=BagelReply(answer.content))
 
     def _settings(self, given: dict[str, Any], streams: bool) -> AnswerSettings:
@@ -182,12 +280,16 @@ class BagelSession:
         chosen = {"max_images": self.protocol.max_images} | dict(self.protocol.settings)
         chosen |= {name: value for name, value in given.items() if value is not None}
         drawing = {name: chosen.pop(name) for name in _DRAWING if name in chosen}
+        stop_strings = chosen.pop("stop_strings", None)
         if unknown := chosen.keys() - AnswerSettings.__dataclass_fields__.keys() | chosen.keys() & {
             "streams",
             "drawing",
         }:
-            raise TypeError(f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`.")
-        for name in ("think", "do_sample"):
+            raise TypeError(
+                f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`; what else `generate` "
+                "does is a `logits_processor` or one of `stopping_criteria`."
+            )
+        for name in ("think", "do_sample", "sanitize_control_tokens"):
             check_flag(name, chosen.get(name, False))
         for name in ("max_new_tokens", "max_images", "preview_every"):
             if chosen.get(name) is not None:
@@ -204,38 +306,85 @@ class BagelSession:
             drawing.get("sigmas"),
             attention_kwargs=drawing.get("attention_kwargs"),
             vae_sample_mode=drawing.get("vae_sample_mode", "sample"),
+            output_type="latent" if self.pipe.vae is None else "pil",
             temperature=chosen.get("temperature", 0.3),
         )
+        if not isinstance(chosen.get("generator"), (torch.Generator, type(None))):
+            raise TypeError(f"`generator` must be a `torch.Generator`, got {shown(chosen['generator'])}.")
+        if drawing.get("sigmas") is not None:
+            drawing["sigmas"] = [float(sigma) for sigma in drawing["sigmas"]]
         if chosen.get("latents") is not None:
-            chosen["latents"] = list(chosen["latents"])
-        chosen["logits_processor"] = LogitsProcessorList(chosen.get("logits_processor") or [])
+            if isinstance(chosen["latents"], torch.Tensor) and chosen["latents"].ndim == 2:
+                chosen["latents"] = [chosen["latents"]]
+            is_iterable = isinstance(chosen["latents"], (list, tuple, torch.Tensor))
+            chosen["latents"] = list(chosen["latents"]) if is_iterable else [None]
+            if not all(isinstance(noise, torch.Tensor) for noise in chosen["latents"]):
+                raise TypeError(f"`latents` must hold a tensor for each picture, got {shown(given['latents'])}.")
+        chosen["logits_processor"] = LogitsProcessorList(_functions("logits_processor", chosen))
+        chosen["stopping_criteria"] = StoppingCriteriaList(_functions("stopping_criteria", chosen))
+        if stop_strings is not None:
+            chosen["stopping_criteria"].append(_stop_at(stop_strings, self.pipe.processor.tokenizer))
+        if (streamer := chosen.get("streamer")) is not None:
+            if not is_streamer(streamer):
+                raise TypeError(
+                    f"`streamer` must have methods `put` and `end`, as a `TextStreamer`, got {shown(streamer)}."
+                )
+            chosen["streamer"] = AnswerStreamer(streamer)
         return AnswerSettings(**chosen, streams=streams, drawing=drawing)
 
-    def _check_length(self, said: Conversation, max_new_tokens: int) -> None:
-        limit = self.pipe.transformer.config.text_config.max_position_embeddings
-        used = sum(segment.num_positions for segment in said.drawn_from.full)
-        if used + max_new_tokens + 1 > limit:
-            raise ValueError(
-                f"The conversation would take {used} rope positions and `max_new_tokens` {max_new_tokens}, but the model "
-                f"knows {limit}. Ask for fewer tokens, or go `back()`."
+    def _check_idle(self) -> None:
+        if self._is_answering:
+            raise RuntimeError(
+                "The session is answering. Take its answer to the end, or close the iterator, or go on with a `fork()`."
             )
+
+    def _begin_turn(self, message: dict[str, Any], said: Conversation) -> None:
+        """What the user said."""
+        with self._changing:
+            self._turns.append((len(self.messages), self._said))
+            self.messages.append(message)
+            self._said = said
 
     def _remember(self, part: dict[str, Any], said: Conversation) -> None:
         """A whole part of an answer."""
-        if self.messages[-1]["role"] != "assistant":
-            self.messages.append({"role": "assistant", "content": []})
-        self.messages[-1]["content"].append(part)
-        self._said = said
+        with self._changing:
+            if self.messages[-1]["role"] != "assistant":
+                self.messages.append({"role": "assistant", "content": []})
+            self.messages[-1]["content"].append(part)
+            self._said = said
 
     def _reader(self, attention_kwargs: dict[str, Any] | None) -> ContextReader:
         pipe = self.pipe
-        return ContextReader(pipe.transformer, pipe.processor, pipe._execution_device, attention_kwargs)
+        if self._device is None or self._read.is_empty:
+            # Contexts stay where they were read. To find the device, the pipeline goes through all modules.
+            self._device = pipe._execution_device
+        return ContextReader(pipe.transformer, pipe.processor, self._device, attention_kwargs)
+
+
+def _functions(name: str, given: dict[str, Any]) -> list[Callable]:
+    """A list of functions of ids and scores."""
+    functions = given.get(name) or []
+    if not isinstance(functions, (list, tuple)) or not all(map(callable, functions)):
+        raise TypeError(f"`{name}` must be a list of functions of ids and scores, got {shown(functions)}.")
+    return list(functions)
+
+
+def _stop_at(strings: Any, tokenizer: Any) -> StopStringCriteria:
+    """What cuts off a text behind one of these words."""
+    strings = [strings] if isinstance(strings, str) else strings
+    if not (
+        isinstance(strings, (list, tuple)) and strings and all(isinstance(item, str) and item for item in strings)
+    ):
+        raise TypeError(f"`stop_strings` must be a text or a list of texts, got {shown(strings)}.")
+    return StopStringCriteria(tokenizer, list(strings))
 
 
 def _parts(content: Any) -> list[Any]:
     """The parts of a message, from texts, images and parts."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
+    if content is None or isinstance(content, (bytes, int, float)):
+        raise TypeError(f"`content` must be a text, an image, or a list of them, got {shown(content)}.")
     if not isinstance(content, (list, tuple)):
         content = [content]
     parts = []

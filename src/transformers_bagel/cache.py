@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,13 @@ class GrowingLayer(DynamicLayer):
         self._filled = tuple(buffer[:, :, :stop] for buffer in self._buffers)
         self.keys, self.values = self._filled
         return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See [`DynamicLayer.crop`]. What comes next is written over what is left out."""
+        owns_buffers = self._owns_buffers()
+        super().crop(tokens_to_remove)
+        if owns_buffers:
+            self._filled = (self.keys, self.values)
 
     def _owns_buffers(self) -> bool:
         # Whatever else rebinds the tensors (beam search, cropping, offloading) does not know of the buffers.
@@ -94,6 +102,28 @@ def fork_cache(cache: DynamicCache) -> DynamicCache:
     return fork
 
 
+def level_cache(cache: DynamicCache, length: int | None = None) -> None:
+    """Cut all layers to one length, by default that of the shortest: a forward may have written into the first alone."""
+    if length is None:
+        length = min(states.shape[-2] for layer in cache.layers for states in (layer.keys, layer.values))
+    for layer in cache.layers:
+        if not layer.keys.shape[-2] == layer.values.shape[-2] == length:
+            # What comes next is not written into the spare space behind, which others may have seen filled.
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+@contextmanager
+def kept_whole(cache: DynamicCache | None) -> Iterator[None]:
+    """Whatever breaks off what is done with a cache, all of its layers hold the tokens that they held before."""
+    length = 0 if cache is None else cache.get_seq_length()
+    try:
+        yield
+    except BaseException:
+        if cache is not None:
+            level_cache(cache, length)
+        raise
+
+
 def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache | None:
     """
     One cache of the samples of several, padded on the left with zeros, that grows on its own.
@@ -135,6 +165,23 @@ def split_cache(cache: DynamicCache, starts: Sequence[int], lengths: Sequence[in
             layer.values = layer.values[index : index + 1, :, start : start + length]
         samples.append(own)
     return samples
+
+
+def copy_cache(cache: DynamicCache) -> DynamicCache:
+    """The same cache with tensors of its own, which hold nothing but its tokens."""
+    copied = fork_cache(cache)
+    for layer in copied.layers:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return copied
+
+
+def extend_cache(cache: DynamicCache, more: DynamicCache) -> DynamicCache:
+    """A cache of the tokens of one, and then those of another."""
+    extended = fork_cache(cache)
+    for layer, own in zip(extended.layers, more.layers, strict=True):
+        layer.keys = torch.cat([layer.keys, own.keys], dim=-2)
+        layer.values = torch.cat([layer.values, own.values], dim=-2)
+    return extended
 
 
 @dataclass

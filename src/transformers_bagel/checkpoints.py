@@ -89,7 +89,7 @@ def _parsed(text: str, file: str | os.PathLike) -> Any:
         if plain == text:
             raise
         content = json.loads(plain, parse_constant=_refuse_constant)
-    logger.warning(
+    logger.warning_once(
         f"'{file}' is no JSON: it was read without comments, commas at an end, or a byte order mark. Correct it."
     )
     return content

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, BatchFeature, ProcessorM
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from .checkpoints import check_folder, read_json
 from .configuration_bagel import BagelConfig
@@ -25,6 +26,7 @@ from .fine_tunes import image_settings
 from .image_processing_bagel import BagelImageProcessor, BagelImageProcessorKwargs, check_rgb, image_from_array
 from .loading import InstalledCodeMixin, check_stated_ids
 from .original_config import is_original_config
+from .responses import RESPONSE_TEMPLATE, with_pictures, without_end
 from .segments import (
     CHAT_TEMPLATE,
     GENERATION_THINK_PROMPT,
@@ -268,6 +270,31 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         except (TemplateError, OverflowError) as error:
             raise ValueError(f"The chat template cannot be used: {error}.") from error
 
+    def parse_response(
+        self, response: Any, schema: dict | None = None, *, prefix: Any = "", tools: list | None = None
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """
+        Like [`ProcessorMixin.parse_response`], for answers with pictures, too.
+
+        Args:
+            response (`str`, token ids, or a list or tensor of them): What was generated, without the prompt.
+            schema (`dict`, *optional*): A response template, by default the tokenizer's.
+            prefix (*optional*): The prompt, where it begins the answer: BAGEL's template never does.
+            tools (`list`, *optional*): As there.
+
+        Returns:
+            `dict`, or a list of them for a batch: `role`; `reasoning_content`, what stands between `<think>` and `</think>`
+            or, if it was cut off, behind `<think>`; and `content`, the words, or, where there are placeholders of pictures, a
+            list of parts in order.
+
+        Raises:
+            TypeError: if `response` is neither text nor token ids.
+        """
+        if not isinstance(response, (str, list, tuple)) and not hasattr(response, "tolist"):
+            raise TypeError(f"`response` must be a text, token ids, or a list of them, got {shown(response)}.")
+        parsed = super().parse_response(response, schema, prefix=prefix, tools=tools)
+        return with_pictures(parsed) if isinstance(parsed, dict) else [with_pictures(message) for message in parsed]
+
     def encode_segments(self, segments: Sequence[Segment], **image_settings: Any) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`]; whatever the chat template is."""
         return encode_segments(self, segments, **image_settings)
@@ -309,6 +336,16 @@ class BagelProcessor(InstalledCodeMixin, ProcessorMixin):
         return super().post_process_multimodal_output(
             generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
         )
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> str | list[str]:
+        """
+        Like the parent's, without what ends a text and pads a batch: pipelines decode with special tokens where there is a
+        response template, and not everybody who asks them has the text parsed.
+        """
+        texts = super().post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
+        return without_end(texts) if isinstance(texts, str) else [without_end(text) for text in texts]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -366,6 +403,12 @@ def _bagel_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
         tokenizer.add_tokens(absent, special_tokens=True)
     # What talks to the tokenizer alone finds the template there.
     tokenizer.chat_template = CHAT_TEMPLATE
+    if getattr(tokenizer, "response_template", None) is None:
+        tokenizer.response_template = RESPONSE_TEMPLATE
+    try:
+        load_response_template(tokenizer.response_template)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"`response_template` of the tokenizer cannot be used: {error}") from error
     tokenizer.padding_side = "left"
     tokenizer.eos_token = SPECIAL_TOKENS["eos_token_id"]
     tokenizer.pad_token = SPECIAL_TOKENS["pad_token_id"]

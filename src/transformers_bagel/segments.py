@@ -8,11 +8,13 @@ Source: original behaviour, points 1-3, 8, 14-16, 31 and 33.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from .errors import shown
 from .image_processing_bagel import open_image, to_rgb
@@ -32,6 +34,7 @@ SPECIAL_TOKENS = {
     "latent_token_id": "<|vision_pad|>",
 }
 START, END = SPECIAL_TOKENS["bos_token_id"], SPECIAL_TOKENS["eos_token_id"]
+END_OF_TEXT = SPECIAL_TOKENS["pad_token_id"]
 VISION_START, VISION_END = SPECIAL_TOKENS["vision_start_token_id"], SPECIAL_TOKENS["vision_end_token_id"]
 IMAGE_PLACEHOLDER, LATENT_PLACEHOLDER = SPECIAL_TOKENS["image_token_id"], SPECIAL_TOKENS["latent_token_id"]
 
@@ -60,6 +63,8 @@ TEXT_TYPES = ("text", "input_text", "output_text")
 IMAGE_TYPES = ("image", "image_url", "input_image")
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 SEGMENT_TYPES = ("text", "vit_image", "vae_image")
+# Behind which parts of an answer it is learned what follows, see [`sample_segments`].
+NEXT_ACTIONS = ("text", "all", "none")
 
 
 # `chat_segments` as a template. A segment has no role and no newline (points 1-3); what the assistant says is marked as
@@ -98,12 +103,16 @@ class Segment:
         content (`Any`): The text, or the image as [`~image_processing_bagel.to_rgb`] takes it.
         loss (`bool`): Whether it is learned: a text token by token, latents from noise. Otherwise it is a condition.
         dropout (`bool`): Whether it may be dropped, so that the model learns to draw without it, as guidance needs.
+        then (`str`, *optional*): What its last token learns to predict: the `"next"` segment, or the `"end"` of the answer.
+        sanitize_control_tokens (`bool`): Whether special tokens in a text are words like others.
     """
 
     type: str
     content: Any
     loss: bool = False
     dropout: bool = False
+    then: str | None = None
+    sanitize_control_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,12 +183,8 @@ def encode_segments(
             continue
         key = id(segment.content)
         if key not in features:
-            source = segment.content
-            if isinstance(source, Mapping):
-                # `datasets` hands out an image that it did not decode as a mapping.
-                source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
             features[key] = processor.image_processor(
-                to_rgb(source),
+                read_image(segment.content),
                 return_vae_pixel_values=True,
                 return_image_grid_thw=False,
                 return_tensors="pt",
@@ -189,9 +194,20 @@ def encode_segments(
     return encoded
 
 
+def read_image(source: Any) -> Image.Image:
+    """A new RGB image from what [`~image_processing_bagel.to_rgb`] takes, or from what `datasets` did not decode."""
+    if isinstance(source, Mapping):
+        source = source.get("path") if source.get("bytes") is None else open_image(source["bytes"])
+    return to_rgb(source)
+
+
 def _encode_text(processor: BagelProcessor, segment: Segment) -> EncodedSegment:
     text = segment.content
     _check_unicode(text)
+    if segment.sanitize_control_tokens:
+        words = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        start, end = processor.tokenizer.convert_tokens_to_ids([START, END])
+        return EncodedSegment(segment, torch.tensor([start, *words, end]))
     if IMAGE_PLACEHOLDER in text or LATENT_PLACEHOLDER in text:
         raise ValueError(
             f"A text holds {IMAGE_PLACEHOLDER} or {LATENT_PLACEHOLDER}, which stand for images: {shown(text)}."
@@ -324,7 +340,7 @@ def _check_unicode(text: str) -> None:
         raise ValueError(f"A text holds half a character, which is no Unicode ({error}): {shown(text)}.") from error
 
 
-def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
+def sample_segments(sample: Mapping[str, Any], next_action: str = "text") -> list[Segment]:
     """
     Segments of a training sample.
 
@@ -337,7 +353,13 @@ def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
             image that is followed by anything is given back clean. If the assistant draws, every condition is given
             as latents and as ViT tokens; else the ViT tokens suffice. Image parts may leave out the image: a column
             `images` then holds them in order. A part may override what follows from its place: `loss`, `dropout`, and
-            for an image `vae` and `vit`, whether it conditions as latents and as ViT tokens.
+            for an image `vae` and `vit`, whether it conditions as latents and as ViT tokens; `next_action`, whether its
+            last token learns what follows: a text, a picture, or the end of the answer.
+        next_action (`str`, *optional*, defaults to `"text"`):
+            Where that is learned in conversations: behind each `"text"` of an answer that has pictures, too, as
+            Bagel-Zebra-CoT and BAGEL-Canvas learn it; behind `"all"` parts of every answer and before its first one, so that
+            the model also decides what it begins with (a picture that ends a sample is not given back, so that nothing is
+            learned behind it unless it has `next_action`); or nowhere (`"none"`), as BAGEL itself.
 
     Raises:
         TypeError, ValueError: if the sample is malformed, or has no target.
@@ -347,8 +369,11 @@ def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
     given = [name for name in ("messages", "segments") if sample.get(name) is not None]
     if len(given) != 1:
         raise ValueError(f"A sample must have either `messages` or `segments`, got the keys {sorted(sample)}.")
-    segments = _from_messages(sample) if given == ["messages"] else _from_spelled_out(sample["segments"])
-    if not any(segment.loss for segment in segments):
+    if given == ["messages"]:
+        segments = _from_messages(sample, next_action)
+    else:
+        segments = _from_spelled_out(sample["segments"])
+    if not any(segment.loss or segment.then for segment in segments):
         raise ValueError(
             "The sample has no target: no text or image of the assistant, and no part with `loss`. There is nothing "
             "to learn from it."
@@ -364,7 +389,7 @@ def sample_segments(sample: Mapping[str, Any]) -> list[Segment]:
 def _from_spelled_out(parts: Any) -> list[Segment]:
     if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
         raise TypeError(f"`segments` must be a list of dicts, got {shown(parts)}.")
-    segments = []
+    segments: list[Segment] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in SEGMENT_TYPES:
@@ -375,37 +400,60 @@ def _from_spelled_out(parts: Any) -> list[Segment]:
             raise ValueError(f"`segments` holds a {kind} without its {key}: {shown(part)}.")
         if kind == "vit_image" and part.get("loss"):
             raise ValueError("`segments` holds a vit_image with `loss`: only texts and latents are learned.")
-        segments.append(Segment(kind, content, bool(part.get("loss")), part.get("dropout")))
+        if part.get("next_action") and kind == "vae_image" and part.get("loss"):
+            raise ValueError("`segments` holds noised latents with `next_action`: nothing behind them sees them.")
+        then = None if not part.get("next_action") else "next" if len(segments) + 1 < len(parts) else "end"
+        segments.append(Segment(kind, content, bool(part.get("loss")), part.get("dropout"), then))
     return segments
 
 
-def _from_messages(sample: Mapping[str, Any]) -> list[Segment]:
+def _from_messages(sample: Mapping[str, Any], next_action: str) -> list[Segment]:
     messages = _with_images(sample["messages"], sample.get("images"))
     check_conversation(messages, "messages")
     if not all(isinstance(message, Mapping) for message in messages):
         raise TypeError("`messages` of a sample must be one conversation, a list of messages, got a list of lists.")
-    parts = [
-        (part, _choice(part.get("loss"), message["role"] == "assistant"))
-        for message in messages
-        for part in content_parts(message)
-    ]
+    said = [(message["role"] == "assistant", part) for message in messages for part in content_parts(message)]
+    parts = [(part, _choice(part.get("loss"), is_answer)) for is_answer, part in said]
     draws = any(loss and part["type"] != "text" for part, loss in parts)
+    thens = _what_follows([(is_answer, *part) for (is_answer, _), part in zip(said, parts, strict=True)], next_action)
     segments: list[Segment] = []
-    for index, (part, loss) in enumerate(parts):
+    for index, ((part, loss), then) in enumerate(zip(parts, thens, strict=True)):
         dropout = part.get("dropout")
         if part["type"] == "text":
-            segments.append(Segment("text", part["text"], loss, dropout))
+            segments.append(Segment("text", part["text"], loss, dropout, then))
             continue
-        image = part["image"]
+        image, start = part["image"], len(segments) + loss
         if loss:
             segments.append(Segment("vae_image", image, loss, dropout))
-            if index == len(parts) - 1:
+            if index == len(parts) - 1 and not part.get("next_action"):
                 continue
         if _choice(part.get("vae"), draws):
             segments.append(Segment("vae_image", image, False, dropout))
         if _choice(part.get("vit"), True):
             segments.append(Segment("vit_image", image, False, dropout))
+        if then is not None and len(segments) > start:
+            # The last thing that is seen of an image is what predicts what follows it.
+            segments[-1] = replace(segments[-1], then=then)
     return segments
+
+
+def _what_follows(parts: Sequence[tuple[bool, Any, bool]], next_action: str) -> list[str | None]:
+    """`then` of each part, from whether the assistant says it, the part, and whether it is learned."""
+    thens: list[str | None] = []
+    for is_answer, turn in itertools.groupby(parts, key=lambda part: part[0]):
+        own = list(turn)
+        is_followed = len(thens) + len(own) < len(parts) and not is_answer
+        has_both = {part["type"] == "text" for _, part, loss in own if is_answer and loss} == {True, False}
+        for index, (_, part, loss) in enumerate(own):
+            is_last = index + 1 == len(own)
+            is_decided = {
+                "none": False,
+                "text": has_both and loss and part["type"] == "text",
+                "all": is_answer or (is_last and is_followed),
+            }[next_action]
+            then = "end" if is_last and not is_followed else "next"
+            thens.append(then if _choice(part.get("next_action"), is_decided) else None)
+    return thens
 
 
 def _with_images(messages: Any, images: Any) -> Any:

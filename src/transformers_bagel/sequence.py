@@ -116,16 +116,17 @@ def patch_grid_ids(grid_hw: torch.Tensor, side: int, interpolate: bool = False) 
     Raises:
         ValueError: if a grid is larger than the table and is not interpolated.
     """
-    ids = [torch.empty(0, dtype=torch.long)]
-    for rows, columns in grid_hw.tolist():
+    grids = [tuple(grid) for grid in grid_hw.tolist()]
+    ids_of = {}
+    for rows, columns in set(grids):
         if max(rows, columns) > side and not interpolate:
             raise ValueError(
                 f"An image of {rows} x {columns} patches (height x width) is larger than the position table of "
                 f"{side} x {side}. Make the image smaller."
             )
         row, column = _axis_ids(rows, side, interpolate), _axis_ids(columns, side, interpolate)
-        ids.append((row[:, None] * side + column).flatten())
-    return torch.cat(ids).to(grid_hw.device)
+        ids_of[rows, columns] = (row[:, None] * side + column).flatten()
+    return torch.cat([torch.empty(0, dtype=torch.long), *map(ids_of.get, grids)]).to(grid_hw.device)
 
 
 def _axis_ids(count: int, side: int, interpolate: bool) -> torch.Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,12 +52,21 @@ class BagelVisionAttention(nn.Module):
             kwargs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
             attn_output, attn_weights = attention(self, query, key, value, None, **kwargs)
         else:
-            images = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-            outputs = [attention(self, image[0], image[1], image[2], None, **kwargs) for image in images]
-            attn_output = torch.cat([output for output, _ in outputs], dim=1)
+            # Neighbours of one size are a batch.
+            counts = [(length, len(list(images))) for length, images in itertools.groupby(lengths)]
+            sizes = [length * count for length, count in counts]
+            outputs: list[torch.Tensor] = []
+            maps: list[torch.Tensor | None] = []
+            for (length, count), *states in zip(
+                counts, *(part[0].split(sizes, dim=1) for part in (query, key, value)), strict=True
+            ):
+                batch = [part.unflatten(1, (count, length)).transpose(0, 1) for part in states]
+                output, weights = attention(self, batch[0], batch[1], batch[2], None, **kwargs)
+                outputs.append(output.flatten(0, 1))
+                maps += [None] * count if weights is None else weights.split(1)
+            attn_output = torch.cat(outputs).unsqueeze(0)
             # One map an image, since they differ in size.
-            maps = tuple(weights for _, weights in outputs)
-            attn_weights = maps[0] if maps[0] is None or len(maps) == 1 else maps
+            attn_weights = maps[0] if maps[0] is None or len(maps) == 1 else tuple(maps)
         return self.out_proj(attn_output[0]), attn_weights
 
 

@@ -177,6 +177,19 @@ def test_weights_on_the_disk_draw_the_same_picture_and_leave_nothing_behind(layo
     assert not list((tmp_path / "home").iterdir())
 
 
+def test_weights_on_the_disk_answer_the_same(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fitting, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fitting, "RESIDENT", 300_000)
+    monkeypatch.setattr("transformers_bagel.loading._stays_in_files", lambda *args: False)
+    answers = []
+    for options in (["--low-memory"], ["--dtype", "bfloat16"]):
+        arguments = ["ask", *picture(tmp_path), "what?", "--model", saved, "--max-new-tokens", "4", *options]
+        assert main(arguments) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+    assert not list((tmp_path / "home").iterdir())
+
+
 def test_a_full_disk_is_told_before_anything_is_loaded(memory, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fitting, "HF_HOME", str(tmp_path))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 10}))

@@ -13,7 +13,7 @@ from convert_hf_to_bagel import convert_back
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from diffusers_bagel import BagelPipeline
 from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, run_snippets, turn
@@ -140,6 +140,12 @@ def test_generation_stops_at_the_right_tokens(repository):
     tokenizer = AutoProcessor.from_pretrained(repository).tokenizer
     ids = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     assert [settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] == ids
+
+
+def test_the_repository_says_how_thoughts_are_told_from_words(repository):
+    tokenizer = AutoTokenizer.from_pretrained(repository)
+    said = tokenizer.parse_response("<think>I count.</think>two<|im_end|>", prefix="")
+    assert said == {"role": "assistant", "reasoning_content": "I count.", "content": "two"}
 
 
 def test_the_first_original_layout_without_a_config_json_gets_all_keys(tmp_path, repository):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sources import opened
 from streaming import pieces
 
+from diffusers_bagel import BagelPipeline, BagelSession
 from tests.conftest import CHECKPOINT
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.stored_tensors import stored_tensors
@@ -536,11 +537,12 @@ def test_a_repository_without_position_tables_gets_them_when_it_is_loaded(source
     assert (loaded.model.vit_pos_embed.pos_embed - table).abs().max() <= 1e-6
 
 
-def test_a_known_fine_tune_keeps_the_sizes_of_its_images(source, tmp_path):
+def test_a_known_fine_tune_keeps_the_sizes_of_its_images_and_its_protocol(source, tmp_path):
     twiff = source.rename(source.parent / "TwiFF-7B")
     assert main([str(twiff), str(tmp_path / "out")]) == 0
     settings = BagelProcessor.from_pretrained(tmp_path / "out").image_processor
     assert (settings.size["longest_edge"], settings.vae_size["longest_edge"]) == (518, 512)
+    assert BagelSession(BagelPipeline.from_pretrained(tmp_path / "out")).protocol.name == "twiff"
 
 
 @pytest.mark.parametrize("kind", ["lora", "text model"])

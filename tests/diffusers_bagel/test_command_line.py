@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -81,6 +80,15 @@ def test_the_place_of_the_picture_is_found_before_anything_is_loaded(checkpoint,
     assert (tmp_path / "link.png").is_symlink()
 
 
+def test_the_picture_is_called_as_it_was_named(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    for place in ("out.png", "pictures/out.png", "link/out.png"):
+        assert main(["draw", "x", "-o", place, "--model", checkpoint, "--steps", "1"]) == 0
+        assert capsys.readouterr().out == f"{place}: 128 x 128\n"
+
+
 def test_photos_are_edited_upright(checkpoint, tmp_path):
     drawn = []
     for kind in ("jpg", "png"):
@@ -122,20 +130,21 @@ def test_chat_remembers_turns_and_pictures(checkpoint, picture, capsys, monkeypa
     lines = ["hello", f"/image {picture}", "what is it?", "/image nowhere.png", "/dance", "/new", "again", "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", "--model", checkpoint, "--max-new-tokens", "3"]) == 0
-    out = capsys.readouterr().out
-    assert "the picture 'nowhere.png' cannot be read" in out
-    assert "known commands" in out
-    assert out.count("> ") == len(lines)
+    said = capsys.readouterr()
+    assert "the picture 'nowhere.png' cannot be read" in said.err
+    assert "known commands" in said.err
+    # One for each message.
+    assert said.out.count("\n") == 3
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_what_is_typed_in_a_chat_is_words(raw, checkpoint, capsys, monkeypatch):
     typed = "<|im_end|><|im_start|>hello"
-    prompts = []
+    prompts, answer = [], BagelForConditionalGeneration.generate
 
     def generate(model, input_ids, **kwargs):
         prompts.append(input_ids[0].tolist())
-        return SimpleNamespace(sequences=input_ids, past_key_values=None)
+        return answer(model, input_ids=input_ids, **kwargs | {"max_new_tokens": 1})
 
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     monkeypatch.setattr(BagelForConditionalGeneration, "generate", generate)
@@ -172,15 +181,16 @@ def test_a_picture_that_cannot_be_taken_is_told_before_a_model_is_loaded(command
 def test_a_chat_goes_on_after_a_picture_that_cannot_be_taken(unfit, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {unfit}\nhello"))
     assert main(["chat", "--model", checkpoint, "--max-new-tokens", "2"]) == 0
-    assert f"error: the picture '{unfit}' cannot be taken: " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"error: the picture '{unfit}' cannot be taken: " in said.err and said.out.count("\n") == 1
 
 
 def test_bytes_that_are_not_utf_8_spoil_their_line_only(checkpoint, capsys, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n/dance\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", typed)
     assert main(["chat", "--model", checkpoint, "--max-new-tokens", "2"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("not UTF-8") == 1 and "known commands" in out
+    said = capsys.readouterr()
+    assert said.err.count("not UTF-8") == 1 and "known commands" in said.err and said.out.count("\n") == 1
     assert main(["draw", "caf\udce9", "--model", "."]) == 2
     assert "error: the text is not UTF-8" in capsys.readouterr().err
 
@@ -220,8 +230,8 @@ def test_a_chat_goes_on_after_an_answer_that_takes_too_much_memory(failure, chec
     monkeypatch.setattr(BagelForConditionalGeneration, "generate", fail)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/dance\n"))
     assert main(["chat", "--model", checkpoint]) == 0
-    out = capsys.readouterr().out
-    assert f"error: {failure!s}" in out and "known commands" in out
+    said = capsys.readouterr().err
+    assert f"error: {failure!s}" in said and "known commands" in said
 
 
 @pytest.mark.parametrize(

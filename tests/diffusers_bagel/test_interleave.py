@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_bagel import BagelPipeline, answering
+from diffusers_bagel import BagelPipeline, work
 from diffusers_bagel.contexts import ContextReader
 from diffusers_bagel.protocols import PROTOCOLS
 from diffusers_bagel.session import BagelSession
@@ -95,7 +95,7 @@ def test_case(name, case, pipe, monkeypatch):
     pipe.scheduler.set_shift(call.get("timestep_shift", 3.0))
 
     seen: dict[str, list] = {"reads": [], "draws": [], "latents": []}
-    write_on, denoiser, decode = ContextReader.write_on, answering.Denoiser, pipe.decode_latents
+    write_on, denoiser, decode = ContextReader.write_on, work.Denoiser, pipe.decode_latents
 
     def watched_write(reader, context, text_settings):
         script.next_text()
@@ -115,7 +115,7 @@ def test_case(name, case, pipe, monkeypatch):
         return (arrays[event["pixels"]].numpy()[None] + 0.5) / 255
 
     monkeypatch.setattr(ContextReader, "write_on", watched_write)
-    monkeypatch.setattr(answering, "Denoiser", watched_denoiser)
+    monkeypatch.setattr(work, "Denoiser", watched_denoiser)
     monkeypatch.setattr(pipe, "decode_latents", watched_decode)
 
     script = Script(generated)

@@ -34,7 +34,8 @@ def test_matrices_of_layers_are_for_muon():
     assert split_parameters(model, ("3",))[0] == []
 
 
-def test_each_part_does_what_torch_does_alone():
+def test_each_part_does_what_torch_does_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     together, alone = small_model(), small_model()
     optimizer = MuonWithAdamW(*split_parameters(together), lr=0.01, weight_decay=0.1)
     matrices, others = split_parameters(alone)
@@ -46,6 +47,25 @@ def test_each_part_does_what_torch_does_alone():
         for part in (optimizer, muon, adamw):
             part.step()
     assert_same(together.state_dict(), alone.state_dict())
+
+
+def test_updates_are_made_orthogonal_in_float32_where_bfloat16_is_slow(monkeypatch):
+    """Up to the rounding of bfloat16 they are the same."""
+    updates = {}
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        torch.manual_seed(0)
+        matrix = nn.Parameter(torch.zeros(24, 16))
+        optimizer = MuonWithAdamW([matrix], [], lr=1.0)
+        for _ in range(2):
+            matrix.grad = torch.randn(24, 16)
+            given = matrix.grad.clone()
+            optimizer.step()
+            assert torch.equal(matrix.grad, given)
+        updates[capability] = matrix.detach().clone()
+    difference = (updates["AVX2"] - updates["AVX512"]).norm() / updates["AVX512"].norm()
+    assert 0 < difference < 0.02
+    assert not torch.equal(updates["AVX2"], updates["AVX2"].bfloat16().float())
 
 
 def test_a_convolution_is_a_matrix():

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from judge import draw_cases, edit_cases, is_drawn, seen
 from PIL import Image
 from reader import read
-from strip import composed, panels
+from strip import CONVERSATIONS, composed, conversation_panels, panels
 from transformers import AutoTokenizer
 from world import UNSEEN_PAIRS, Scene, is_held_out, render
 
@@ -144,6 +144,14 @@ def test_the_strip_shows_every_task(shapes_pipe):
     strip = panels(shapes_pipe)
     assert {panel.title for panel in strip} == {"draw", "edit", "ask", "think"}
     assert composed(strip).width > 4 * composed(strip[:1]).width - 100
+
+
+def test_conversations_as_a_strip(shapes_pipe):
+    """Each picture of the answers has a panel, with what was said before it."""
+    strip = conversation_panels(shapes_pipe)
+    assert [panel.above for panel in strip if panel.above] == [text for texts in CONVERSATIONS for text in texts]
+    assert [bool(panel.below) for panel in strip] == [True, True, True, False, False, True]
+    assert strip[-1].below == "green"
 
 
 def test_both_libraries_load_the_one_copy(shapes_pipe):

@@ -93,9 +93,11 @@ def test_the_command_makes_a_repository_that_both_libraries_load(tmp_path, monke
     monkeypatch.setattr(train.multiprocessing, "get_context", lambda method: CONTEXT)
     monkeypatch.setattr(train.subprocess, "run", run_in_forks)
     monkeypatch.setattr(train, "new_model", shallow_model)
-    steps = {"vae": 2, "vit": 2, "understanding": 1, "joint": 3}
-    command = ["--output_dir", str(tmp_path / "run"), "--joint_decay_steps", "1"]
-    command += ["--understanding_samples", "100", "--joint_samples", "40"]
+    steps = {"vae": 2, "vit": 2, "understanding": 1, "joint": 3, "deciding": 3, "thinking": 3, "refining": 3}
+    samples = {"understanding": 100, "joint": 40, "deciding": 6, "thinking": 6, "refining": 6}
+    command = ["--output_dir", str(tmp_path / "run"), "--joint_decay_steps", "1", "--deciding_decay_steps", "1"]
+    for name, count in samples.items():
+        command += [f"--{name}_samples", str(count)]
     for name, count in steps.items():
         command += [f"--{name}_steps", str(count)]
     main(command)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 
 import language
 import numpy as np
 import pytest
 from evaluate import judge_error
-from judge import ask_cases, described_share, draw_cases, edit_cases, is_edited, riddle_cases, seen
+from judge import (
+    StepsCase,
+    are_steps,
+    ask_cases,
+    decide_cases,
+    described_share,
+    draw_cases,
+    edit_cases,
+    is_edited,
+    riddle_cases,
+    seen,
+)
 from PIL import Image
 from reader import read
-from tasks import JOINT, MAKERS, UNDERSTANDING, sample
+from tasks import DECIDING, JOINT, MAKERS, UNDERSTANDING, sample
 from world import CELLS, COLOURS, SHAPES, SIZES, UNSEEN_PAIRS, Scene, Thing, is_held_out, random_scene, render
 
 from transformers_bagel.segments import sample_segments
@@ -176,12 +188,20 @@ def test_answers_follow_from_the_scene():
     expected = {
         "count": {"how many things are there?": "three", "how many squares are there?": "one"},
         "exists": {"is there a red cross?": "yes", "is there a blue circle?": "no"},
-        "relation": {
+        "bare_relation": {
             "is the red circle left of the blue square?": (
                 "the red circle is at the top left and the blue square is in the middle so yes"
             ),
             "is the red cross above the blue square?": (
                 "the red cross is at the bottom right and the blue square is in the middle so no"
+            ),
+        },
+        "relation": {
+            "is the red circle left of the blue square?": (
+                "the red circle is at the top left and the blue square is in the middle so it is left of it and the answer is yes"
+            ),
+            "is the red cross above the blue square?": (
+                "the red cross is at the bottom right and the blue square is in the middle so it is below it and the answer is no"
             ),
         },
         "position": {"where is the blue square?": "in the middle"},
@@ -226,3 +246,59 @@ def test_all_of_the_world_is_named():
     assert language.THINGS_OF_COLOUR.keys() == COLOURS.keys()
     assert language.HINTS_OF_SHAPE.keys() == set(SHAPES)
     assert len(SIZES) == 3
+
+
+@pytest.mark.parametrize("task", DECIDING)
+def test_what_the_last_stage_learns_is_no_test_picture(task):
+    """No picture of a training sample, drawn, seen or on the way to another, shows what is asked about in the tests."""
+    for index in range(40):
+        for message in MAKERS[task](random.Random(f"{task} {index}")):
+            for part in message["content"]:
+                if part["type"] == "image":
+                    assert not is_held_out(read(part["image"]))
+
+
+def test_steps_grow_to_the_whole():
+    steps = language.steps(SCENE)
+    assert steps[-1][1] == SCENE
+    assert [len(scene.things) for _, scene in steps] == list(range(1, len(SCENE.things) + 1))
+    wishes = tuple(
+        replace(language.wish_for(SCENE), things=language.wish_for(SCENE).things[:count])
+        for count in range(1, len(steps) + 1)
+    )
+    case = StepsCase("show the steps", wishes)
+    pictures = [render(scene) for _, scene in steps]
+    assert are_steps(pictures, case)
+    assert not are_steps(pictures[:-1], case)
+    assert not are_steps([*pictures[:-1], pictures[0]], case)
+    moved = replace(steps[0][1].things[0], cell=(steps[0][1].things[0].cell + 1) % 9)
+    assert not are_steps([render(Scene(SCENE.background, (moved,))), *pictures[1:]], case)
+
+
+def test_a_relation_is_named_before_the_verdict():
+    first, second = SCENE.things[:2]
+    generator, answers = random.Random(0), {}
+    for _ in range(300):
+        asked, answer = language.question(generator, SCENE, "relation")
+        answers[asked] = answer
+    for asked, answer in answers.items():
+        words = re.fullmatch(r"is the (\w+ \w+) (left of|right of|above|below) the (\w+ \w+)\?", asked)
+        things = {f"{thing.colour} {thing.shape}": thing for thing in SCENE.things}
+        holds = language.RELATIONS[words[2]](things[words[1]], things[words[3]])
+        reason, verdict = re.search(r" so it is (.+) it and the answer is (yes|no)$", answer).groups()
+        assert verdict == ("yes" if holds else "no")
+        assert (reason == words[2]) is holds
+        if not holds and not reason.startswith("neither"):
+            assert language.RELATIONS[reason](things[words[1]], things[words[3]])
+
+
+def test_requests_and_what_answers_them():
+    cases = decide_cases(60)
+    assert {case.kinds for case in cases} == {
+        ("image",),
+        ("image", "text"),
+        ("text",),
+        ("text", "image") * 2,
+        ("text", "image") * 3,
+    }
+    assert all(is_held_out(case.scene) for case in cases if case.scene is not None)

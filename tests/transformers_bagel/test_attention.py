@@ -340,3 +340,23 @@ def test_a_cache_is_not_written_twice_under_checkpointing():
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache)
     assert cache.get_seq_length() == 3
+
+
+def test_images_of_one_size_are_seen_together(model):
+    """Neighbours of one size share a call a layer; their features, and the maps, are those of each alone."""
+    tower = model.model.vision_tower
+    grids = [[2, 3], [2, 3], [3, 2], [4, 4], [2, 3]]
+    pixels = torch.randn(
+        sum(rows * columns for rows, columns in grids), tower.patch_dim, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        with counted_sdpa() as calls:
+            together = tower(pixels, grids).last_hidden_state
+        start, alone = 0, []
+        for rows, columns in grids:
+            own = pixels[start : start + rows * columns]
+            alone.append(tower(own, [[rows, columns]]).last_hidden_state)
+            start += rows * columns
+    # Three of six patches, one of sixteen, one of six.
+    assert calls[0] == 3 * tower.config.num_hidden_layers
+    assert max_error(together, torch.cat(alone)) < 1e-5

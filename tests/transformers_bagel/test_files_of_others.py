@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.conftest import CHECKPOINT, load_model, max_error
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
-from transformers_bagel.fine_tunes import image_settings
+from transformers_bagel.fine_tunes import fine_tune_of, image_settings
 from transformers_bagel.weights import find_weights
 
 
@@ -290,7 +290,7 @@ NOT_QUITE_JSON = {
 
 @pytest.mark.parametrize("file", ["config.json", "llm_config.json"])
 @pytest.mark.parametrize("kind", NOT_QUITE_JSON)
-def test_settings_that_are_not_quite_json_are_read_with_a_warning(kind, file, repository, caplog, model):
+def test_settings_that_are_not_quite_json_are_read_with_one_warning(kind, file, repository, caplog, model):
     folder = repository({"ema.safetensors": WEIGHTS})
     if file == "llm_config.json":
         (folder / "config.json").unlink()
@@ -299,7 +299,7 @@ def test_settings_that_are_not_quite_json_are_read_with_a_warning(kind, file, re
     with caplog.at_level(logging.WARNING):
         loaded = BagelForConditionalGeneration.from_pretrained(folder)
         BagelProcessor.from_pretrained(folder)
-    assert f"{file}' is no JSON" in caplog.text
+    assert caplog.text.count(f"{file}' is no JSON") == 1
     assert loaded.config.text_config.to_dict() == model.config.text_config.to_dict()
     if file == "config.json":
         assert torch.equal(logits(loaded), logits(model))
@@ -317,6 +317,7 @@ def test_slashes_hashes_and_commas_in_texts_of_settings_stay(tmp_path):
 KNOWN = {
     "multimodal-reasoning-lab/Bagel-Zebra-CoT": ((980, 512), (1024, 512)),
     "org/SoT-7B": ((980, 512), (1024, 512)),
+    "org/Shape-of-Thought": ((980, 512), (1024, 512)),
     "org/BAGEL-Canvas": ((980, 512), (1024, 512)),
     "org/TwiFF-7B": ((518, 224), (512, 256)),
     "org/COOPER_RL": ((518, 224), (1024, 512)),
@@ -343,6 +344,12 @@ def test_images_of_known_fine_tunes_have_the_sizes_of_their_training(name, tmp_p
     is_usual = KNOWN[name] == ((980, 224), (1024, 512))
     assert ("is applied" in caplog.text) != is_usual
     assert bool(image_settings(name)) != is_usual
+
+
+@pytest.mark.parametrize("place", ["models--org--TwiFF-7B/snapshots/0a1b2c", "TwiFF-7B/transformer"])
+def test_a_fine_tune_is_known_in_the_folders_of_the_libraries(place, tmp_path):
+    assert fine_tune_of(tmp_path / place) is fine_tune_of("org/TwiFF-7B") is not None
+    assert fine_tune_of(tmp_path / "TwiFF-7B" / "another") is None
 
 
 def test_a_known_fine_tune_of_weights_alone_has_its_own_sizes_and_the_rest_of_its_base(tmp_path):

@@ -23,10 +23,27 @@ from ..errors import shown
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
 from ..scalars import plain_numbers
-from ..segments import IGNORED_LABEL, TEXT_TOKEN, EncodedSegment, Segment, sample_segments
+from ..segments import (
+    END_OF_TEXT,
+    IGNORED_LABEL,
+    NEXT_ACTIONS,
+    TEXT_TOKEN,
+    EncodedSegment,
+    Segment,
+    sample_segments,
+)
 from ..sequence import SequenceLayout, lay_out
 from .latents import LatentEncoder, WorkerDeviceError
-from .samples import EncodedSample, LatentBlock, LatentImage, SkippedSample, fill_rows, mixed_seed
+from .samples import (
+    EncodedSample,
+    LatentBlock,
+    LatentImage,
+    SkippedSample,
+    fill_rows,
+    mixed_seed,
+    with_next_actions,
+    without_next_action,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +52,7 @@ CHOICES = {
     "vae_sample_mode": tuple(VAE_SAMPLE_MODES),
     "timestep_law": ("logit_normal", "uniform"),
     "on_error": ("raise", "skip"),
+    "next_action": NEXT_ACTIONS,
 }
 
 
@@ -76,6 +94,8 @@ class BagelDataCollator:
             Rope positions that the model knows (`max_position_embeddings`): a sample that takes more cannot be used.
         return_layout (`bool`, *optional*, defaults to `False`):
             Whether batches have a `layout`, with which a training step reads nothing back from the device.
+        next_action (`str`, *optional*, defaults to `"text"`):
+            Where it is learned what follows a part of a conversation, see [`sample_segments`].
 
     Attributes:
         skipped (`list[SkippedSample]`):
@@ -112,6 +132,7 @@ class BagelDataCollator:
     on_error: str = "raise"
     return_layout: bool = False
     max_positions: int | None = None
+    next_action: str = "text"
 
     def __post_init__(self) -> None:
         vars(self).update(plain_numbers(vars(self)))
@@ -254,16 +275,23 @@ class BagelDataCollator:
         blocks: list[LatentBlock] = []
         whole_length = empty_positions = dropped_positions = 0
         rates = {"text": self.text_dropout, "vit_image": self.vit_dropout, "vae_image": self.vae_dropout}
-        for encoded in self.processor.encode_segments(sample_segments(sample)):
+        is_asked, ends = True, False
+        for encoded in self.processor.encode_segments(sample_segments(sample, self.next_action)):
             segment = encoded.segment
             copies = self.noised_copies if segment.type == "vae_image" and segment.loss else 1
             whole_length += copies * len(encoded)
+            ends = segment.then is not None
             is_dropped = torch.rand((), generator=generator) < rates[segment.type]
             if segment.dropout and is_dropped:
                 # A dropped image still takes its position, a dropped text does not (original behaviour, point 33).
                 empty_positions += segment.type != "text"
                 dropped_positions += len(encoded) if segment.type == "text" else 0
+                # What follows cannot be told from what is missing: the text that asked for it, or what stands before it.
+                is_asked &= segment.type != "text"
+                segments[-1:] = map(without_next_action, segments[-1:])
                 continue
+            if not is_asked:
+                encoded = without_next_action(encoded)
             # Noised blocks do not advance the positions, so all copies stand where the image is drawn.
             segments += [encoded] * copies
             skipped += [empty_positions, *[0] * (copies - 1)]
@@ -271,10 +299,13 @@ class BagelDataCollator:
             if segment.type == "vae_image":
                 blocks += [self._latent_block(encoded, images, generator) for _ in range(copies)]
         seen: list[Any] = [encoded for encoded in segments if encoded.segment.type == "vit_image"]
-        sequence = lay_out(segments, skipped)
+        end = EncodedSegment(Segment("text", END_OF_TEXT), torch.tensor([self.processor.tokenizer.pad_token_id]))
+        if segments and segments[-1].segment.then:
+            segments, skipped = [*segments, end], [*skipped, 0]
+        sequence = with_next_actions(lay_out(segments, skipped), segments, end)
         return EncodedSample(
             **vars(sequence),
-            whole_length=whole_length,
+            whole_length=whole_length + ends,
             whole_positions=int(sequence.position_ids.max()) + 1 + dropped_positions,
             patches=[encoded.pixels for encoded in seen],
             patch_grids=[encoded.grid for encoded in seen],

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 
+from ..segments import EncodedSegment
 from ..sequence import EncodedSequence
 
 
@@ -77,6 +79,23 @@ class SkippedSample:
 
     name: str
     reason: str
+
+
+def without_next_action(encoded: EncodedSegment) -> EncodedSegment:
+    """The segment, from which it is not learned what follows it."""
+    return replace(encoded, segment=replace(encoded.segment, then=None))
+
+
+def with_next_actions(
+    sequence: EncodedSequence, segments: Sequence[EncodedSegment], end: EncodedSegment
+) -> EncodedSequence:
+    """The sequence of some segments, whose labels also say what follows those with `then`: the next one, or the end."""
+    labels, start = sequence.labels.clone(), 0
+    for before, following in pairwise(segments):
+        start += len(before)
+        if before.segment.then is not None:
+            labels[start] = (following if before.segment.then == "next" else end).token_ids[0]
+    return replace(sequence, labels=labels)
 
 
 def mixed_seed(*numbers: int) -> int:

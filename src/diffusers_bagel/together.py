@@ -1,0 +1,163 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""Several sessions that answer at once: what all of them ask the model for is done together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from transformers_bagel.errors import shown
+
+from .answering import SessionEvent, Steps
+from .session import BagelReply, BagelSession
+from .streamers import ended
+from .work import Drawing, Reading, Work, Writing
+
+
+# Pieces of the first kind are done first, so that sessions which need them first come to the next kind with the others.
+_ORDER = (Reading, Writing, Drawing)
+
+
+@torch.no_grad()
+def send_all(
+    turns: Sequence[tuple[BagelSession, Any]], output: str | Sequence[str] = "auto", **settings: Any
+) -> list[BagelReply]:
+    """
+    Say something to each of several sessions, and get all answers, each the one that its session would give alone.
+
+    The texts of all are written in one batch, and their pictures drawn in one loop.
+
+    Args:
+        turns (`Sequence[tuple[BagelSession, Any]]`): Sessions of one pipeline, and what is said to each.
+        output (`str` or `Sequence[str]`, *optional*, defaults to `"auto"`): Of all, or one for each.
+        settings:
+            As of [`BagelSession.send`], of all. `generator`, `latents` and `logits_processor` may be a list of what each
+            session would take alone.
+
+    Returns:
+        `list[BagelReply]`: In the order of the sessions.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot work, before anything is said.
+        Exception:
+            the first error of a session's answer, after the others have answered. What was whole stays in each session.
+    """
+    with ended(settings.get("streamer")):
+        return _sent(list(turns), output, settings)
+
+
+def _sent(
+    turns: list[tuple[BagelSession, Any]], output: str | Sequence[str], settings: dict[str, Any]
+) -> list[BagelReply]:
+    _check_turns(turns)
+    sessions = [session for session, _ in turns]
+    outputs = _of_each("output", output, len(turns), isinstance(output, str))
+    own = _settings_of_each(settings, len(turns))
+    answers = [
+        session._heard(content, chosen, False, given)
+        for (session, content), chosen, given in zip(turns, outputs, own, strict=True)
+    ]
+    running = [
+        _Running(session._steps(answer, chosen))
+        for session, answer, chosen in zip(sessions, answers, outputs, strict=True)
+    ]
+    try:
+        for each in running:
+            each.go_on(None)
+        while waiting := [(each, each.work) for each in running if each.work is not None]:
+            kind = min((type(work) for _, work in waiting), key=_ORDER.index)
+            of_kind = [(each, work) for each, work in waiting if type(work) is kind]
+            group = [(each, work) for each, work in of_kind if of_kind[0][1].goes_with(work)]
+            for (each, _), result in zip(group, _results([work for _, work in group]), strict=True):
+                each.go_on(result)
+    finally:
+        for each in running:
+            each.steps.close()
+        sessions[0].pipe.maybe_free_model_hooks()
+    for index, each in enumerate(running):
+        if each.error is not None:
+            each.error.add_note(f"The answer of session {index} of `turns`.")
+            raise each.error
+    return [each.reply for each in running]
+
+
+class _Running:
+    """An answer in the making.
+
+    Attributes:
+        work (`Work`, *optional*): What it waits for.
+        reply (`BagelReply`, *optional*), error (`Exception`, *optional*): How it ended.
+    """
+
+    def __init__(self, steps: Steps[None]):
+        self.steps = steps
+        self.work: Work | None = None
+        self.reply: Any = None
+        self.error: Exception | None = None
+
+    def go_on(self, result: Any) -> None:
+        """Go on with what was waited for, or with the error that it ended in, up to the next piece of work."""
+        self.work = None
+        try:
+            step = self.steps.throw(result) if isinstance(result, Exception) else self.steps.send(result)
+            while isinstance(step, SessionEvent):
+                self.reply = step.reply
+                step = next(self.steps)
+            self.work = step
+        except StopIteration:
+            pass
+        except Exception as error:  # Raised when the others have ended.
+            self.error = error
+
+
+def _results(works: Sequence[Any]) -> list[Any]:
+    """Of works of one kind, in each place the result or the error."""
+    try:
+        return type(works[0]).together(works)
+    except Exception as error:
+        if len(works) == 1 or isinstance(works[0], Writing):
+            return [error] * len(works)
+    # One by one, so that the error is of the one whose it is. Not texts, which may have used up their logits processors.
+    return [_results([work])[0] for work in works]
+
+
+def _check_turns(turns: Sequence[Any]) -> None:
+    for turn in turns:
+        if not isinstance(turn, (tuple, list)) or len(turn) != 2 or not isinstance(turn[0], BagelSession):
+            raise TypeError(f"`turns` must be pairs of a `BagelSession` and what is said to it, got {shown(turn)}.")
+    if not turns:
+        raise ValueError("`turns` is empty. Pass a session and what is said to it, at least once.")
+    sessions = [session for session, _ in turns]
+    if len({id(session) for session in sessions}) < len(sessions):
+        raise ValueError("`turns` has a session twice, but it can answer one thing at a time. Pass a `fork()` of it.")
+    if any(session.pipe is not sessions[0].pipe for session in sessions):
+        raise ValueError(
+            "`turns` has sessions of several pipelines, which cannot compute together. Call `send_all` for each pipeline."
+        )
+
+
+def _settings_of_each(settings: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The settings of each session alone."""
+    for name in ("preview_every", "streamer"):
+        if settings.get(name) is not None:
+            raise ValueError(f"`{name}`: `send_all` gives out whole answers only. Leave it out, or use `stream`.")
+    given = dict(settings)
+    own = {}
+    for name in ("generator", "latents", "logits_processor"):
+        if (value := given.pop(name, None)) is not None:
+            is_of_all = isinstance(value, torch.Generator)
+            if name == "logits_processor":
+                is_of_all = not any(item is None or isinstance(item, (list, tuple)) for item in value)
+            own[name] = _of_each(name, value, count, is_of_all)
+    return [given | {name: values[index] for name, values in own.items()} for index in range(count)]
+
+
+def _of_each(name: str, value: Any, count: int, is_of_all: bool) -> list[Any]:
+    if is_of_all:
+        return [value] * count
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        given = len(value) if isinstance(value, (list, tuple)) else shown(value)
+        raise ValueError(f"`{name}` must hold one value for each of {count} sessions, got {given}.")
+    return list(value)
