@@ -17,7 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Of which something is imported where it is asked for.
-EXTRAS = ("peft", "quantization")
+EXTRAS = ("peft", "quantization", "serve", "demo")
 REQUIREMENTS = {
     canonicalize_name(item.name): item
     for item in map(
