@@ -395,6 +395,7 @@ class ContextReader:
                 attention_mask=mask,
                 past_key_values=cache,
                 return_dict_in_generate=True,
+                residual_dtype=self.adapters.residual_dtype,
                 **settings,
             )
         return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values

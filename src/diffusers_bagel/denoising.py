@@ -161,7 +161,9 @@ class Denoiser:
             velocities |= self._compute(latents, device_sigma, [computed[place] for place in chunk])
         if predicted and self.states is not None:
             features = [self.states[branch].predict() for branch in predicted]
-            outputs = self.transformer(latent_hidden_states=torch.cat(features))
+            outputs = self.transformer(
+                latent_hidden_states=torch.cat(features), residual_dtype=self.adapters.residual_dtype
+            )
             velocities |= dict(zip(predicted, outputs.velocity.split([len(item) for item in features]), strict=True))
 
         velocity = torch.zeros_like(latents)

@@ -128,7 +128,7 @@ def _images(vit_shortest: int, resize_before_vit: bool, max_pixels: int = 14 * 1
 def _answers(steps: int) -> dict[str, Any]:
     """Of the publisher's understanding benchmarks, which differ in the longest answer."""
     images = _images(378, False, 2_007_040)
-    return _TEXT | {"max_new_tokens": steps - 1, "images_kwargs": images}
+    return _TEXT | {"max_new_tokens": steps - 1, "images_kwargs": images, "residual_dtype": "float32"}
 
 
 # Whatever the published code does by itself: texts go by nothing but the temperature.
@@ -148,13 +148,15 @@ _DEMO = _TEXT | {
 # In the demo the task decides on these, as it does in the pipeline without a preset.
 _TEXT_TO_IMAGE = {"image_guidance_scale": 1.0, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"}
 _EDITING = {"image_guidance_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
-# The benchmarks' scripts resize the original once, sample plans, and show them to the context without images, too.
+# The benchmarks' scripts resize the original once, sample plans, and show them to the context without images, too. Their weights
+# are float32 and their layers compute in bfloat16, so that what goes from layer to layer is float32.
 _BENCHMARK = _DEMO | {
     "do_sample": True,
     "max_think_tokens": 2048,
     "plan_in_no_image": True,
     "size_like": "first",
     "images_kwargs": _images(378, False),
+    "residual_dtype": "float32",
 }
 _EDITING_BENCHMARK = _BENCHMARK | _EDITING | {"image_guidance_scale": 1.5}
 _PUBLISHED = "github.com/ByteDance-Seed/Bagel, "
@@ -189,7 +191,7 @@ PRESETS = {
         "image",
         "DPG-Bench as RecA runs it for BAGEL, whose publisher does not; its prompts begin with 'Generate an image: '.",
         "github.com/HorizonWind2004/reconstruction-alignment, BAGEL/scripts/eval/run_dpg.sh, eval/gen/gen_images_dpg.py",
-        _BENCHMARK | _TEXT_TO_IMAGE | {"guidance_scale": 3.0, "cfg_interval": (0.0, 1.0)},
+        _DEMO | _TEXT_TO_IMAGE | {"guidance_scale": 3.0, "cfg_interval": (0.0, 1.0)},
     ),
     "gedit": Preset(
         "image",

@@ -21,7 +21,7 @@ from transformers_bagel.segments import check_conversation
 from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent, Steps
 from .contexts import BagelContext, ContextReader
 from .conversation import Conversation
-from .inputs import check_flag, check_guidance, check_whole_number
+from .inputs import check_flag, check_guidance, check_whole_number, with_residual_dtype
 from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
@@ -35,7 +35,7 @@ OUTPUTS = ("auto", "text", "image", "interleaved")
 _DRAWING = (
     *("height", "width", "num_inference_steps", "sigmas", "guidance_scale", "image_guidance_scale", "cfg_interval"),
     *("cfg_renorm_type", "cfg_renorm_min", "vae_sample_mode", "attention_kwargs", "timestep_shift", "size_like"),
-    *("plan_in_no_image", "empty_no_text"),
+    *("plan_in_no_image", "empty_no_text", "residual_dtype"),
 )
 
 
@@ -333,6 +333,8 @@ class BagelSession:
         )
         if not isinstance(chosen.get("generator"), (torch.Generator, type(None))):
             raise TypeError(f"`generator` must be a `torch.Generator`, got {shown(chosen['generator'])}.")
+        if told := with_residual_dtype(drawing.get("attention_kwargs"), drawing.pop("residual_dtype", None)):
+            drawing["attention_kwargs"] = told
         if drawing.get("sigmas") is not None:
             drawing["sigmas"] = [float(sigma) for sigma in drawing["sigmas"]]
         if chosen.get("latents") is not None:
