@@ -223,7 +223,9 @@ def with_residual_dtype(attention_kwargs: dict[str, Any] | None, dtype: Any) -> 
     if dtype is None:
         return attention_kwargs
     if dtype not in ("float32", torch.float32):
-        raise ValueError(f'`residual_dtype` must be "float32", or `None` for the type of the weights, got {shown(dtype)}.')
+        raise ValueError(
+            f'`residual_dtype` must be "float32", or `None` for the type of the weights, got {shown(dtype)}.'
+        )
     return (attention_kwargs or {}) | {"residual_dtype": torch.float32}
 
 
