@@ -18,6 +18,7 @@ from transformers_bagel.image_processing_bagel import resized_size, to_rgb
 from transformers_bagel.segments import END, START, THINK_PROMPTS, VISION_END, VISION_START, EncodedSegment, Segment
 
 from .contexts import BagelContext, ContextReader
+from .denoising import Denoiser
 from .guidance import BagelGuidance
 from .inputs import (
     MAX_STEPS,
@@ -27,7 +28,6 @@ from .inputs import (
     check_timestep_shift,
     check_whole_number,
 )
-from .work import Drawing
 
 
 logger = logging.get_logger(__name__)
@@ -223,10 +223,13 @@ class InterleaveInferencer:
             pipe.disable_taylorseer()
         height, width = image_shape
         grid = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-        settings = {"num_inference_steps": num_timesteps - 1, "timestep_shift": timestep_shift}
-        noise = pipe.prepare_latents([grid], [None])
-        (latents,) = Drawing.together([Drawing(pipe, contexts, grid, guidance, noise, settings, lambda: False)])
-        return self.decode_image(latents, image_shape)
+        denoiser = Denoiser(pipe.transformer, [contexts], [grid], [guidance], pipe._taylorseer)
+        noise, call = pipe.prepare_latents([grid], [None]), pipe._new_call(cfg_text_scale, None, timestep_shift)
+        loop = pipe._prepare_loop(call, denoiser, noise, num_timesteps - 1, None)
+        with pipe.progress_bar(total=len(loop)) as progress_bar:
+            for _ in loop:
+                progress_bar.update()
+        return self.decode_image(loop.latents, image_shape)
 
     @torch.no_grad()
     def decode_image(self, latent: torch.Tensor, image_shape: Sequence[int]) -> Image.Image:
