@@ -44,7 +44,7 @@ def forbid(token: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 def texts(engine: Engine, clients: int, each: int, tokens: int) -> float:
     """Tokens in a second of clients, each of which asks again when it has its answer."""
     end = engine.pipe.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    settings = {"output": "text", "max_new_tokens": tokens, "logits_processor": [forbid(end)]}
+    settings: dict[str, Any] = {"output": "text", "max_new_tokens": tokens, "logits_processor": [forbid(end)]}
 
     def ask(_: int) -> None:
         for _ in range(each):
@@ -105,20 +105,26 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     pipe = BagelPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(
+            f"| {row['what']} | {row['floor']:.1f} {row['unit']} | {row['this']:.1f} | {row['ratio']:.2f} |",
+            flush=True,
+        )
+
     print("| what | beside it | this | ratio |\n|---|---|---|---|")
     with Engine(pipe) as engine:
         one = lambda: texts(engine, 1, 4, args.tokens)  # noqa: E731
         for clients in args.clients:
             many = lambda clients=clients: texts(engine, clients, 2, args.tokens)  # noqa: E731
-            rows.append(compared(f"{clients} clients beside one", "tokens/s", one, many, args.repeats))
+            add(compared(f"{clients} clients beside one", "tokens/s", one, many, args.repeats))
         for count in args.drawings:
             whole = lambda count=count: batch(pipe, count, args.steps)  # noqa: E731
             apart = lambda count=count: drawings(engine, count, args.steps)  # noqa: E731
             what = f"{count} drawings beside a batch of the pipeline"
-            rows.append(compared(what, "pictures/s", whole, apart, args.repeats))
-    for row in rows:
-        print(f"| {row['what']} | {row['floor']:.1f} {row['unit']} | {row['this']:.1f} | {row['ratio']:.2f} |")
+            add(compared(what, "pictures/s", whole, apart, args.repeats))
     if args.json:
         args.json.write_text(json.dumps(machine(args.threads) | {"rows": rows}, indent=2) + "\n")
 
