@@ -199,7 +199,9 @@ class Generation:
             if part["type"] == "text":
                 length += len(processor.tokenizer(part["text"], add_special_tokens=False)["input_ids"])
             else:
-                length += processor.image_processor.get_number_of_image_patches(part["image"].height, part["image"].width)
+                length += processor.image_processor.get_number_of_image_patches(
+                    part["image"].height, part["image"].width
+                )
         if length > self.settings.max_context_tokens:
             raise ApiError(
                 f"The conversation has {length} tokens, and at most {self.settings.max_context_tokens} are read.",
@@ -221,11 +223,13 @@ class Answers:
     def __init__(self, generation: Generation, asked: Asked, keys: Sequence[bytes], cached: int, seed: int):
         self.generation, self.asked, self.keys, self.cached, self.seed = generation, asked, keys, cached, seed
         self.choices: list[Choice] = []
+        self._is_cancelled = False
         self.created = int(time.time())
         self._began = time.monotonic()
 
     def cancel(self) -> None:
         """End what is not whole."""
+        self._is_cancelled = True
         for choice in self.choices:
             choice.answer.cancel()
 
@@ -311,6 +315,8 @@ class Answers:
                         counts["image"] += 1
                         choice.finish_reason = "stop"
                 part += event.is_whole
+        if self._is_cancelled:
+            raise ApiError("The client has gone.", status=499, code="cancelled")
         await asyncio.to_thread(self._end, choice, counts["text"], thought)
 
     async def _picture(self, event: SessionEvent) -> Piece:

@@ -184,9 +184,7 @@ class Answer:
         opening = protocol.system_prompt
         if self.settings.think:
             own = None if protocol.think_prompt is None and protocol.system_prompt else THINK_PROMPTS
-            opening = protocol.think_prompt or (
-                opening if own is None else own["image" if draws else "text"]
-            )
+            opening = protocol.think_prompt or (opening if own is None else own["image" if draws else "text"])
         # Once said, it holds.
         said = [segment.segment.content for segment in self.said.drawn_from.full if segment.grid is None]
         if opening is not None and opening not in said:

@@ -139,9 +139,13 @@ def kept_bytes(session: BagelSession) -> int:
     tensors = list(session._read.tensors())
     images = {id(said): said for turn in session._said.turns for said in turn if isinstance(said, SaidImage)}
     for said in images.values():
-        tensors += [tensor for each in (said.vae, said.vit) for tensor in (each.pixels, each.latents) if tensor is not None]
+        tensors += [
+            tensor for each in (said.vae, said.vit) for tensor in (each.pixels, each.latents) if tensor is not None
+        ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    pictures = (part["image"] for message in session.messages for part in message["content"] if part["type"] == "image")
+    pictures = (
+        part["image"] for message in session.messages for part in message["content"] if part["type"] == "image"
+    )
     return sum(storages.values()) + sum(3 * image.width * image.height for image in pictures)
 
 
