@@ -179,8 +179,10 @@ def tokens_of_turn(session: BagelSession, output: str) -> TurnTokens:
     own = {id(said.segment) for said in last[answered:] if isinstance(said, SaidText)}
     own |= {id(segment) for said in images for segment in (said.vae, said.vit)}
     prompt = [segment for segment in segments if id(segment) not in own]
+    sizes = [said.vae.segment.content.size for said in images]
     return TurnTokens(
         sum(map(len, prompt)),
         sum(len(segment) for segment in prompt if segment.grid is not None),
-        sum(len(said.vae) - 2 for said in images),
+        # As it was drawn; read back, it may have another size.
+        sum(size[0] * size[1] // session.pipe.vae_scale_factor**2 for size in sizes),
     )
