@@ -105,5 +105,5 @@ def session_of(pipe: BagelPipeline, *messages: dict[str, Any]) -> BagelSession: 
     """A session that took over messages as a server does."""
     session = BagelSession(pipe)
     if messages:
-        session.recall(messages, sanitize_control_tokens=True, vae_sample_mode="argmax")
+        session.recall(messages, sanitize_control_tokens=True)
     return session
