@@ -66,9 +66,9 @@ def client(url) -> openai.OpenAI:
 @pytest.fixture(scope="session")
 def shapes() -> BagelPipeline:
     """A model that was trained, see docs/shapes.md."""
-    pipe = BagelPipeline.from_pretrained(SHAPES)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    trained = BagelPipeline.from_pretrained(SHAPES)
+    trained.set_progress_bar_config(disable=True)
+    return trained
 
 
 def png(image: Image.Image) -> bytes:
