@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import openai
 import pytest
+import torch
 
+from bagel_cli import main
 from bagel_cli.arguments import parse
 from bagel_cli.files import CommandError
 from bagel_cli.serving import bound_socket, settings_of
 from bagel_server import ServerSettings
-from tests.processes import ROOT
+from tests.processes import CONTEXT
 
 from .conftest import SHAPES, client_of
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def process(folder: Path, *arguments: str) -> Iterator[tuple[BaseProcess, str]]:
     """A server, and its URL."""
-    command = [sys.executable, "-m", "diffusers_bagel", "serve", "--model", str(SHAPES), "--port", "0", *arguments]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    output = folder / "output"
+    server = CONTEXT.Process(target=become_server, args=(output, ["--model", str(SHAPES), "--port", "0", *arguments]))
+    server.start()
     try:
-        line = server.stdout.readline()
-        assert "http://127.0.0.1:" in line, server.stderr.read()
-        yield server, line.split()[-1].removesuffix("/v1")
+        while not (found := re.search(r"http://\S+(?=/v1\n)", output.read_text() if output.exists() else "")):
+            assert server.is_alive(), output.read_text()
+            time.sleep(0.05)
+        yield server, found[0]
     finally:
         server.kill()
-        server.wait()
-        server.stdout.close()
-        server.stderr.close()
+        server.join()
 
 
-def test_sigterm_finishes_what_runs_then_leaves():
-    with process("--name", "shapes", "--api-key", "key") as (server, url):
+def become_server(output: Path, arguments: list[str]) -> None:
+    """Go on as `bagel serve`, writing to a file."""
+    with open(output, "wb") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    gc.freeze()
+    torch.set_num_threads(1)
+    sys.exit(main(["serve", *arguments]))
+
+
+def test_sigterm_finishes_what_runs_then_leaves(tmp_path):
+    with process(tmp_path, "--name", "shapes", "--api-key", "key") as (server, url):
         client = client_of(url, api_key="key")
         assert client.models.list().data[0].id == "shapes"
         stream = client.images.generate(
             model="shapes", prompt="a red star on white", stream=True, extra_body={"num_inference_steps": 60}
         )
         events = [next(stream)]
-        server.send_signal(signal.SIGTERM)
+        os.kill(server.pid, signal.SIGTERM)
         deadline = time.monotonic() + 20
         with pytest.raises(openai.APIConnectionError):
             while time.monotonic() < deadline:
@@ -56,8 +70,9 @@ def test_sigterm_finishes_what_runs_then_leaves():
                 client_of(url, api_key="key").models.list()
         events += stream
         assert events[-1].type == "image_generation.completed"
-        assert server.wait(timeout=20) == 0
-        assert "Traceback" not in server.stderr.read()
+        server.join(20)
+        assert server.exitcode == 0
+        assert "Traceback" not in (tmp_path / "output").read_text()
 
 
 def test_settings_are_those_of_the_command_line():
