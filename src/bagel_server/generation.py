@@ -336,9 +336,7 @@ class Answers:
         choice.usage = Usage(tokens.prompt, tokens.prompt_images, cached, text_tokens, thoughts, tokens.drawn)
         self.generation.metrics.count(choice.usage)
         turn = Turn(asked.turns[-1].given, tuple(choice.content))
-        is_raw = self.generation.settings.raw_tokens
-        thinks = ("image" if asked.output == "image" else "text") if asked.settings.get("think") else None
-        if turn.answer and turn.thought == thinks and is_as_recalled(session, turn, not is_raw):
+        if turn.answer and is_as_recalled(session, turn, not self.generation.settings.raw_tokens):
             earlier = self.keys[-1] if self.keys else None
             self.generation.cache.keep(keys_of([*asked.turns[:-1], turn])[-1], session, earlier)
 
