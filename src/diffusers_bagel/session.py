@@ -25,6 +25,7 @@ from .inputs import check_flag, check_guidance, check_whole_number, with_residua
 from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
+from .recalling import recall, turns_of
 from .saved_sessions import read_description, restored, save_session, saved_protocol
 from .streamers import AnswerStreamer, ended, is_streamer
 from .work import at_once
@@ -182,6 +183,25 @@ class BagelSession:
             count, self._said = self._turns[-turns]
             del self.messages[count:], self._turns[-turns:]
         self._read.forget_all_but(self._said.segment_lists())
+
+    def recall(self, messages: Sequence[dict[str, Any]], sanitize_control_tokens: bool = False) -> None:
+        """
+        Take over messages of a conversation that was led elsewhere, behind what was said here.
+
+        The next answer is what it would be if they had been said and answered here. No model is asked before that.
+
+        Args:
+            messages (`Sequence[dict]`):
+                Of users and of the assistant. What others than the assistant say before an answer is one turn. Thoughts are
+                within the texts of an answer, between `<think>` and `</think>`.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `False`):
+                Whether special tokens in what was said are words like others.
+
+        Raises:
+            TypeError, ValueError: if they are no messages, or if the protocol does not take them.
+        """
+        self._check_idle()
+        recall(self, turns_of(messages), sanitize_control_tokens)
 
     def interrupt(self) -> None:
         """End the answer that is being made, from another thread or between two events: its last whole part stays."""
