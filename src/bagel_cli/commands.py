@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import diffusers
@@ -82,6 +82,19 @@ def chat(options: argparse.Namespace) -> None:
         except (OSError, *NOT_ANSWERED) as error:
             raise CommandError(sentence(error)) from error
         Chat(session, options).run()
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer requests by OpenAI's interfaces, until somebody ends the process."""
+    try:
+        from . import serving
+    except ImportError as error:
+        raise CommandError(
+            f"'bagel serve' needs the extra: pip install 'transformers-bagel[serve]' ({error})"
+        ) from error
+    settings = serving.settings_of(options)
+    with closing(serving.bound_socket(options)) as bound, _loaded(options) as pipe:
+        serving.serve(pipe, options, settings, bound)
 
 
 def info(options: argparse.Namespace) -> None:
