@@ -124,6 +124,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
     """
     body.check(settings)
     refuse(body, _UNSUPPORTED)
+    output = _output(body.modalities)
     if body.stream_options is not None and not body.stream:
         raise ApiError("`stream_options` is for `stream` alone.", "stream_options")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -143,7 +144,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
         chosen["preview_every"] = body.preview_every
     return Asked(
         Reader(settings).turns(body.messages),
-        body.output or _output(body.modalities),
+        body.output or output,
         chosen | ({"progress": True} if body.stream else {}),
         body.n or 1,
         body.seed,

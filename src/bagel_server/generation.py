@@ -161,13 +161,11 @@ class Generation:
     def _begin(self, asked: Asked) -> Answers:
         *earlier, last = asked.turns
         keys = keys_of(earlier)
-        known_settings = {name: value for name, value in asked.settings.items() if name != "progress"}
         session, known = self.cache.find(keys)
         if session is None:
             session = BagelSession(self.engine.pipe, self.settings.protocol)
         cached = count_tokens(session, asked.output)
-        # Drawn, latents would depend on whether the conversation was cached.
-        own = {"sanitize_control_tokens": not self.settings.raw_tokens, "vae_sample_mode": "argmax"}
+        own = {"sanitize_control_tokens": not self.settings.raw_tokens}
         if missing := earlier[known:]:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
         self._check_length(session, last)
@@ -183,7 +181,9 @@ class Generation:
                     self.settings.timeout,
                     generator=generator_of(seed, index),
                     **own,
-                    **known_settings,
+                    # Drawn, latents would depend on whether the conversation was cached.
+                    vae_sample_mode="argmax",
+                    **asked.settings,
                 )
                 answers.choices.append(Choice(index, seed + index, answer, fork))
         except Exception:
