@@ -86,7 +86,13 @@ def head_of(attack: Attack, authorized: bool = True) -> bytes:
 @pytest.fixture(scope="module")
 def target(pipe) -> Iterator[Target]:
     engine = Engine(pipe)
-    settings = {"api_key": KEY, "body_timeout": BODY_SECONDS, "max_body_bytes": MAX_BODY, "max_new_tokens": 16}
+    settings = {
+        "model": attacks.MODEL,
+        "api_key": KEY,
+        "body_timeout": BODY_SECONDS,
+        "max_body_bytes": MAX_BODY,
+        "max_new_tokens": 16,
+    }
     with served(engine, **settings, timeout=30.0, max_steps=4) as url:
         yield Target(engine, int(url.rpartition(":")[2]))
     engine.close(timeout=5)
