@@ -18,7 +18,7 @@ from PIL import Image
 from bagel_server import Engine, ServerSettings, create_app
 from diffusers_bagel import BagelPipeline, BagelSession
 from tests.conftest import golden_image
-from tests.diffusers_bagel.conftest import pipe  # noqa: F401  # a fixture
+from tests.diffusers_bagel.conftest import forwards, own_pipe, pipe  # noqa: F401  # fixtures
 from tests.processes import ROOT
 
 

@@ -44,7 +44,7 @@ def small(pipe):
 def test_a_full_queue_says_when_to_ask_again(small):
     with served(small) as url:
         client = client_of(url)
-        first = iter(long_picture(client, stream=True))
+        first = long_picture(client, stream=True)
         next(first)
         second = long_picture(client, stream=True)
         with pytest.raises(openai.RateLimitError) as raised:
@@ -64,7 +64,7 @@ def test_a_full_queue_says_when_to_ask_again(small):
 def test_a_closed_stream_frees_its_place_within_a_step(kind, small):
     with served(small) as url:
         client = client_of(url)
-        running = iter(long_picture(client, stream=True))
+        running = long_picture(client, stream=True)
         next(running)
         waiting = long_picture(client, stream=True)
         until(lambda: small.stats().waiting == 1)
@@ -129,7 +129,7 @@ def test_an_error_of_one_request_is_its_own(pipe, monkeypatch):
     engine = Engine(pipe)
     with served(engine) as url:
         client = client_of(url)
-        other = iter(long_picture(client, stream=True))
+        other = long_picture(client, stream=True)
         next(other)
 
         def broken(*args, **kwargs):
@@ -150,7 +150,7 @@ def test_an_error_of_one_request_is_its_own(pipe, monkeypatch):
 def test_requests_are_bounded_in_number(pipe):
     engine = Engine(pipe)
     with served(engine, max_requests=1) as url:
-        stream = iter(long_picture(client_of(url), stream=True))
+        stream = long_picture(client_of(url), stream=True)
         next(stream)
         with pytest.raises(openai.RateLimitError):
             client_of(url).models.list()
