@@ -36,8 +36,8 @@ async def read_json(request: Request, model: type[Model], settings: ServerSettin
     async for chunk in _bounded(request, settings):
         body += chunk
     try:
-        # Deeper than 200 levels is refused, too.
-        content = from_json(bytes(body), allow_inf_nan=False)
+        # Deeper than 200 levels is refused, too. NaN is refused by the field that has it.
+        content = from_json(bytes(body), allow_inf_nan=True)
     except ValueError as error:
         raise ApiError(f"The body is no JSON that is read here: {error}.", code="invalid_json") from error
     if not isinstance(content, dict):
