@@ -107,7 +107,7 @@ class Reader:
         role = message.get("role")
         if role not in ROLES or role == "tool":
             raise _wrong(f"{param}.role", "one of " + ", ".join(name for name in ROLES if name != "tool"))
-        if unknown := next((key for key in message if key not in (*_READ, *_UNREAD)), None):
+        if (unknown := next((key for key in message if key not in (*_READ, *_UNREAD)), None)) is not None:
             raise ApiError(
                 f"Unrecognized request argument supplied: {param}.{unknown[:64]}", f"{param}.{unknown[:64]}"
             )
