@@ -74,7 +74,7 @@ async def edit(request: Request) -> Response:
     fields, files = await read_form(request, generation.settings)
     if "mask" in fields or any(name == "mask" for name, _ in files):
         raise ApiError("`mask` is not supported: the model is told in words what to change.", "mask")
-    if unknown := next((name for name, _ in files if name not in ("image", "image[]")), None):
+    if (unknown := next((name for name, _ in files if name not in ("image", "image[]")), None)) is not None:
         raise ApiError(f"Unrecognized request argument supplied: {unknown[:64]}", unknown[:64])
     if not files:
         raise ApiError("`image` is missing: send at least one file.", "image")
