@@ -70,6 +70,11 @@ class _InMemory(MultiPartParser):
             max_part_size=max(4 * settings.max_characters, 2**16),
         )
         self.spool_max_size = settings.max_body_bytes
+        self.is_whole = False
+
+    def on_end(self) -> None:
+        super().on_end()
+        self.is_whole = True
 
 
 async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
@@ -81,9 +86,14 @@ async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[st
     """
     _check_type(request, "multipart/form-data")
     try:
-        form: FormData = await _InMemory(request, _bounded(request, settings), settings).parse()
+        parser = _InMemory(request, _bounded(request, settings), settings)
+        form: FormData = await parser.parse()
     except MultiPartException as error:
         raise ApiError(f"The form cannot be read: {error.message}", code="invalid_form") from error
+    if not parser.is_whole:
+        # What was cut off may have been a setting.
+        await form.close()
+        raise ApiError("The form ends before its last boundary.", code="invalid_form")
     fields: dict[str, str] = {}
     files: list[tuple[str, bytes]] = []
     try:
