@@ -98,8 +98,10 @@ class Reader:
             ApiError: naming the field of the first that cannot be read.
         """
         for part, source, param in self._images:
-            read = image_of if isinstance(source, bytes) else image_at
-            part["image"] = read(source, param, self.settings)  # type: ignore[operator]
+            if isinstance(source, bytes):
+                part["image"] = image_of(source, param, self.settings)
+            else:
+                part["image"] = image_at(source, param, self.settings)
 
     def _message(self, message: Any, param: str) -> dict[str, Any]:
         if not isinstance(message, dict):

@@ -176,7 +176,7 @@ async def _events(answers: Answers, body: PictureRequest, kind: str) -> AsyncGen
     last: dict[int, Piece] = {}
     async with aclosing(answers.pieces()) as pieces:
         async for choice, piece in pieces:
-            own = {"index": choice.index}
+            own: dict[str, Any] = {"index": choice.index}
             if piece.type == "preview":
                 event = {"type": f"{kind}.partial_image", "partial_image_index": partial[choice.index]}
                 partial[choice.index] += 1

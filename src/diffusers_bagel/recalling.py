@@ -65,7 +65,7 @@ def turns_of(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
 def recall(session: BagelSession, turns: Sequence[Turn], sanitize_control_tokens: bool) -> None:
     """Let a session take over turns. No model is asked; the next answer reads them."""
     for turn in turns:
-        answer = _answer(session, sanitize_control_tokens, think=turn.thought is not None)
+        answer = _answer(session, turn, sanitize_control_tokens)
         answer.listen({"role": "user", "content": list(turn.given)}, turn.thought == "image")
         session._begin_turn(answer.message, answer.said)
         for part, said in zip(turn.answer, _answered(answer, turn), strict=True):
@@ -76,7 +76,9 @@ def recall(session: BagelSession, turns: Sequence[Turn], sanitize_control_tokens
             answer._finish(**part)
 
 
-def _answer(session: BagelSession, sanitize_control_tokens: bool, think: bool = False) -> Answer:
+def _answer(session: BagelSession, turn: Turn, sanitize_control_tokens: bool) -> Answer:
+    # Some protocols always ask for thoughts.
+    think = None if turn.thought is None else True
     return Answer(session, session._settings({"sanitize_control_tokens": sanitize_control_tokens, "think": think}))
 
 
@@ -107,23 +109,22 @@ def is_as_recalled(session: BagelSession, turn: Turn, sanitize_control_tokens: b
     """
     Whether a session, in its last turn, said what it would recall of it: then it answers like one that has recalled it.
 
-    Not so is an answer that holds special tokens, or which a protocol has cleaned.
+    Not so is an answer that holds special tokens, one without the thoughts that it was asked for, or one that a protocol has
+    cleaned.
     """
-    answer = _answer(session, sanitize_control_tokens)
-    last = session._said.turns[-1]
-    first = next((place for place, said in enumerate(last) if _is_answer(said)), len(last))
-    recalled = list(_answered(answer, turn))
-    return len(last) - first == len(recalled) and all(
-        isinstance(said, SaidImage) if other is None else isinstance(said, SaidText) and _is_alike(said, other)
-        for said, other in zip(last[first:], recalled, strict=True)
-    )
+    answer = _answer(session, turn, sanitize_control_tokens)
+    _, answer.said = session._turns[-1]
+    texts = [part for part in turn.given if part["type"] == "text"]
+    answer.listen({"role": "user", "content": texts}, turn.thought == "image")
+    recalled = [*answer.said.turns[-1], *_answered(answer, turn)]
+    # Images are what they are.
+    said = [item for item in session._said.turns[-1] if isinstance(item, SaidText) or not item.is_given]
+    return len(said) == len(recalled) and all(map(_is_alike, said, recalled))
 
 
-def _is_answer(said: SaidText | SaidImage) -> bool:
-    return said.is_written if isinstance(said, SaidText) else not said.is_given
-
-
-def _is_alike(one: SaidText, other: SaidText) -> bool:
+def _is_alike(one: SaidText | SaidImage, other: SaidText | SaidImage | None) -> bool:
+    if not (isinstance(one, SaidText) and isinstance(other, SaidText)):
+        return isinstance(one, SaidImage) and other is None
     return (
         _have_same_tokens(one.segment, other.segment)
         and _have_same_tokens(one.untagged, other.untagged)
@@ -135,6 +136,10 @@ def _have_same_tokens(one: EncodedSegment | None, other: EncodedSegment | None) 
     if one is None or other is None:
         return one is other
     return torch.equal(one.token_ids, other.token_ids)
+
+
+def _is_answer(said: SaidText | SaidImage) -> bool:
+    return said.is_written if isinstance(said, SaidText) else not said.is_given
 
 
 def kept_bytes(session: BagelSession) -> int:
