@@ -65,6 +65,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides how a picture looks, but for its prompt."""
+    return {name: getattr(args, name) for name in ("model", "dtype", "size", "steps", "guidance_scale", "seed")}
+
+
 def plan(lines: Sequence[str], seed: int) -> list[Task]:
     """
     A task for each prompt. Its seed follows from the words, and from how often the same words came before.
@@ -135,7 +140,9 @@ class Dataset:
         """One manifest of all shards, in the order of the prompts."""
         shards = range(len(self.shards))
         rows = (
-            row | {"file": f"shards/{number:05}/{row['file']}"} for number in shards for row in rows_of(self.place(number))
+            row | {"file": f"shards/{number:05}/{row['file']}"}
+            for number in shards
+            for row in rows_of(self.place(number))
         )
         return write_whole(self.folder / MANIFEST, as_lines(rows))
 
@@ -182,7 +189,9 @@ def draw_shard(pipe: BagelPipeline, tasks: Sequence[Task], place: Path, settings
         ).images[0]
         image.save(partial / task.file)
         content = (partial / task.file).read_bytes()
-        rows.append(asdict(task) | {"file": task.file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+        rows.append(
+            asdict(task) | {"file": task.file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        )
     (partial / MANIFEST).write_text(as_lines(rows), encoding="utf-8")
     try:
         partial.rename(place)
@@ -200,7 +209,9 @@ class Drawer:
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe = BagelPipeline.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"])).to(device)
+        self.pipe = BagelPipeline.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"])).to(
+            device
+        )
         self.pipe.set_progress_bar_config(disable=True)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +230,10 @@ def draw(dataset: Dataset, left: Sequence[int], settings: dict[str, Any], worker
         # Pictures go to the disk, not through the object store.
         ray.init(num_cpus=workers, include_dashboard=False, object_store_memory=200 * 2**20)
     rows = [
-        {"place": str(dataset.place(number).resolve()), "tasks": json.dumps([asdict(task) for task in dataset.shards[number]])}
+        {
+            "place": str(dataset.place(number).resolve()),
+            "tasks": json.dumps([asdict(task) for task in dataset.shards[number]]),
+        }
         for number in left
     ]
     # A block a shard: what a dead worker had begun is given to another one by the block.
@@ -238,8 +252,7 @@ def draw(dataset: Dataset, left: Sequence[int], settings: dict[str, Any], worker
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    names = ("model", "dtype", "size", "steps", "guidance_scale", "seed")
-    settings = {name: getattr(args, name) for name in names}
+    settings = settings_of(args)
     try:
         tasks = plan(args.prompts.read_text(encoding="utf-8").splitlines(), args.seed)
         dataset = Dataset(args.folder, tasks, settings, args.shard_size)
@@ -250,6 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     if left:
         draw(dataset, left, settings, args.workers)
+        if missing := dataset.clean():
+            raise SystemExit(f"error: shards {missing} are not whole: run the command again.")
     print(f"{dataset.merge()}: {len(tasks)} pictures, {time.perf_counter() - start:.1f} s")
 
 
