@@ -52,7 +52,8 @@ _GUIDANCE = {
     "cfg_renorm_min": "renorm_min",
 }
 # Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan.
-_PLAN = Update("keep", "read later")
+PLAN = Update("keep", "read later")
+REFLECTION = Update("after", "read")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class SessionEvent:
         step (`int`, *optional*): Of a preview.
         reply (`BagelReply`, *optional*): The whole answer, when it is done.
         is_whole (`bool`): Whether a text ends here, maybe without another word, or a picture is no preview.
+        is_cut (`bool`): Whether a text that ends was cut off before its end.
+        tokens (`int`, *optional*): Of a text that ends, how many were written.
     """
 
     type: str
@@ -75,6 +78,8 @@ class SessionEvent:
     step: int | None = None
     reply: Any = None
     is_whole: bool = False
+    is_cut: bool = False
+    tokens: int | None = None
 
 
 # What an answer does: it gives out events, asks for work, of which it is sent the result, and returns something.
@@ -154,6 +159,20 @@ class Answer:
         Raises:
             ValueError: if the protocol takes no image, or if the first part of the answer cannot be made.
         """
+        self.listen(message, output == "image")
+        if output == "image":
+            self._check_noise(self._grid())
+        if output != "image" or self.settings.think:
+            self._check_positions_of_text()
+        else:
+            self._check_positions_of_picture()
+
+    def listen(self, message: dict[str, Any], draws: bool) -> None:
+        """What the user says, whatever is made of it; `draws` says for what thinking is asked, if it is.
+
+        Raises:
+            ValueError: if the protocol takes no image.
+        """
         protocol = self.protocol
         if not protocol.takes_images and any(part["type"] == "image" for part in content_parts(message)):
             raise ValueError(
@@ -166,7 +185,7 @@ class Answer:
         if self.settings.think:
             own = None if protocol.think_prompt is None and protocol.system_prompt else THINK_PROMPTS
             opening = protocol.think_prompt or (
-                opening if own is None else own["image" if output == "image" else "text"]
+                opening if own is None else own["image" if draws else "text"]
             )
         # Once said, it holds.
         said = [segment.segment.content for segment in self.said.drawn_from.full if segment.grid is None]
@@ -177,12 +196,6 @@ class Answer:
                 self._say(part["text"], protocol.given_text, is_given=True)
             else:
                 self._show(part["image"], is_given=True)
-        if output == "image":
-            self._check_noise(self._grid())
-        if output != "image" or self.settings.think:
-            self._check_positions_of_text()
-        else:
-            self._check_positions_of_picture()
 
     def steps(self, output: str) -> Steps[None]:
         """What is done for a text, a picture, or both in turn."""
@@ -190,7 +203,7 @@ class Answer:
             yield from self._write(self.said.seen)
         elif output == "image":
             if self.settings.think:
-                yield from self._write(self.said.drawn_from, _PLAN)
+                yield from self._write(self.said.drawn_from, PLAN)
             yield from self._draw("")
         else:
             yield from self._in_turn(output)
@@ -319,7 +332,8 @@ class Answer:
                 next_token = yield from self._predicted(context, [])
         shown = protocol.clean_last(text) if protocol.clean_last and protocol.stops(text) else text
         self._finish(type="text", text=shown)
-        yield SessionEvent("text", text="" if self.settings.streams else shown, is_whole=True)
+        words = "" if self.settings.streams else shown
+        yield SessionEvent("text", text=words, is_whole=True, is_cut=is_cut, tokens=len(written.tokens))
         return text, next_token
 
     def _streamed(self, context: BagelContext, settings: TextSettings) -> Generator[SessionEvent, None, Written]:
@@ -402,7 +416,7 @@ class Answer:
         self._check_interrupted()
         self._show(image)
         if protocol.reflection is not None:
-            self._say(protocol.reflection, Update("after", "read"))
+            self._say(protocol.reflection, REFLECTION)
         self._finish(type="image", image=image)
         yield SessionEvent("image", image=image, is_whole=True)
         if protocol.reflection is not None:

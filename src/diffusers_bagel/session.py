@@ -24,6 +24,7 @@ from .conversation import Conversation
 from .inputs import check_flag, check_guidance, check_whole_number
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
+from .recalling import recall, turns_of
 from .saved_sessions import read_description, restored, save_session, saved_protocol
 from .streamers import AnswerStreamer, ended, is_streamer
 from .work import at_once
@@ -180,6 +181,25 @@ class BagelSession:
             count, self._said = self._turns[-turns]
             del self.messages[count:], self._turns[-turns:]
         self._read.forget_all_but(self._said.segment_lists())
+
+    @torch.no_grad()
+    def recall(self, messages: Sequence[dict[str, Any]], **settings: Any) -> None:
+        """
+        Take over messages of a conversation that was led elsewhere, behind what was said here.
+
+        The next answer is what it would be if they had been said and answered here. Nothing is read before that.
+
+        Args:
+            messages (`Sequence[dict]`):
+                Of users and of the assistant. What others than the assistant say before an answer is one turn. Thoughts are
+                within the texts of an answer, between `<think>` and `</think>`.
+            settings: `sanitize_control_tokens`, `vae_sample_mode` and `generator` of [`stream`].
+
+        Raises:
+            TypeError, ValueError: if they are no messages, or if the protocol does not take them.
+        """
+        self._check_idle()
+        recall(self, turns_of(messages), **settings)
 
     def interrupt(self) -> None:
         """End the answer that is being made, from another thread or between two events: its last whole part stays."""
