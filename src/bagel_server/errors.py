@@ -69,7 +69,9 @@ def refused(error: ValidationError) -> ApiError:
     param = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         return ApiError(f"Unrecognized request argument supplied: {param}", param, code="unknown_parameter")
-    return ApiError(f"`{param}`: {first['msg']}." if param else f"{first['msg']}.", param or None, code="invalid_value")
+    return ApiError(
+        f"`{param}`: {first['msg']}." if param else f"{first['msg']}.", param or None, code="invalid_value"
+    )
 
 
 def _path(places: tuple[int | str, ...]) -> str:

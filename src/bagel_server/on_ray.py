@@ -6,11 +6,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import ray
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -18,12 +23,18 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, RunningReplica
+from starlette import requests
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .app import create_app
+from .bodies import bounded
+from .engine import Engine
+from .errors import ApiError
 from .replicas import conversation_key, merged_metrics
+from .settings import ServerSettings
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +44,14 @@ SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_
 # How an answer fails when its replica dies, and is scaled down, or none is there.
 LOST = (RayActorError, RayServeException)
 NO_PLACE = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-DIED = "The replica that was answering has died. Ask again."
+DIED = ApiError(
+    "The replica that was answering has died. Ask again.",
+    status=503,
+    code="replica_died",
+    headers={"Retry-After": "1"},
+)
+# The engine refuses what is too much for it.
+ANY_NUMBER = 100_000
 
 
 @dataclass(frozen=True)
@@ -49,11 +67,13 @@ class Replica:
     The application in a process of its own, which Ray Serve starts, watches and replaces.
 
     Args:
-        build: Makes the application, in that process.
+        load: Loads a pipeline and makes the engine, in that process.
+        settings ([`ServerSettings`]): Of the application.
     """
 
-    def __init__(self, build: Callable[[], ASGIApp]):
-        self.app = build()
+    def __init__(self, load: Callable[[], Engine], settings: ServerSettings):
+        self.engine = load()
+        self.app = create_app(self.engine, settings)
         # A task that nobody holds may be collected while it runs.
         self._running: set[asyncio.Task[None]] = set()
 
@@ -98,11 +118,18 @@ class Replica:
         finally:
             hung_up.set()
 
-    async def metrics(self, request: Request) -> tuple[str, str]:
+    def metrics(self) -> tuple[str, str]:
         """The name of this replica, and its page of metrics."""
-        messages = [message async for part in self.answer(request) for message in part]
-        page = b"".join(message.get("body", b"") for message in messages)
-        return serve.get_replica_context().replica_id.unique_id, page.decode()
+        return serve.get_replica_context().replica_id.unique_id, self.app.state.metrics.text().decode()
+
+    def check_health(self) -> None:
+        """Ray Serve starts another replica in the place of one that raises here."""
+        if self.engine.is_closed:
+            raise RuntimeError("The engine has ended.")
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
 
 
 def is_last(message: Message) -> bool:
@@ -129,40 +156,26 @@ class Door:
 
     Args:
         replicas (`DeploymentHandle`): Of [`Replica`].
-        max_body (`int`): Most bytes of a request.
+        settings ([`ServerSettings`]): Of the application.
     """
 
-    def __init__(self, replicas: DeploymentHandle, max_body: int):
+    def __init__(self, replicas: DeploymentHandle, settings: ServerSettings):
         self.replicas = replicas
-        self.max_body = max_body
+        self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._read(receive)
-        if body is None:
-            refused = refusal(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The request must have at most {self.max_body} bytes."
-            )
-            return await refused(scope, receive, send)
-        request = Request({name: scope[name] for name in SCOPE if name in scope}, body)
         if scope["path"] == "/metrics":
-            page = await self._metrics(request)
+            page = await self._metrics()
             return await page(scope, receive, send)
-        await self._answer(request, send)
+        try:
+            body = b"".join([chunk async for chunk in bounded(requests.Request(scope, receive), self.settings)])
+        except ApiError as error:
+            return await error.response(scope, receive, send)
+        await self._answer(Request({name: scope[name] for name in SCOPE if name in scope}, body), send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, unless it is too large."""
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.max_body:
-                return None
-        return bytes(body)
-
-    async def _metrics(self, request: Request) -> Response:
-        pages = await self.replicas.broadcast("metrics", request).results_async()
-        return Response(merged_metrics(dict(pages)), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def _metrics(self) -> Response:
+        pages = await self.replicas.broadcast("metrics").results_async()
+        return Response(merged_metrics(dict(pages)), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, request: Request, send: Send) -> None:
         key = conversation_key(request.scope["headers"], request.body)
@@ -177,8 +190,7 @@ class Door:
             await self._hand_on(request, key, send, is_last_try=True)
         except LOST as error:
             logger.warning("A second replica died: %s", error)
-            refused = refusal(HTTPStatus.SERVICE_UNAVAILABLE, DIED, {"Retry-After": "1"})
-            await refused(request.scope, no_more, send)
+            await DIED.response(request.scope, no_more, send)
 
     async def _hand_on(self, request: Request, key: str | None, send: Send, is_last_try: bool) -> bool:
         """Whether the answer was sent on: one that only says that there is no place is not, but for the last try."""
@@ -189,7 +201,7 @@ class Door:
             if start["status"] in NO_PLACE and not is_last_try:
                 return False
             if dict(start["headers"]).get(b"content-type", b"").startswith(b"text/event-stream"):
-                await self._stream(start, messages, send)
+                await self._stream(start, messages, send, are_named=request.scope["path"] != "/v1/chat/completions")
             else:
                 # Before all of it is there nothing is sent, so that another replica can still answer.
                 for message in [start, *[message async for message in messages]]:
@@ -198,15 +210,14 @@ class Door:
         finally:
             parts.cancel()
 
-    async def _stream(self, start: Message, messages: AsyncIterator[Message], send: Send) -> None:
+    async def _stream(self, start: Message, messages: AsyncIterator[Message], send: Send, are_named: bool) -> None:
         await send(start)
         try:
             async for message in messages:
                 await send(message)
         except LOST as error:
             logger.warning("A replica died in the middle of a stream: %s", error)
-            event = f"data: {json.dumps(error_body(HTTPStatus.SERVICE_UNAVAILABLE, DIED))}\n\n"
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+            await send({"type": "http.response.body", "body": broken_off(are_named), "more_body": False})
 
 
 async def one_by_one(parts: DeploymentResponseGenerator) -> AsyncIterator[Message]:
@@ -220,49 +231,78 @@ async def no_more() -> Message:
     return {"type": "http.disconnect"}
 
 
-def error_body(status: HTTPStatus, message: str) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def refusal(status: HTTPStatus, message: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(error_body(status, message), status, headers)
+def broken_off(are_named: bool) -> bytes:
+    """The end of a stream whose replica has died, as the application ends one by an error."""
+    if are_named:
+        return f"event: error\ndata: {json.dumps({'type': 'error'} | DIED.body | DIED.body['error'])}\n\n".encode()
+    return f"data: {json.dumps(DIED.body)}\n\ndata: [DONE]\n\n".encode()
 
 
 def application(
-    build: Callable[[], ASGIApp],
-    replicas: int | AutoscalingConfig,
-    max_body: int,
-    max_requests: int,
+    load: Callable[[], Engine],
+    settings: ServerSettings,
+    replicas: int | AutoscalingConfig = 1,
     num_cpus: float = 1,
     num_gpus: float = 0,
 ) -> serve.Application:
     """
-    What `ray.serve.run` takes.
+    What `ray.serve.run`, and the import path of a Ray Serve config file, take.
 
     Args:
-        build: Makes the application of one replica, in the replica's process.
-        replicas (`int` or `AutoscalingConfig`): How many, or by what Ray decides how many.
-        max_body (`int`): Most bytes of a request.
-        max_requests (`int`): Most requests that a replica gets at a time: enough that it refuses some itself.
-        num_cpus, num_gpus (`float`): That Ray keeps for each replica.
+        load: Loads a pipeline and makes the engine of one replica, in the replica's process.
+        settings ([`ServerSettings`]): Of each replica.
+        replicas (`int` or `AutoscalingConfig`, *optional*, defaults to 1): How many, or by what Ray decides how many.
+        num_cpus (`float`, *optional*, defaults to 1), num_gpus (`float`, *optional*, defaults to 0): Of each replica.
     """
-    scaling = {"num_replicas": replicas} if isinstance(replicas, int) else {"autoscaling_config": replicas}
+    scaling: dict[str, Any] = (
+        {"num_replicas": replicas} if isinstance(replicas, int) else {"autoscaling_config": replicas}
+    )
+    shared: dict[str, Any] = {
+        "max_ongoing_requests": ANY_NUMBER,
+        # What runs is finished before a replica goes.
+        "graceful_shutdown_timeout_s": settings.timeout,
+    }
     behind = serve.deployment(
         Replica,
-        max_ongoing_requests=max_requests,
         request_router_config=RequestRouterConfig(request_router_class=ConversationRouter),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         **scaling,
+        **shared,
     )
 
     def build_door() -> ASGIApp:
-        return Starlette(routes=[Mount("/", Door(serve.get_deployment_handle(Replica.__name__), max_body))])
+        return Starlette(routes=[Mount("/", Door(serve.get_deployment_handle(Replica.__name__), settings))])
 
     door = serve.deployment(
-        serve.ingress(build_door)(),
-        name=Door.__name__,
-        max_ongoing_requests=100_000,
-        ray_actor_options={"num_cpus": 0},
+        serve.ingress(build_door)(), name=Door.__name__, ray_actor_options={"num_cpus": 0}, **shared
     )
-    return door.bind(behind.bind(build))
+    return door.bind(behind.bind(load, settings))
+
+
+def run(app: serve.Application, host: str, port: int, num_cpus: int) -> None:
+    """
+    Serve until SIGTERM or SIGINT: on the cluster of `RAY_ADDRESS`, or on one of this machine that ends with it.
+
+    Args:
+        app (`serve.Application`): See [`application`].
+        host (`str`), port (`int`): Where requests come to.
+        num_cpus (`int`): That a cluster of this machine has.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+    else:
+        # Requests and answers take no more room than these for a moment.
+        ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=200 * 2**20)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(app, name="bagel")
+        logger.warning("Serving on http://%s:%s", host, port)
+        stop.wait()
+        # First who answers, which finishes what runs, and then who listens.
+        serve.delete("bagel")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
