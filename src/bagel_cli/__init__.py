@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `bagel draw|edit|ask|chat|info`. No library is imported before the arguments and the files are known to be
+"""The command line: `bagel draw|edit|ask|chat|serve|info`. No library is imported before the arguments and the files are known to be
 right, so that a mistake is told at once."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .arguments import parse
 from .files import CommandError, check_model, check_output, check_session, check_text, open_picture
 
 
-OWN_LOGGERS = ("transformers_bagel", "diffusers_bagel", "bagel_cli")
+OWN_LOGGERS = ("transformers_bagel", "diffusers_bagel", "bagel_cli", "bagel_server", "uvicorn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

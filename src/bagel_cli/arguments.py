@@ -149,6 +149,43 @@ def _chat() -> _Parser:
     return chat
 
 
+def _serve() -> _Parser:
+    count, seconds = _number(int, 1, math.inf), _number(float, 0.001, math.inf)
+    serve = _group()
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
+    serve.add_argument("--port", type=_number(int, 0, 65535), default=8000, help="default: %(default)s; 0 takes a free one")
+    serve.add_argument(
+        "--api-key",
+        default=os.environ.get("BAGEL_API_KEY"),
+        help="what requests must bear (default: $BAGEL_API_KEY, or none)",
+    )
+    serve.add_argument("--name", help="what requests call the model (default: what --model says)")
+    serve.add_argument("--allow-image-urls", action="store_true", help="fetch images from URLs of the public internet")
+    serve.add_argument(
+        "--raw-tokens", action="store_true", help="read <|im_end|> and the like as tokens (default: as words)"
+    )
+    serve.add_argument("--protocol", choices=PROTOCOLS, help="how a fine-tune answers in texts and pictures")
+    serve.add_argument("--max-running", type=count, default=32, help="answers made at a time (default: %(default)s)")
+    serve.add_argument("--max-waiting", type=count, default=64, help="answers that wait for that (default: %(default)s)")
+    for name, kind, what in (
+        ("timeout", seconds, "seconds from a request to the end of its answer"),
+        ("body-timeout", seconds, "seconds in which a request must arrive"),
+        ("max-body-bytes", count, "of a request"),
+        ("max-messages", count, "in a conversation"),
+        ("max-characters", count, "of all texts of a request"),
+        ("max-context-tokens", count, "of all that was said, before an answer"),
+        ("max-new-tokens", count, "of each text of an answer"),
+        ("max-images", count, "in a request"),
+        ("max-image-pixels", count, "of each image"),
+        ("max-drawn", count, "pictures of an answer"),
+        ("max-choices", count, "answers to a request"),
+        ("max-steps", count, "denoising steps of a picture"),
+        ("max-cache-bytes", _number(int, 0, math.inf), "of conversations that are kept in case they go on"),
+    ):
+        serve.add_argument(f"--{name}", type=kind, help=f"{what} (default: that of ServerSettings)")
+    return serve
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
@@ -174,6 +211,7 @@ def _parser() -> _Parser:
         ("edit", drawing, "Change one or several pictures as told."),
         ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
+        ("serve", [model, place, memory, _serve()], "Answer requests by OpenAI's interfaces."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)

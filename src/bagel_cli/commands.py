@@ -84,6 +84,16 @@ def chat(options: argparse.Namespace) -> None:
         Chat(session, options).run()
 
 
+def serve(options: argparse.Namespace) -> None:
+    """Answer requests by OpenAI's interfaces, until somebody ends the process."""
+    try:
+        from .serving import serve as serve_pipe
+    except ImportError as error:
+        raise CommandError(f"'bagel serve' needs the extra: pip install 'transformers-bagel[serve]' ({error})") from error
+    with _loaded(options) as pipe:
+        serve_pipe(pipe, options)
+
+
 def info(options: argparse.Namespace) -> None:
     """Tell what a repository holds, and what of it would fit into this machine."""
     with _quiet():

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from .engine import EngineClosed, EngineFull
+from .answers import EngineClosed, EngineFull
 
 
 logger = logging.getLogger(__name__)

@@ -107,17 +107,17 @@ def is_as_recalled(session: BagelSession, turn: Turn, sanitize_control_tokens: b
     Not so is an answer that holds special tokens, or which a protocol has cleaned.
     """
     answer = Answer(session, session._settings({"sanitize_control_tokens": sanitize_control_tokens}, False))
-    written = [said for said in session._said.turns[-1] if isinstance(said, SaidText) or not said.is_given]
-    first = next((place for place, said in enumerate(written) if _is_answer(said)), len(written))
+    last = session._said.turns[-1]
+    first = next((place for place, said in enumerate(last) if _is_answer(said)), len(last))
     recalled = list(_answered(answer, turn))
-    return len(written) - first == len(recalled) and all(
+    return len(last) - first == len(recalled) and all(
         isinstance(said, SaidImage) if other is None else isinstance(said, SaidText) and _is_alike(said, other)
-        for said, other in zip(written[first:], recalled, strict=True)
+        for said, other in zip(last[first:], recalled, strict=True)
     )
 
 
 def _is_answer(said: SaidText | SaidImage) -> bool:
-    return said.is_written if isinstance(said, SaidText) else True
+    return said.is_written if isinstance(said, SaidText) else not said.is_given
 
 
 def _is_alike(one: SaidText, other: SaidText) -> bool:
@@ -149,3 +149,34 @@ def count_tokens(session: BagelSession, output: str) -> int:
     """Tokens of all that was said, as the model reads them for an answer in texts, or for one with pictures."""
     track = session._said.seen if output == "text" else session._said.drawn_from
     return sum(map(len, track.full))
+
+
+@dataclass(frozen=True)
+class TurnTokens:
+    """
+    Tokens of a session's last turn.
+
+    Attributes:
+        prompt, prompt_images (`int`): That the model reads before it answers, and those of them that are of images.
+        drawn (`int`): Of the pictures of the answer.
+    """
+
+    prompt: int
+    prompt_images: int
+    drawn: int
+
+
+def tokens_of_turn(session: BagelSession, output: str) -> TurnTokens:
+    """How many tokens the last turn took."""
+    segments = session._said.seen.full if output == "text" else session._said.drawn_from.full
+    last = session._said.turns[-1]
+    answered = next((place for place, said in enumerate(last) if _is_answer(said)), len(last))
+    images = [said for said in last[answered:] if isinstance(said, SaidImage)]
+    own = {id(said.segment) for said in last[answered:] if isinstance(said, SaidText)}
+    own |= {id(segment) for said in images for segment in (said.vae, said.vit)}
+    prompt = [segment for segment in segments if id(segment) not in own]
+    return TurnTokens(
+        sum(map(len, prompt)),
+        sum(len(segment) for segment in prompt if segment.grid is not None),
+        sum(len(said.vae) - 2 for said in images),
+    )
