@@ -152,8 +152,12 @@ def _chat() -> _Parser:
 def _serve() -> _Parser:
     count, seconds = _number(int, 1, math.inf), _number(float, 0.001, math.inf)
     serve = _group()
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)")
-    serve.add_argument("--port", type=_number(int, 0, 65535), default=8000, help="default: %(default)s; 0 takes a free one")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+    )
+    serve.add_argument(
+        "--port", type=_number(int, 0, 65535), default=8000, help="default: %(default)s; 0 takes a free one"
+    )
     serve.add_argument(
         "--api-key",
         default=os.environ.get("BAGEL_API_KEY"),
@@ -166,7 +170,9 @@ def _serve() -> _Parser:
     )
     serve.add_argument("--protocol", choices=PROTOCOLS, help="how a fine-tune answers in texts and pictures")
     serve.add_argument("--max-running", type=count, default=32, help="answers made at a time (default: %(default)s)")
-    serve.add_argument("--max-waiting", type=count, default=64, help="answers that wait for that (default: %(default)s)")
+    serve.add_argument(
+        "--max-waiting", type=count, default=64, help="answers that wait for that (default: %(default)s)"
+    )
     for name, kind, what in (
         ("timeout", seconds, "seconds from a request to the end of its answer"),
         ("body-timeout", seconds, "seconds in which a request must arrive"),
@@ -183,6 +189,13 @@ def _serve() -> _Parser:
         ("max-cache-bytes", _number(int, 0, math.inf), "of conversations that are kept in case they go on"),
     ):
         serve.add_argument(f"--{name}", type=kind, help=f"{what} (default: that of ServerSettings)")
+    serve.add_argument(
+        "--ray", action="store_true", help="on Ray Serve, on the cluster of $RAY_ADDRESS or on this machine"
+    )
+    serve.add_argument(
+        "--replicas", type=count, default=1, help="processes with --ray, at least (default: %(default)s)"
+    )
+    serve.add_argument("--max-replicas", type=count, help="processes with --ray, at most (default: as --replicas)")
     return serve
 
 

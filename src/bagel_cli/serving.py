@@ -6,13 +6,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
 
 import uvicorn
 
 from bagel_server import Engine, ServerSettings, create_app
 
+from .commands import loaded
 from .files import CommandError
 
 
@@ -31,7 +33,19 @@ def settings_of(options: argparse.Namespace) -> ServerSettings:
         raise CommandError(str(error)) from error
 
 
-def serve(pipe: Any, options: argparse.Namespace) -> None:
+@contextmanager
+def running_engine(options: argparse.Namespace) -> Iterator[Engine]:
+    """An engine of the model that was asked for, which finishes what runs when the block ends."""
+    with loaded(options) as pipe:
+        pipe.set_progress_bar_config(disable=True)
+        engine = Engine(pipe, options.max_running, options.max_waiting)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def serve(options: argparse.Namespace) -> None:
     """
     Serve a pipeline. Told to end (SIGTERM, or Ctrl-C), it takes nothing new and finishes what runs; told twice, it leaves.
 
@@ -39,16 +53,12 @@ def serve(pipe: Any, options: argparse.Namespace) -> None:
         CommandError: if it cannot listen there.
     """
     settings = settings_of(options)
-    pipe.set_progress_bar_config(disable=True)
     # uvicorn raises what it caught again when all is done; that must not end the process before the engine has ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    engine = Engine(pipe, options.max_running, options.max_waiting)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(engine, settings), options.host, options.port, log_config=None, access_log=False)
-    )
-    try:
+    with running_engine(options) as engine:
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(engine, settings), options.host, options.port, log_config=None, access_log=False)
+        )
         server.run()
-    finally:
-        engine.close()
     if not server.started:
         raise CommandError(f"the server cannot listen at {options.host}, port {options.port}.")

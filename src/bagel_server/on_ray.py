@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -67,12 +68,13 @@ class Replica:
     The application in a process of its own, which Ray Serve starts, watches and replaces.
 
     Args:
-        load: Loads a pipeline and makes the engine, in that process.
+        engine: Makes a context whose engine ends with it, in that process.
         settings ([`ServerSettings`]): Of the application.
     """
 
-    def __init__(self, load: Callable[[], Engine], settings: ServerSettings):
-        self.engine = load()
+    def __init__(self, engine: Callable[[], AbstractContextManager[Engine]], settings: ServerSettings):
+        self._stack = ExitStack()
+        self.engine = self._stack.enter_context(engine())
         self.app = create_app(self.engine, settings)
         # A task that nobody holds may be collected while it runs.
         self._running: set[asyncio.Task[None]] = set()
@@ -128,8 +130,8 @@ class Replica:
             raise RuntimeError("The engine has ended.")
 
     def __del__(self) -> None:
-        if hasattr(self, "engine"):
-            self.engine.close()
+        """Ray Serve calls it when nothing runs any more."""
+        self._stack.close()
 
 
 def is_last(message: Message) -> bool:
@@ -239,7 +241,7 @@ def broken_off(are_named: bool) -> bytes:
 
 
 def application(
-    load: Callable[[], Engine],
+    engine: Callable[[], AbstractContextManager[Engine]],
     settings: ServerSettings,
     replicas: int | AutoscalingConfig = 1,
     num_cpus: float = 1,
@@ -249,7 +251,7 @@ def application(
     What `ray.serve.run`, and the import path of a Ray Serve config file, take.
 
     Args:
-        load: Loads a pipeline and makes the engine of one replica, in the replica's process.
+        engine: Makes a context whose engine ends with it: that of a replica, in the replica's process.
         settings ([`ServerSettings`]): Of each replica.
         replicas (`int` or `AutoscalingConfig`, *optional*, defaults to 1): How many, or by what Ray decides how many.
         num_cpus (`float`, *optional*, defaults to 1), num_gpus (`float`, *optional*, defaults to 0): Of each replica.
@@ -276,33 +278,47 @@ def application(
     door = serve.deployment(
         serve.ingress(build_door)(), name=Door.__name__, ray_actor_options={"num_cpus": 0}, **shared
     )
-    return door.bind(behind.bind(load, settings))
+    return door.bind(behind.bind(engine, settings))
 
 
-def run(app: serve.Application, host: str, port: int, num_cpus: int) -> None:
+@contextmanager
+def cluster(num_cpus: int) -> Iterator[None]:
     """
-    Serve until SIGTERM or SIGINT: on the cluster of `RAY_ADDRESS`, or on one of this machine that ends with it.
+    The cluster of `RAY_ADDRESS`, or one of this machine that ends with the block.
 
     Args:
-        app (`serve.Application`): See [`application`].
-        host (`str`), port (`int`): Where requests come to.
         num_cpus (`int`): That a cluster of this machine has.
     """
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
-        # Requests and answers take no more room than these for a moment.
+        # Requests and answers are in the object store for a moment only.
         ray.init(num_cpus=num_cpus, include_dashboard=False, object_store_memory=200 * 2**20)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(app: serve.Application, host: str, port: int) -> None:
+    """
+    Serve on the cluster until SIGTERM or SIGINT, then finish what runs.
+
+    Args:
+        app (`serve.Application`): See [`application`].
+        host (`str`), port (`int`): Where requests come to.
+
+    Raises:
+        RuntimeError: if no replica can start.
+    """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(app, name="bagel")
-        logger.warning("Serving on http://%s:%s", host, port)
         stop.wait()
-        # First who answers, which finishes what runs, and then who listens.
+        # First those who answer, which finishes what runs, and then those who listen.
         serve.delete("bagel")
     finally:
         serve.shutdown()
-        ray.shutdown()
