@@ -236,7 +236,7 @@ async def no_more() -> Message:
 def broken_off(are_named: bool) -> bytes:
     """The end of a stream whose replica has died, as the application ends one by an error."""
     if are_named:
-        return f"event: error\ndata: {json.dumps({'type': 'error'} | DIED.body | DIED.body['error'])}\n\n".encode()
+        return f"event: error\ndata: {json.dumps(DIED.body | DIED.body['error'] | {'type': 'error'})}\n\n".encode()
     return f"data: {json.dumps(DIED.body)}\n\ndata: [DONE]\n\n".encode()
 
 
