@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any
 
 import ray
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -164,6 +164,9 @@ class Door:
     def __init__(self, replicas: DeploymentHandle, settings: ServerSettings):
         self.replicas = replicas
         self.settings = settings
+        self.registry = CollectorRegistry()
+        self.again = Counter("bagel_again", "Requests that were made once more.", ["reason"], registry=self.registry)
+        self.lost = Counter("bagel_lost", "Answers that failed because replicas died.", registry=self.registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/metrics":
@@ -176,8 +179,10 @@ class Door:
         await self._answer(Request({name: scope[name] for name in SCOPE if name in scope}, body), send)
 
     async def _metrics(self) -> Response:
-        pages = await self.replicas.broadcast("metrics").results_async()
-        return Response(merged_metrics(dict(pages)), media_type=CONTENT_TYPE_LATEST)
+        pages = await self.replicas.broadcast("metrics").results_async(return_exceptions=True)
+        # One that is dying has no page.
+        alive = dict(page for page in pages if not isinstance(page, LOST))
+        return Response(merged_metrics(alive) + generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, request: Request, send: Send) -> None:
         key = conversation_key(request.scope["headers"], request.body)
@@ -186,12 +191,15 @@ class Door:
                 return
             # Its own replica is full.
             key = None
+            self.again.labels("full").inc()
         except LOST as error:
             logger.warning("A replica died, and another one answers: %s", error)
+            self.again.labels("died").inc()
         try:
             await self._hand_on(request, key, send, is_last_try=True)
         except LOST as error:
             logger.warning("A second replica died: %s", error)
+            self.lost.inc()
             await DIED.response(request.scope, no_more, send)
 
     async def _hand_on(self, request: Request, key: str | None, send: Send, is_last_try: bool) -> bool:
@@ -219,6 +227,7 @@ class Door:
                 await send(message)
         except LOST as error:
             logger.warning("A replica died in the middle of a stream: %s", error)
+            self.lost.inc()
             await send({"type": "http.response.body", "body": broken_off(are_named), "more_body": False})
 
 
