@@ -176,6 +176,7 @@ def _serve() -> _Parser:
     for name, kind, what in (
         ("timeout", seconds, "seconds from a request to the end of its answer"),
         ("body-timeout", seconds, "seconds in which a request must arrive"),
+        ("max-requests", count, "requests that are read or answered at a time"),
         ("max-body-bytes", count, "of a request"),
         ("max-messages", count, "in a conversation"),
         ("max-characters", count, "of all texts of a request"),

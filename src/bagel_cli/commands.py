@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -41,7 +41,7 @@ def draw(options: argparse.Namespace) -> None:
         for name in ("height", "width", "guidance_scale", "image_guidance_scale")
         if getattr(options, name) is not None
     }
-    with loaded(options) as pipe:
+    with _loaded(options) as pipe:
         try:
             out = pipe(
                 prompt=options.prompt,
@@ -65,7 +65,7 @@ edit = draw
 def ask(options: argparse.Namespace) -> None:
     """Answer a question about pictures."""
     images = [upright(image) for image in options.images]
-    with loaded(options, draws=False) as pipe:
+    with _loaded(options, draws=False) as pipe:
         Chat(BagelSession(pipe), options).answer([*images, options.prompt], "text")
 
 
@@ -74,7 +74,7 @@ def chat(options: argparse.Namespace) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are not UTF-8 spoil their line only.
         sys.stdin.reconfigure(errors="surrogateescape")
-    with loaded(options, draws=options.draws) as pipe:
+    with _loaded(options, draws=options.draws) as pipe:
         try:
             if options.session is not None and options.session.is_dir() and any(options.session.iterdir()):
                 session = BagelSession.from_pretrained(options.session, pipe, options.protocol)
@@ -87,14 +87,25 @@ def chat(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Answer requests by OpenAI's interfaces, until somebody ends the process."""
-    extra = "ray" if options.ray else "serve"
+    if options.ray:
+        return _serve_on_ray(options)
     try:
-        module = importlib.import_module(".serving_on_ray" if options.ray else ".serving", __package__)
+        from . import serving
     except ImportError as error:
         raise CommandError(
-            f"'bagel serve' needs the extra: pip install 'transformers-bagel[{extra}]' ({error})"
+            f"'bagel serve' needs the extra: pip install 'transformers-bagel[serve]' ({error})"
         ) from error
-    module.serve(options)
+    settings = serving.settings_of(options)
+    with closing(serving.bound_socket(options)) as bound, _loaded(options) as pipe:
+        serving.serve(pipe, options, settings, bound)
+
+
+def _serve_on_ray(options: argparse.Namespace) -> None:
+    try:
+        from . import serving_on_ray
+    except ImportError as error:
+        raise CommandError(f"'--ray' needs the extra: pip install 'transformers-bagel[ray]' ({error})") from error
+    serving_on_ray.serve(partial(_loaded, options), options)
 
 
 def info(options: argparse.Namespace) -> None:
@@ -124,7 +135,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def loaded(options: argparse.Namespace, draws: bool = True) -> Iterator[BagelPipeline]:
+def _loaded(options: argparse.Namespace, draws: bool = True) -> Iterator[BagelPipeline]:
     """The pipeline in the way that fits; if the model is to draw, or can, with the half of the weights that does."""
     device = find_device(options.device)
     with _quiet():

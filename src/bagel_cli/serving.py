@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
+import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
+from typing import Any
 
 import uvicorn
 
 from bagel_server import Engine, ServerSettings, create_app
 
-from .commands import loaded
 from .files import CommandError
 
 
@@ -33,32 +33,52 @@ def settings_of(options: argparse.Namespace) -> ServerSettings:
         raise CommandError(str(error)) from error
 
 
-@contextmanager
-def running_engine(options: argparse.Namespace) -> Iterator[Engine]:
-    """An engine of the model that was asked for, which finishes what runs when the block ends."""
-    with loaded(options) as pipe:
-        pipe.set_progress_bar_config(disable=True)
-        engine = Engine(pipe, options.max_running, options.max_waiting)
-        try:
-            yield engine
-        finally:
-            engine.close()
-
-
-def serve(options: argparse.Namespace) -> None:
+def bound_socket(options: argparse.Namespace) -> socket.socket:
     """
-    Serve a pipeline. Told to end (SIGTERM, or Ctrl-C), it takes nothing new and finishes what runs; told twice, it leaves.
+    A socket at the address that is to be served, at which nobody can ask yet.
 
     Raises:
-        CommandError: if it cannot listen there.
+        CommandError: if it cannot be had.
     """
-    settings = settings_of(options)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        where = f"--host {options.host}, --port {options.port}"
+        raise CommandError(f"{where}: nobody can listen there ({error.strerror})") from error
+    return bound
+
+
+def serve(pipe: Any, options: argparse.Namespace, settings: ServerSettings, bound: socket.socket) -> None:
+    """
+    Serve a pipeline. Told to end, by SIGTERM or Ctrl-C, it takes nothing new and finishes what runs.
+
+    Args:
+        pipe ([`BagelPipeline`])
+        options (`argparse.Namespace`): Of the command line.
+        settings ([`ServerSettings`])
+        bound (`socket.socket`): Where to listen.
+    """
     # uvicorn raises what it caught again when all is done; that must not end the process before the engine has ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with running_engine(options) as engine:
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(engine, settings), options.host, options.port, log_config=None, access_log=False)
-        )
-        server.run()
-    if not server.started:
-        raise CommandError(f"the server cannot listen at {options.host}, port {options.port}.")
+    pipe.set_progress_bar_config(disable=True)
+    engine = Engine(pipe, options.max_running, options.max_waiting)
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        log_config=None,
+        access_log=False,
+        # No answer takes longer.
+        timeout_graceful_shutdown=math.ceil(settings.timeout),
+    )
+    server = uvicorn.Server(config)
+    host, port = bound.getsockname()[:2]
+    print(f"{settings.model}: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    try:
+        server.run([bound])
+    except KeyboardInterrupt:
+        # All is done.
+        pass
+    finally:
+        engine.close(0 if server.force_exit else None)

@@ -45,9 +45,9 @@ async def read_json(request: Request, model: type[Model], settings: ServerSettin
     return validated(model, content)
 
 
-def validated(model: type[Model], content: dict[str, Any], are_strings: bool = False) -> Model:
+def validated(model: type[Model], content: dict[str, Any], are_strings: bool = False, where: str = "") -> Model:
     """
-    A request, from its fields.
+    A request, or a part of one at some place in it, from its fields.
 
     Raises:
         ApiError: naming the field that is wrong.
@@ -55,7 +55,7 @@ def validated(model: type[Model], content: dict[str, Any], are_strings: bool = F
     try:
         return model.model_validate_strings(content) if are_strings else model.model_validate(content)
     except ValidationError as error:
-        raise refused(error) from error
+        raise refused(error, where) from error
 
 
 class _InMemory(MultiPartParser):

@@ -110,7 +110,9 @@ async def complete(request: Request) -> Response:
             return JSONResponse(_completion(answers, found, generation.settings.model))
     answers = await generation.begin(asked)
     options = body.stream_options or StreamOptions()
-    return Events(request, answers, _chunks(answers, generation.settings.model, bool(options.include_usage)), are_named=False)
+    return Events(
+        request, answers, _chunks(answers, generation.settings.model, bool(options.include_usage)), are_named=False
+    )
 
 
 def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
@@ -122,6 +124,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
     """
     body.check(settings)
     refuse(body, _UNSUPPORTED)
+    output = _output(body.modalities)
     if body.stream_options is not None and not body.stream:
         raise ApiError("`stream_options` is for `stream` alone.", "stream_options")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -141,7 +144,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
         chosen["preview_every"] = body.preview_every
     return Asked(
         Reader(settings).turns(body.messages),
-        body.output or _output(body.modalities),
+        body.output or output,
         chosen | ({"progress": True} if body.stream else {}),
         body.n or 1,
         body.seed,
@@ -171,7 +174,8 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > _MAX_STOPS or not all(0 < len(word) <= _MAX_STOP_LENGTH for word in stops):
         raise ApiError(
-            f"`stop` must be at most {_MAX_STOPS} texts of at most {_MAX_STOP_LENGTH} characters, none of them empty.", "stop"
+            f"`stop` must be at most {_MAX_STOPS} texts of at most {_MAX_STOP_LENGTH} characters, none of them empty.",
+            "stop",
         )
     return stops
 
@@ -223,7 +227,9 @@ def _completion(answers: Answers, found: dict[int, list[Piece]], model: str) -> 
 def _message(choice: Choice, pieces: Sequence[Piece], output_format: str) -> dict[str, Any]:
     """An answer as a message. Sent back as it is, it is read as the model wrote it."""
     said = {"text": Lines(), "thought": Lines()}
-    words, thoughts = ("".join(lines.put(piece) for piece in pieces if piece.type == kind) for kind, lines in said.items())
+    words, thoughts = (
+        "".join(lines.put(piece) for piece in pieces if piece.type == kind) for kind, lines in said.items()
+    )
     images = [_image(piece, output_format) for piece in pieces if piece.type == "image"]
     message: dict[str, Any] = {"role": "assistant", "content": words or (None if images else ""), "refusal": None}
     if thoughts:

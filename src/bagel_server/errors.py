@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -63,10 +64,20 @@ def too_large(what: str, param: str | None = None) -> ApiError:
     return ApiError(what, param, 413, "request_too_large")
 
 
-def refused(error: ValidationError) -> ApiError:
-    """What pydantic found wrong first."""
+def too_many(seconds: float = 1.0) -> ApiError:
+    """No place is free for so many seconds."""
+    return ApiError(
+        "Too many requests wait for an answer. Ask again later.",
+        status=429,
+        code="queue_full",
+        headers={"Retry-After": str(max(1, math.ceil(seconds)))},
+    )
+
+
+def refused(error: ValidationError, where: str = "") -> ApiError:
+    """What pydantic found wrong first, in a part of a request at some place."""
     first = error.errors(include_url=False, include_context=False)[0]
-    param = _path(first["loc"])
+    param = f"{where}.{_path(first['loc'])}".strip(".")
     if first["type"] == "extra_forbidden":
         return ApiError(f"Unrecognized request argument supplied: {param}", param, code="unknown_parameter")
     return ApiError(
@@ -93,13 +104,7 @@ def as_api_error(error: Exception, names: Mapping[str, str]) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineFull):
-        seconds = max(1, round(error.retry_after))
-        return ApiError(
-            "Too many requests wait for an answer. Ask again later.",
-            status=429,
-            code="queue_full",
-            headers={"Retry-After": str(seconds)},
-        )
+        return too_many(error.retry_after)
     if isinstance(error, EngineClosed):
         return ApiError("The server is closing.", status=503, code="closing", headers={"Retry-After": "30"})
     if isinstance(error, TimeoutError):

@@ -161,13 +161,11 @@ class Generation:
     def _begin(self, asked: Asked) -> Answers:
         *earlier, last = asked.turns
         keys = keys_of(earlier)
-        known_settings = {name: value for name, value in asked.settings.items() if name != "progress"}
         session, known = self.cache.find(keys)
         if session is None:
             session = BagelSession(self.engine.pipe, self.settings.protocol)
         cached = count_tokens(session, asked.output)
-        # Drawn, latents would depend on whether the conversation was cached.
-        own = {"sanitize_control_tokens": not self.settings.raw_tokens, "vae_sample_mode": "argmax"}
+        own = {"sanitize_control_tokens": not self.settings.raw_tokens}
         if missing := earlier[known:]:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
         self._check_length(session, last)
@@ -183,7 +181,9 @@ class Generation:
                     self.settings.timeout,
                     generator=generator_of(seed, index),
                     **own,
-                    **known_settings,
+                    # Drawn, latents would depend on whether the conversation was cached.
+                    vae_sample_mode="argmax",
+                    **asked.settings,
                 )
                 answers.choices.append(Choice(index, seed + index, answer, fork))
         except Exception:
@@ -199,7 +199,9 @@ class Generation:
             if part["type"] == "text":
                 length += len(processor.tokenizer(part["text"], add_special_tokens=False)["input_ids"])
             else:
-                length += processor.image_processor.get_number_of_image_patches(part["image"].height, part["image"].width)
+                length += processor.image_processor.get_number_of_image_patches(
+                    part["image"].height, part["image"].width
+                )
         if length > self.settings.max_context_tokens:
             raise ApiError(
                 f"The conversation has {length} tokens, and at most {self.settings.max_context_tokens} are read.",
@@ -221,11 +223,13 @@ class Answers:
     def __init__(self, generation: Generation, asked: Asked, keys: Sequence[bytes], cached: int, seed: int):
         self.generation, self.asked, self.keys, self.cached, self.seed = generation, asked, keys, cached, seed
         self.choices: list[Choice] = []
+        self._is_cancelled = False
         self.created = int(time.time())
         self._began = time.monotonic()
 
     def cancel(self) -> None:
         """End what is not whole."""
+        self._is_cancelled = True
         for choice in self.choices:
             choice.answer.cancel()
 
@@ -311,6 +315,8 @@ class Answers:
                         counts["image"] += 1
                         choice.finish_reason = "stop"
                 part += event.is_whole
+        if self._is_cancelled:
+            raise ApiError("The client has gone.", status=499, code="cancelled")
         await asyncio.to_thread(self._end, choice, counts["text"], thought)
 
     async def _picture(self, event: SessionEvent) -> Piece:

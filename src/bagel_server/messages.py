@@ -36,7 +36,7 @@ class Reader:
 
     def turns(self, messages: Any, param: str = "messages") -> list[Turn]:
         """
-        The turns of messages in the format of chat completions.
+        The turns of messages in the format of chat completions. Thoughts alone belong to the words of the next message.
 
         Raises:
             ApiError: naming the field that is wrong.
@@ -49,7 +49,7 @@ class Reader:
             )
         read = [self._message(message, f"{param}[{place}]") for place, message in enumerate(messages)]
         self.load()
-        return turns_of(read)
+        return turns_of(_with_thoughts(read))
 
     def text(self, value: Any, param: str) -> dict[str, Any]:
         """
@@ -84,7 +84,9 @@ class Reader:
         self._images.append((part, source, param))
         if len(self._images) > self.settings.max_images:
             raise ApiError(
-                f"`{param}`: the request holds more than {self.settings.max_images} images.", param, code="too_many_images"
+                f"`{param}`: the request holds more than {self.settings.max_images} images.",
+                param,
+                code="too_many_images",
             )
         return part
 
@@ -106,7 +108,9 @@ class Reader:
         if role not in ROLES or role == "tool":
             raise _wrong(f"{param}.role", "one of " + ", ".join(name for name in ROLES if name != "tool"))
         if unknown := next((key for key in message if key not in (*_READ, *_UNREAD)), None):
-            raise ApiError(f"Unrecognized request argument supplied: {param}.{unknown[:64]}", f"{param}.{unknown[:64]}")
+            raise ApiError(
+                f"Unrecognized request argument supplied: {param}.{unknown[:64]}", f"{param}.{unknown[:64]}"
+            )
         if message.get("tool_calls") or message.get("function_call") or message.get("audio"):
             raise ApiError(f"`{param}`: tools and audio are not supported.", param, code="unsupported_value")
         if role != "assistant":
@@ -167,6 +171,26 @@ class Reader:
     def _image_part(self, part: Any, param: str) -> dict[str, Any]:
         image = part.get("image_url") if isinstance(part, dict) else None
         return self.image(image.get("url") if isinstance(image, dict) else image, f"{param}.image_url")
+
+
+def _with_thoughts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages, of which thoughts alone were put before the words of the next one: the model wrote them as one text."""
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        last = joined[-1] if joined else message
+        if last["role"] == message["role"] == "assistant" and joined and _is_thought(last["content"]):
+            thought, (first, *rest) = joined.pop()["content"][0], message["content"] or [{"type": "text", "text": ""}]
+            words = first["text"] if first["type"] == "text" else None
+            text = {"type": "text", "text": thought["text"] + (words or "")}
+            message = {"role": "assistant", "content": [text, *(rest if words is not None else [first, *rest])]}
+        joined.append(message)
+    return joined
+
+
+def _is_thought(content: Sequence[dict[str, Any]]) -> bool:
+    if [part["type"] for part in content] != ["text"]:
+        return False
+    return content[0]["text"].startswith("<think>") and content[0]["text"].endswith("</think>")
 
 
 def _list(value: Any, param: str) -> Sequence[Any]:

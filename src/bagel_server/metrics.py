@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .engine import Engine
+from .errors import too_many
 from .session_cache import SessionCache
 
 
@@ -70,15 +71,17 @@ class _Stats(Collector):
 
 class Counted:
     """
-    An application whose requests are counted and timed.
+    An application whose requests are counted, timed, and bounded in number, as each may hold a body in memory.
 
     Args:
         app (`ASGIApp`)
         metrics ([`Metrics`])
+        max_requests (`int`): Of those to `/v1/`, at a time.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int):
+        self.app, self.metrics, self.max_requests = app, metrics, max_requests
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,9 +95,13 @@ class Counted:
                 status = str(message["status"])
             await send(message)
 
+        is_bounded = scope["path"].startswith("/v1/")
+        self._open += is_bounded
         try:
-            await self.app(scope, receive, noted)
+            is_full = is_bounded and self._open > self.max_requests
+            await (too_many().response if is_full else self.app)(scope, receive, noted)
         finally:
+            self._open -= is_bounded
             # Not the path, of which strangers can invent any number.
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, status).inc()

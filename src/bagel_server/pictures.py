@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -20,14 +19,12 @@ from .errors import ApiError
 from .generation import Answers, Asked, Generation, Piece, Usage
 from .images import in_base64
 from .messages import Reader
-from .requests import Fields, refuse
+from .requests import Fields, preview_every, refuse
 from .settings import ServerSettings
 from .sse import Events
 
 
 router = APIRouter()
-# Of a pipeline that is told no number.
-DEFAULT_STEPS = 49
 _MAX_TOKENS_OF_THOUGHTS = 1024
 
 
@@ -109,8 +106,7 @@ def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSetting
     if body.stream:
         chosen["progress"] = True
     if body.partial_images:
-        steps = body.num_inference_steps or DEFAULT_STEPS
-        chosen["preview_every"] = math.ceil(steps / (body.partial_images + 1))
+        chosen["preview_every"] = preview_every(body.num_inference_steps, body.partial_images)
     reader.load()
     return Asked(
         [Turn(tuple(parts))],
@@ -164,7 +160,10 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt,
         "output_tokens": written,
         "total_tokens": usage.prompt + written,
-        "input_tokens_details": {"text_tokens": usage.prompt - usage.prompt_images, "image_tokens": usage.prompt_images},
+        "input_tokens_details": {
+            "text_tokens": usage.prompt - usage.prompt_images,
+            "image_tokens": usage.prompt_images,
+        },
         "output_tokens_details": {"text_tokens": usage.text, "image_tokens": usage.image},
     }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from .settings import ServerSettings
 Output = Literal["auto", "text", "image", "interleaved"]
 # Under this, the likeliest token is as good as certain, and dividing by it overflows.
 _LEAST_TEMPERATURE = 0.01
+# Of a pipeline that is told no number.
+_DEFAULT_STEPS = 49
 
 
 class Fields(BaseModel):
@@ -115,6 +118,11 @@ def at_most(name: str, value: int | None, limit: int) -> int:
     return limit if value is None else value
 
 
+def preview_every(steps: int | None, count: int) -> int:
+    """After how many steps previews are due, for a picture to have as many as asked for."""
+    return math.ceil((steps or _DEFAULT_STEPS) / (count + 1))
+
+
 def refuse(request: BaseModel, unsupported: dict[str, tuple[Any, ...]]) -> None:
     """
     Refuse fields of OpenAI's that would change the answer, and which this server does not know to follow.
@@ -129,7 +137,9 @@ def refuse(request: BaseModel, unsupported: dict[str, tuple[Any, ...]]) -> None:
     for name, harmless in unsupported.items():
         value = getattr(request, name)
         if value is not None and not any(value == other and type(value) is type(other) for other in harmless):
-            raise ApiError(f"`{name}` is not supported here, or not with this value.", name, code="unsupported_parameter")
+            raise ApiError(
+                f"`{name}` is not supported here, or not with this value.", name, code="unsupported_parameter"
+            )
 
 
 def generator_of(seed: int | None, choice: int) -> torch.Generator:

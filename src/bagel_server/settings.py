@@ -19,6 +19,7 @@ class ServerSettings:
         protocol (`str`, *optional*): How a fine-tune answers, see [`BagelSession`].
         timeout (`float`): Seconds from a request to the end of its answer, waiting included.
         body_timeout (`float`): Seconds in which a request must have arrived.
+        max_requests (`int`): That are read or answered at a time.
         max_body_bytes (`int`): Of a request.
         max_messages (`int`): In a conversation.
         max_characters (`int`): Of all texts of a request.
@@ -39,7 +40,8 @@ class ServerSettings:
     protocol: str | None = None
     timeout: float = 600.0
     body_timeout: float = 30.0
-    max_body_bytes: int = 64 * 2**20
+    max_requests: int = 128
+    max_body_bytes: int = 32 * 2**20
     max_messages: int = 256
     max_characters: int = 1_000_000
     max_context_tokens: int = 32_768

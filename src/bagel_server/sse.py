@@ -28,7 +28,9 @@ class Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: Request, answers: Answers, events: AsyncGenerator[dict[str, Any], None], are_named: bool = True):
+    def __init__(
+        self, request: Request, answers: Answers, events: AsyncGenerator[dict[str, Any], None], are_named: bool = True
+    ):
         # Proxies would hold back what they collect.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_lines(request, answers, events, are_named), headers=headers)

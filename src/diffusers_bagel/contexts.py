@@ -101,6 +101,11 @@ class BagelContext:
         """Of everything, `(1, tokens)`."""
         return torch.cat([segment.token_ids for segment in self.segments])[None]
 
+    @property
+    def token_types(self) -> torch.Tensor:
+        """Of everything, `(1, tokens)`."""
+        return torch.cat([segment.token_types for segment in self.segments])[None]
+
     def first(self, num_segments: int) -> BagelContext:
         """The context of the first segments, in the same cache."""
         if self.prefix is not None and num_segments <= len(self.prefix.segments):
@@ -161,11 +166,6 @@ class TextSettings:
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     streamer: Any = None
-
-    def of_generate(self) -> dict[str, Any]:
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
-        names = ("max_new_tokens", "logits_processor", "stopping_criteria", "streamer")
-        return {name: getattr(self, name) for name in names} | sampling
 
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
         """A token by its scores: the best one, or one that is drawn at the temperature."""
@@ -386,20 +386,16 @@ class ContextReader:
             )
         return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values
 
-    def write_on(self, context: BagelContext, settings: TextSettings) -> Written:
-        """
-        What the model writes behind one context, which stays as it is.
-
-        The cache of what is written holds its tokens, too, so that it can be read without a second forward.
-        """
-        with seeded(settings.seed, self.device), kept_whole(context.cache):
-            (tokens,), cache = self.generate([context], context.own_cache, **settings.of_generate())
-        return Written(tokens, cache)
-
     def encode_text(self, text: str, sanitize_control_tokens: bool = False) -> list[EncodedSegment]:
         """A text as what a context reads; special tokens in it may be words like others."""
         segment = Segment("text", text, sanitize_control_tokens=sanitize_control_tokens)
         return self.processor.encode_segments([segment])
+
+    @property
+    def opening(self) -> EncodedSegment:
+        """What a text that is to be written begins with."""
+        start = self.processor.tokenizer.convert_tokens_to_ids(START)
+        return EncodedSegment(Segment("text", START), torch.tensor([start]))
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float = float("inf")) -> list[list[int]]:

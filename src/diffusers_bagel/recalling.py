@@ -62,18 +62,22 @@ def turns_of(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     return turns
 
 
-def recall(session: BagelSession, turns: Sequence[Turn], **settings: Any) -> None:
-    """Let a session take over turns. What was said is encoded, and read when it is needed."""
+def recall(session: BagelSession, turns: Sequence[Turn], sanitize_control_tokens: bool) -> None:
+    """Let a session take over turns. No model is asked; the next answer reads them."""
     for turn in turns:
-        answer = Answer(session, session._settings({"think": turn.thought is not None} | settings, False))
+        answer = _answer(session, sanitize_control_tokens, think=turn.thought is not None)
         answer.listen({"role": "user", "content": list(turn.given)}, turn.thought == "image")
         session._begin_turn(answer.message, answer.said)
         for part, said in zip(turn.answer, _answered(answer, turn), strict=True):
             if said is None:
-                answer._show(part["image"])
+                answer.said = answer.said.with_image(answer._shown_as(part["image"]))
             else:
                 answer.said = answer.said.with_text(said)
             answer._finish(**part)
+
+
+def _answer(session: BagelSession, sanitize_control_tokens: bool, think: bool = False) -> Answer:
+    return Answer(session, session._settings({"sanitize_control_tokens": sanitize_control_tokens, "think": think}))
 
 
 def _answered(answer: Answer, turn: Turn) -> Iterator[SaidText | None]:
@@ -99,14 +103,13 @@ def _answered(answer: Answer, turn: Turn) -> Iterator[SaidText | None]:
             )
 
 
-@torch.no_grad()
 def is_as_recalled(session: BagelSession, turn: Turn, sanitize_control_tokens: bool = False) -> bool:
     """
     Whether a session, in its last turn, said what it would recall of it: then it answers like one that has recalled it.
 
     Not so is an answer that holds special tokens, or which a protocol has cleaned.
     """
-    answer = Answer(session, session._settings({"sanitize_control_tokens": sanitize_control_tokens}, False))
+    answer = _answer(session, sanitize_control_tokens)
     last = session._said.turns[-1]
     first = next((place for place, said in enumerate(last) if _is_answer(said)), len(last))
     recalled = list(_answered(answer, turn))
@@ -139,9 +142,13 @@ def kept_bytes(session: BagelSession) -> int:
     tensors = list(session._read.tensors())
     images = {id(said): said for turn in session._said.turns for said in turn if isinstance(said, SaidImage)}
     for said in images.values():
-        tensors += [tensor for each in (said.vae, said.vit) for tensor in (each.pixels, each.latents) if tensor is not None]
+        tensors += [
+            tensor for each in (said.vae, said.vit) for tensor in (each.pixels, each.latents) if tensor is not None
+        ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    pictures = (part["image"] for message in session.messages for part in message["content"] if part["type"] == "image")
+    pictures = (
+        part["image"] for message in session.messages for part in message["content"] if part["type"] == "image"
+    )
     return sum(storages.values()) + sum(3 * image.width * image.height for image in pictures)
 
 
@@ -175,8 +182,10 @@ def tokens_of_turn(session: BagelSession, output: str) -> TurnTokens:
     own = {id(said.segment) for said in last[answered:] if isinstance(said, SaidText)}
     own |= {id(segment) for said in images for segment in (said.vae, said.vit)}
     prompt = [segment for segment in segments if id(segment) not in own]
+    sizes = [said.vae.segment.content.size for said in images]
     return TurnTokens(
         sum(map(len, prompt)),
         sum(len(segment) for segment in prompt if segment.grid is not None),
-        sum(len(said.vae) - 2 for said in images),
+        # As it was drawn; read back, it may have another size.
+        sum(size[0] * size[1] // session.pipe.vae_scale_factor**2 for size in sizes),
     )
