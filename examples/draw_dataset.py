@@ -238,7 +238,7 @@ def draw(dataset: Dataset, left: Sequence[int], settings: dict[str, Any], worker
     ]
     # A block a shard: what a dead worker had begun is given to another one by the block.
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Drawer,
+        Drawer,  # type: ignore[arg-type]
         fn_constructor_args=(settings,),
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows)), max_tasks_in_flight_per_actor=1),
         num_gpus=1 if ray.cluster_resources().get("GPU") else None,

@@ -19,7 +19,7 @@ import ray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -51,8 +51,10 @@ DIED = ApiError(
     code="replica_died",
     headers={"Retry-After": "1"},
 )
-# The engine refuses what is too much for it.
+# The engine of a replica refuses what is too much for it.
 ANY_NUMBER = 100_000
+# Whose bodies the door holds in memory; as many more wait before it.
+MAX_OPEN = 1000
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ class Replica:
                 messages = [await sent.get()]
                 while not sent.empty():
                     messages.append(sent.get_nowait())
-                if messages[-1] is None:
-                    messages.pop()
+                part = [message for message in messages if message is not None]
+                if None in messages:
                     # Its error, if there was one.
                     await task
-                yield messages
-                is_whole = not messages or is_last(messages[-1])
+                yield part
+                is_whole = not part or is_last(part[-1])
         finally:
             hung_up.set()
 
@@ -204,7 +206,7 @@ class Door:
 
     async def _hand_on(self, request: Request, key: str | None, send: Send, is_last_try: bool) -> bool:
         """Whether the answer was sent on: one that only says that there is no place is not, but for the last try."""
-        parts = self.replicas.options(stream=True, session_id=key or "").answer.remote(request)
+        parts: Any = self.replicas.options(stream=True, session_id=key or "").answer.remote(request)
         try:
             messages = one_by_one(parts)
             start = await anext(messages)
@@ -231,7 +233,7 @@ class Door:
             await send({"type": "http.response.body", "body": broken_off(are_named), "more_body": False})
 
 
-async def one_by_one(parts: DeploymentResponseGenerator) -> AsyncIterator[Message]:
+async def one_by_one(parts: DeploymentResponseGenerator[list[Message]]) -> AsyncIterator[Message]:
     async for part in parts:
         for message in part:
             yield message
@@ -268,25 +270,26 @@ def application(
     scaling: dict[str, Any] = (
         {"num_replicas": replicas} if isinstance(replicas, int) else {"autoscaling_config": replicas}
     )
-    shared: dict[str, Any] = {
-        "max_ongoing_requests": ANY_NUMBER,
-        # What runs is finished before a replica goes.
-        "graceful_shutdown_timeout_s": settings.timeout,
-    }
     behind = serve.deployment(
-        Replica,
-        request_router_config=RequestRouterConfig(request_router_class=ConversationRouter),
+        max_ongoing_requests=ANY_NUMBER,
+        # What runs is finished before a replica goes.
+        graceful_shutdown_timeout_s=settings.timeout,
+        request_router_config=RequestRouterConfig(request_router_class=ConversationRouter),  # type: ignore[arg-type]
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         **scaling,
-        **shared,
-    )
+    )(Replica)
 
     def build_door() -> ASGIApp:
         return Starlette(routes=[Mount("/", Door(serve.get_deployment_handle(Replica.__name__), settings))])
 
     door = serve.deployment(
-        serve.ingress(build_door)(), name=Door.__name__, ray_actor_options={"num_cpus": 0}, **shared
-    )
+        name=Door.__name__,
+        max_ongoing_requests=MAX_OPEN,
+        max_queued_requests=MAX_OPEN,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=settings.timeout,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress(build_door)())
     return door.bind(behind.bind(engine, settings))
 
 

@@ -102,11 +102,12 @@ def test_a_replica_is_killed_under_load_and_no_answer_is_wrong(cluster):
 
 
 def test_a_stream_whose_replica_is_killed_ends_with_an_error(cluster):
+    replicas = cluster.replicas()
     stream = cluster.say(CASES[0].prompt, **LONG)
     with pytest.raises(APIError, match="The replica that was answering has died"):
         for number, _ in enumerate(stream):
             if number == 3:
-                for replica in cluster.replicas():
+                for replica in replicas:
                     os.kill(replica, signal.SIGKILL)
 
 
