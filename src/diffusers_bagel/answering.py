@@ -445,7 +445,7 @@ class Answer:
     def _drawn(self, loop: DenoisingLoop, grid: tuple[int, int], text: str) -> Steps[torch.Tensor]:
         """Latents of a picture; what it will be like, and how far it is, is given out as wanted."""
         every, count = self.settings.preview_every, len(loop)
-        bar = self.pipe.progress_bar(total=len(loop.levels)) if self.settings.shows_bar else nullcontext()
+        bar: Any = self.pipe.progress_bar(total=len(loop.levels)) if self.settings.shows_bar else nullcontext()
         with bar:
             for step in range(count):
                 if loop.is_interrupted():

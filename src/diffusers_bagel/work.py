@@ -23,16 +23,17 @@ MAX_DECODED_TOKENS = 4096
 
 
 class Work(ABC):
-    """
-    Something that an answer needs the model for.
+    """Something that an answer needs the model for."""
 
-    Attributes:
-        size (`int`): Tokens that are new to the model.
-        room (`int`): How many of them those that are done together should have at most.
-    """
+    @property
+    def size(self) -> int:
+        """How much it is, in tokens."""
+        return 1
 
-    size: int = 1
-    room: int = 1
+    @property
+    def room(self) -> int:
+        """How much is done at a time; a larger piece is done alone."""
+        return 1
 
     @abstractmethod
     def goes_with(self, other: Any) -> bool:
@@ -62,11 +63,11 @@ class Reading(Work):
     begins_text: bool = False
 
     @property
-    def size(self) -> int:  # type: ignore[override]
+    def size(self) -> int:
         return self.context.length - self.context.held + sum(map(len, self.segments))
 
     @property
-    def room(self) -> int:  # type: ignore[override]
+    def room(self) -> int:
         return MAX_PREFILL_TOKENS
 
     def goes_with(self, other: Reading) -> bool:
@@ -95,7 +96,7 @@ class Writing(Work):
     text: Text
 
     @property
-    def room(self) -> int:  # type: ignore[override]
+    def room(self) -> int:
         return MAX_JOINED_TOKENS
 
     def goes_with(self, other: Writing) -> bool:
@@ -118,11 +119,11 @@ class Drawing(Work):
     step: DenoisingStep
 
     @property
-    def size(self) -> int:  # type: ignore[override]
+    def size(self) -> int:
         return self.step.num_tokens
 
     @property
-    def room(self) -> int:  # type: ignore[override]
+    def room(self) -> int:
         return step_limit(self.step.latents.device)
 
     def goes_with(self, other: Drawing) -> bool:
@@ -174,11 +175,11 @@ class Decoding(Work):
     grid: tuple[int, int]
 
     @property
-    def size(self) -> int:  # type: ignore[override]
+    def size(self) -> int:
         return self.latents.shape[1]
 
     @property
-    def room(self) -> int:  # type: ignore[override]
+    def room(self) -> int:
         return MAX_DECODED_TOKENS
 
     def goes_with(self, other: Decoding) -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from bagel_server import Engine, ServerSettings, create_app
 from diffusers_bagel import BagelPipeline, BagelSession
 from tests.conftest import golden_image
-from tests.diffusers_bagel.conftest import pipe  # noqa: F401  # a fixture
+from tests.diffusers_bagel.conftest import forwards, own_pipe, pipe  # noqa: F401  # fixtures
 from tests.processes import ROOT
 
 
@@ -66,9 +66,9 @@ def client(url) -> openai.OpenAI:
 @pytest.fixture(scope="session")
 def shapes() -> BagelPipeline:
     """A model that was trained, see docs/shapes.md."""
-    pipe = BagelPipeline.from_pretrained(SHAPES)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    trained = BagelPipeline.from_pretrained(SHAPES)
+    trained.set_progress_bar_config(disable=True)
+    return trained
 
 
 def png(image: Image.Image) -> bytes:

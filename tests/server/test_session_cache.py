@@ -36,7 +36,9 @@ BOTH = {"modalities": ["text", "image"], "extra_body": SMALL | {"max_images": 1}
 PLANNED = {"modalities": ["image"], "extra_body": SMALL | {"think": True}}
 
 
-@pytest.mark.parametrize("turns", [[TEXT, TEXT, PICTURE], [PICTURE, TEXT, PICTURE], [BOTH, TEXT], [PLANNED, PICTURE, TEXT]])
+@pytest.mark.parametrize(
+    "turns", [[TEXT, TEXT, PICTURE], [PICTURE, TEXT, PICTURE], [BOTH, TEXT], [PLANNED, PICTURE, TEXT]]
+)
 def test_a_conversation_goes_on_alike_from_the_cache_and_from_nothing(turns, engine):
     with served(engine) as cached, served(engine, max_cache_bytes=0) as plain:
         one, other = (converse(client_of(url), *turns) for url in (cached, plain))
@@ -52,7 +54,9 @@ def test_what_was_said_is_not_read_again(engine):
         answers = converse(client, TEXT, PICTURE, TEXT)
         cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
         assert cached[0] == 0
-        assert all(0 < count < answer.usage.prompt_tokens for count, answer in zip(cached[1:], answers[1:], strict=True))
+        assert all(
+            0 < count < answer.usage.prompt_tokens for count, answer in zip(cached[1:], answers[1:], strict=True)
+        )
         assert metric(client, "bagel_session_cache_hits_total") == 2
         assert metric(client, "bagel_session_cache_sessions") == 3
         assert metric(client, "bagel_session_cache_bytes") > 0
@@ -70,7 +74,9 @@ def test_thoughts_that_are_sent_back_are_found_and_those_that_are_not_are_not(sh
         forgetful = {"role": "assistant", "content": message.content}
         found = []
         for history in (message, by_hand, forgetful):
-            later = client.chat.completions.create(model=MODEL, messages=[*asked, history, user("really?")], max_tokens=8)
+            later = client.chat.completions.create(
+                model=MODEL, messages=[*asked, history, user("really?")], max_tokens=8
+            )
             found.append(later.usage.prompt_tokens_details.cached_tokens > 0)
         assert found == [True, True, False]
     engine.close()
@@ -102,7 +108,9 @@ def test_two_go_on_from_one_conversation_at_once(engine):
         for thread in threads:
             thread.join()
         for word in "abcd":
-            alone = client_of(plain).chat.completions.create(model=MODEL, messages=[*history, user(word)], max_tokens=6)
+            alone = client_of(plain).chat.completions.create(
+                model=MODEL, messages=[*history, user(word)], max_tokens=6
+            )
             assert found[word] == alone.choices[0].message.content
 
 
