@@ -3,8 +3,8 @@
 
     python examples/serve_ray.py model=examples/shapes/checkpoint dtype=float32 max_replicas=2
     serve run --app-dir examples serve_ray:build model=ByteDance-Seed/BAGEL-7B-MoT num_gpus=1 min_replicas=2 max_replicas=8
-    serve build --app-dir examples serve_ray:build -o config.yaml    # for `serve deploy`, and for KubeRay
 
+In a config file of `serve deploy`, or of KubeRay, the second is `import_path: serve_ray:build` with these names under `args`.
 `bagel serve --ray` does the same from the command line. Copy this file to load the model otherwise: with adapters, quantised, on
 more than one GPU. See docs/ray.md.
 """
