@@ -199,6 +199,13 @@ def _serve() -> _Parser:
         ("max-cache-bytes", _number(int, 0, math.inf), "of conversations that are kept in case they go on"),
     ):
         serve.add_argument(f"--{name}", type=kind, help=f"{what} (default: that of ServerSettings)")
+    serve.add_argument(
+        "--ray", action="store_true", help="on Ray Serve, on the cluster of $RAY_ADDRESS or on this machine"
+    )
+    serve.add_argument(
+        "--replicas", type=count, default=1, help="processes with --ray, at least (default: %(default)s)"
+    )
+    serve.add_argument("--max-replicas", type=count, help="processes with --ray, at most (default: as --replicas)")
     return serve
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -82,6 +83,8 @@ def chat(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Answer requests by OpenAI's interfaces, until somebody ends the process."""
+    if options.ray:
+        return _serve_on_ray(options)
     try:
         from . import serving
     except ImportError as error:
@@ -91,6 +94,14 @@ def serve(options: argparse.Namespace) -> None:
     settings = serving.settings_of(options)
     with closing(serving.bound_socket(options)) as bound, _loaded(options) as pipe:
         serving.serve(pipe, options, settings, bound)
+
+
+def _serve_on_ray(options: argparse.Namespace) -> None:
+    try:
+        from . import serving_on_ray
+    except ImportError as error:
+        raise CommandError(f"'--ray' needs the extra: pip install 'transformers-bagel[ray]' ({error})") from error
+    serving_on_ray.serve(partial(_loaded, options), options)
 
 
 def info(options: argparse.Namespace) -> None:
