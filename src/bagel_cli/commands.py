@@ -23,7 +23,7 @@ from diffusers_bagel import BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 
 from .chat import NOT_ANSWERED, Chat, upright
-from .files import CommandError, save_picture, sentence
+from .files import CommandError, description, save_picture, sentence
 from .fitting import are_packed, choose, loading_arguments
 from .information import describe
 
@@ -54,7 +54,8 @@ def draw(options: argparse.Namespace) -> None:
             raise CommandError(sentence(error)) from error
     if out.texts:
         print(out.texts[0])
-    save_picture(out.images[0], options.output)
+    made_by = {"seed": options.seed, "steps": options.steps, "think": bool(options.think)} | settings
+    save_picture(out.images[0], options.output, description(options.prompt, options.model, made_by))
     print(f"{options.output}: {out.images[0].width} x {out.images[0].height}")
 
 
