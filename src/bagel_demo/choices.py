@@ -11,7 +11,7 @@ import torch
 
 
 # As the page calls them, and as `BagelSession.stream` does.
-OUTPUTS = {"Picture": "image", "Words": "text", "Both": "interleaved", "As it likes": "auto"}
+OUTPUTS = {"Picture": "image", "Words": "text", "Both": "interleaved", "It decides": "auto"}
 LIKE_THE_LAST = "like the last picture"
 # Width to height.
 SHAPES = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
@@ -23,7 +23,7 @@ class Choices:
     What was chosen for one answer.
 
     Attributes:
-        answer (`str`): Of `OUTPUTS`.
+        output (`str`): Of `OUTPUTS`.
         think (`bool`): Whether the model thinks first.
         seed (`int`)
         steps (`int`): Of each picture.
@@ -33,7 +33,7 @@ class Choices:
         temperature (`float`): Of words; 0 takes the likeliest.
     """
 
-    answer: str = "Picture"
+    output: str = "Picture"
     think: bool = False
     seed: int = 0
     steps: int = 49
@@ -47,7 +47,7 @@ class Choices:
         """Of [`BagelSession.stream`]."""
         width, height = (None, None) if self.size == LIKE_THE_LAST else map(int, self.size.split(" × "))
         return {
-            "output": OUTPUTS[self.answer],
+            "output": OUTPUTS[self.output],
             "think": self.think,
             "generator": torch.Generator().manual_seed(self.seed),
             "num_inference_steps": self.steps,
@@ -61,7 +61,6 @@ class Choices:
             "sanitize_control_tokens": True,
             # Often enough to see it form, rarely enough for decoding to cost little.
             "preview_every": max(1, self.steps // 8),
-            "progress": True,
         }
 
     def described(self) -> dict[str, Any]:
