@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from diffusers_bagel import PRESETS
+
 
 # As the page calls them, and as `BagelSession.stream` does.
 OUTPUTS = {"Picture": "image", "Words": "text", "Both": "interleaved", "It decides": "auto"}
 LIKE_THE_LAST = "like the last picture"
+NO_PRESET = "none"
 # Width to height.
 SHAPES = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
 
@@ -24,21 +27,24 @@ class Choices:
 
     Attributes:
         output (`str`): Of `OUTPUTS`.
+        preset (`str`): Of `PRESETS`, or `NO_PRESET`: for all that is not on the page.
         think (`bool`): Whether the model thinks first.
         seed (`int`)
         steps (`int`): Of each picture.
-        guidance_scale, image_guidance_scale (`float`): Weights of the text and of the pictures.
+        guidance_scale (`float`): Weight of the text.
+        image_guidance_scale (`float`): Weight of the pictures; 0 leaves it to the task.
         size (`str`): Of [`sizes`].
         max_new_tokens (`int`): Of each text.
         temperature (`float`): Of words; 0 takes the likeliest.
     """
 
     output: str = "Picture"
+    preset: str = NO_PRESET
     think: bool = False
     seed: int = 0
     steps: int = 49
     guidance_scale: float = 4.0
-    image_guidance_scale: float = 2.0
+    image_guidance_scale: float = 0.0
     size: str = LIKE_THE_LAST
     max_new_tokens: int = 1024
     temperature: float = 0.0
@@ -48,11 +54,12 @@ class Choices:
         width, height = (None, None) if self.size == LIKE_THE_LAST else map(int, self.size.split(" × "))
         return {
             "output": OUTPUTS[self.output],
+            "preset": None if self.preset == NO_PRESET else self.preset,
             "think": self.think,
             "generator": torch.Generator().manual_seed(self.seed),
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
-            "image_guidance_scale": self.image_guidance_scale,
+            "image_guidance_scale": self.image_guidance_scale or None,
             "width": width,
             "height": height,
             "max_new_tokens": self.max_new_tokens,
@@ -65,7 +72,25 @@ class Choices:
 
     def described(self) -> dict[str, Any]:
         """What is written into the file of a picture."""
-        return asdict(self)
+        return asdict(self) | {"output": OUTPUTS[self.output]}
+
+    @classmethod
+    def of_preset(cls, name: str) -> Choices:
+        """What the page shows when a preset is chosen."""
+        if name == NO_PRESET:
+            return cls()
+        preset, usual = PRESETS[name], cls()
+        own = preset.settings
+        return cls(
+            output={output: shown for shown, output in OUTPUTS.items()}[preset.output],
+            preset=name,
+            think=own["think"],
+            steps=own.get("num_inference_steps", usual.steps),
+            guidance_scale=own.get("guidance_scale", usual.guidance_scale),
+            image_guidance_scale=own.get("image_guidance_scale", usual.image_guidance_scale),
+            max_new_tokens=own.get("max_new_tokens", own.get("max_think_tokens", usual.max_new_tokens)),
+            temperature=own["temperature"] if own["do_sample"] else 0.0,
+        )
 
 
 def new_seed() -> int:

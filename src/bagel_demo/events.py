@@ -12,13 +12,16 @@ from typing import Any
 
 import gradio as gr
 
+from diffusers_bagel import PRESETS
+
 from . import views
-from .choices import Choices, new_seed
+from .choices import NO_PRESET, Choices, new_seed
 from .talk import Picture, Talk, Turn
 
 
 SEND = "Send"
 PLACEHOLDER = "Say what to draw, what to change, or what you want to know"
+PRESET_INFO = "Published settings, by what they were published for"
 # A phone that sleeps has closed the page, and may wake up.
 SECONDS_OF_ABSENCE = 3600
 Updates = dict[Any, Any]
@@ -37,6 +40,7 @@ class Parts:
     new: gr.Button
     output: gr.Radio
     think: gr.Checkbox
+    preset: gr.Dropdown
     seed: gr.Number
     is_new_seed: gr.Checkbox
     steps: gr.Slider
@@ -81,6 +85,7 @@ class Events:
             shown.click(self.act, everything, everything, trigger_mode="multiple", **answering)
         parts.gallery.select(self.choose, None, parts.edit, queue=False, **settings)
         parts.edit.click(self.edit_chosen, {parts.composer}, everything, queue=False, **settings)
+        parts.preset.input(self.take_preset, parts.preset, everything, queue=False, **settings)
         parts.new.click(self.begin_anew, None, everything, queue=False, **settings)
         page.unload(self.leave)
 
@@ -123,6 +128,15 @@ class Events:
         """Change the picture that was chosen in the gallery."""
         talk = self._talk(request)
         return self._to_edit(talk, talk.pictures[talk.chosen].file.name, values)
+
+    def take_preset(self, name: str) -> Updates:
+        """Show the settings of a preset."""
+        chosen = Choices.of_preset(name)
+        shown = {field.name for field in fields(Choices)} - {"seed", "size", "preset"}
+        info = PRESET_INFO if name == NO_PRESET else PRESETS[name].description
+        return {getattr(self.parts, field): getattr(chosen, field) for field in shown} | {
+            self.parts.preset: gr.Dropdown(info=info)
+        }
 
     def begin_anew(self, request: gr.Request) -> Updates:
         """Forget what was said."""

@@ -23,3 +23,6 @@ new ResizeObserver(() => {
 watch("value", () => {
   element.querySelectorAll("details").forEach((thought) => (thought.open = unfolded.has(thought)));
 });
+
+// Until now nobody would have heard a click.
+box.dataset.ready = "true";

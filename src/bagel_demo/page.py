@@ -9,9 +9,11 @@ from typing import Any
 
 import gradio as gr
 
+from diffusers_bagel import PRESETS
+
 from . import views
-from .choices import OUTPUTS, Choices, sizes
-from .events import PLACEHOLDER, SEND, Events, Parts
+from .choices import NO_PRESET, OUTPUTS, Choices, sizes
+from .events import PLACEHOLDER, PRESET_INFO, SEND, Events, Parts
 
 
 HERE = Path(__file__).parent
@@ -115,17 +117,23 @@ def _laid_out(pipe: Any) -> Parts:
 def _settings(pipe: Any) -> dict[str, Any]:
     usual = Choices()
     with gr.Accordion("Settings", open=True, elem_id="settings"):
+        preset = gr.Dropdown(
+            [NO_PRESET, *PRESETS], value=usual.preset, label="Preset", info=PRESET_INFO, elem_id="preset"
+        )
         with gr.Row():
             seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0, maximum=2**63 - 1, min_width=120)
             is_new_seed = gr.Checkbox(True, label="New one each time", min_width=120, elem_id="new-seed")
         steps = gr.Slider(2, 100, usual.steps, step=1, label="Steps of a picture")
         guidance = gr.Slider(1, 10, usual.guidance_scale, step=0.1, label="Weight of the text")
-        image_guidance = gr.Slider(1, 5, usual.image_guidance_scale, step=0.1, label="Weight of the pictures, in edits")
+        image_guidance = gr.Slider(
+            0, 5, usual.image_guidance_scale, step=0.1, label="Weight of the pictures (0: as usual)"
+        )
         names = sizes(pipe.default_sample_size, pipe.vae_scale_factor)
         size = gr.Dropdown(names, value=usual.size, label="Size of a picture")
         tokens = gr.Slider(1, 4096, usual.max_new_tokens, step=1, label="Tokens of a text, at most")
         temperature = gr.Slider(0, 2, usual.temperature, step=0.1, label="Temperature of words (0: the likeliest)")
     return {
+        "preset": preset,
         "seed": seed,
         "is_new_seed": is_new_seed,
         "steps": steps,

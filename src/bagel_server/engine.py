@@ -93,7 +93,7 @@ class Engine:
                 raise EngineFull(len(self._waiting), self._seconds)
             if any(task.session is session for task in (*self._waiting, *self._running)):
                 raise RuntimeError("The session is answering. Take its answer to the end, or go on with a `fork()`.")
-            steps = session._steps(session._heard(content, output, True, settings), output)
+            steps = session._steps(session._heard(content, output, True, settings))
             deadline = float("inf") if timeout is None else time.monotonic() + timeout
             self._waiting.append(_Task(_events(steps), outbox, deadline, session))
             self._changed.notify_all()
