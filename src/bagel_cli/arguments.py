@@ -170,6 +170,12 @@ def _chat() -> _Parser:
     return chat
 
 
+def _demo() -> _Parser:
+    demo = _group()
+    demo.add_argument("--port", type=_number(int, 1, 65535), default=7860, help="of the page (default: %(default)s)")
+    return demo
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
@@ -195,6 +201,7 @@ def _parser() -> _Parser:
         ("edit", drawing, "Change one or several pictures as told."),
         ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
+        ("demo", [model, place, memory, _demo()], "Show a page in the browser, on this machine alone."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)

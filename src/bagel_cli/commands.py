@@ -50,7 +50,7 @@ def draw(options: argparse.Namespace) -> None:
             raise CommandError(sentence(error)) from error
     if out.texts:
         print(out.texts[0])
-    made_by = {"seed": options.seed, "steps": options.steps, "think": bool(options.think)} | settings
+    made_by = {"seed": options.seed} | settings
     save_picture(out.images[0], options.output, description(options.prompt, options.model, made_by))
     print(f"{options.output}: {out.images[0].width} x {out.images[0].height}")
 
@@ -79,6 +79,19 @@ def chat(options: argparse.Namespace) -> None:
         except (OSError, *NOT_ANSWERED) as error:
             raise CommandError(sentence(error)) from error
         Chat(session, options).run()
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Show a page in the browser, until somebody ends the process."""
+    try:
+        from . import showing
+    except ImportError as error:
+        raise CommandError(
+            f"'bagel demo' needs the extra: pip install 'transformers-bagel[demo,serve]' ({error})"
+        ) from error
+    showing.check_port(options.port)
+    with _loaded(options) as pipe:
+        showing.show(pipe, options.port)
 
 
 def info(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from diffusers_bagel import PRESETS
 
 
 # As the page calls them, and as `BagelSession.stream` does.
-OUTPUTS = {"Picture": "image", "Words": "text", "Both": "interleaved", "It decides": "auto"}
+OUTPUTS = {"Picture": "image", "Words": "text", "Both": "interleaved", "Auto": "auto"}
 LIKE_THE_LAST = "like the last picture"
 NO_PRESET = "none"
 # Width to height.

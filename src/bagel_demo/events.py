@@ -20,7 +20,7 @@ from .talk import Picture, Talk, Turn
 
 
 SEND = "Send"
-PLACEHOLDER = "Say what to draw, what to change, or what you want to know"
+PLACEHOLDER = "Say what to draw or to change, or ask"
 PRESET_INFO = "Published settings, by what they were published for"
 # A phone that sleeps has closed the page, and may wake up.
 SECONDS_OF_ABSENCE = 3600
@@ -109,7 +109,7 @@ class Events:
             example = views.EXAMPLES[int(value)]
             values |= {parts.output: example.output, parts.think: example.think}
             yield {parts.output: example.output, parts.think: example.think}
-            async for updates in self._answered(talk, Turn(example.text, [], parts.choices(values))):
+            async for updates in self._answered(talk, Turn(example.text, list(example.shown), parts.choices(values))):
                 yield updates
         elif event.act == "again" and (said := talk.again()) is not None:
             async for updates in self._answered(talk, Turn(said.text, said.shown, parts.choices(values))):

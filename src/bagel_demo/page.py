@@ -44,7 +44,7 @@ class BagelPage(gr.Blocks):
             "footer_links": [],
             "run_history": False,
             "ssr_mode": False,
-            "allowed_paths": [self.folder.name],
+            "allowed_paths": [self.folder.name, str(views.SHOWN)],
             "max_file_size": "20mb",
         }
         return super().launch(*args, **(own | kwargs))
@@ -104,7 +104,7 @@ def _laid_out(pipe: Any) -> Parts:
                 columns=3,
                 fit_columns=False,
                 object_fit="contain",
-                height="auto",
+                height=280,
                 buttons=["download", "fullscreen"],
                 interactive=False,
                 elem_id="gallery",

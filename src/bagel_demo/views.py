@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from urllib.parse import quote
 
 import PIL.Image
@@ -29,13 +30,17 @@ class Example:
     text: str
     output: str
     think: bool = False
+    shown: tuple[Picture, ...] = ()
 
 
+# `bagel draw "a large yellow star in the middle and a small red circle at the top left on a blue background"` by bagel-shapes.
+SHOWN = Path(__file__).with_name("example.png")
 EXAMPLES = (
     Example("a large red circle in the middle on a white background", "Picture"),
     Example("something with five points in the colour of a lemon on blue", "Picture", think=True),
-    Example("a large yellow star and a small blue square on white then tell me how many things are there?", "It decides"),
-    Example("show the steps: a red circle at the top and a blue star at the left on yellow", "It decides"),
+    Example("a large yellow star and a small blue square on white then tell me how many things are there?", "Auto"),
+    Example("show the steps: a red circle at the top and a blue star at the left on yellow", "Auto"),
+    Example("what colour is the star?", "Words", shown=(Picture(SHOWN),)),
 )
 
 
@@ -97,16 +102,20 @@ def _left(done: int, steps: int, seconds: float) -> str:
 
 def _beginning() -> str:
     buttons = "".join(
-        f'<button type="button" data-act="example" data-value="{number}">{escape(example.text)}</button>'
+        f'<button type="button" data-act="example" data-value="{number}">{_shown(example.shown)}'
+        f"<span>{escape(example.text)}</span></button>"
         for number, example in enumerate(EXAMPLES)
     )
     return f'<div class="beginning"><p>Say something, show a picture, or begin with one of these.</p>{buttons}</div>'
 
 
 def _turn(turn: Turn, answered: str) -> str:
-    shown = "".join(f'<img src="{file_url(picture)}" alt="A picture that you showed">' for picture in turn.shown)
     text = f"<p>{escape(turn.text)}</p>" if turn.text else ""
-    return f'<section><div class="asked">{shown}{text}</div>{answered}</section>'
+    return f'<section><div class="asked">{_shown(turn.shown)}{text}</div>{answered}</section>'
+
+
+def _shown(pictures: Sequence[Picture]) -> str:
+    return "".join(f'<img src="{file_url(picture)}" alt="A picture that is shown">' for picture in pictures)
 
 
 def _part(part: Words | Drawing | Picture) -> str:
