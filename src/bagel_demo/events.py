@@ -16,7 +16,7 @@ from diffusers_bagel import PRESETS
 
 from . import views
 from .choices import NO_PRESET, Choices, new_seed
-from .talk import Picture, Talk, Turn
+from .talk import Talk, Turn
 
 
 SEND = "Send"
@@ -94,7 +94,7 @@ class Events:
         message = values[self.parts.composer] or {"text": "", "files": []}
         text, files = message["text"].strip(), message["files"]
         if text or files:
-            turn = Turn(text, [Picture(Path(file)) for file in files], self.parts.choices(values))
+            turn = Turn(text, [*map(Path, files)], self.parts.choices(values))
             async for updates in self._answered(self._talk(request), turn):
                 yield updates
 
@@ -182,7 +182,8 @@ class Events:
         }
         async for _ in talk.say(self.engine, turn):
             yield {parts.answer: views.answer(turn), parts.progress: views.progress(turn, time.monotonic())}
-        unsaid = {} if turn.is_remembered else {"value": {"text": turn.text, "files": [str(picture.file) for picture in turn.shown]}}
+        # What was not taken can be said once more.
+        unsaid = {} if turn.is_remembered else {"value": {"text": turn.text, "files": [*map(str, turn.shown)]}}
         yield {
             parts.said: views.conversation(talk.turns),
             parts.answer: "",

@@ -53,19 +53,19 @@ class Drawing:
 @dataclass
 class Picture:
     """
-    A picture that was drawn or shown.
+    A picture that was drawn.
 
     Attributes:
         file (`Path`)
-        prompt (`str`): What was said before it was drawn.
-        seed (`int`, *optional*): Of one that was drawn.
-        size (`tuple[int, int]`, *optional*): Width and height of one that was drawn.
+        prompt (`str`): What was said before.
+        seed (`int`)
+        size (`tuple[int, int]`): Width and height.
     """
 
     file: Path
-    prompt: str = ""
-    seed: int | None = None
-    size: tuple[int, int] | None = None
+    prompt: str
+    seed: int
+    size: tuple[int, int]
 
 
 @dataclass
@@ -74,14 +74,14 @@ class Turn:
     Something that was said, and its answer.
 
     Attributes:
-        text (`str`), shown (`list[Picture]`), choices (`Choices`): What was said.
+        text (`str`), shown (`list[Path]`), choices (`Choices`): What was said, with which pictures, to be answered how.
         parts (`list`): The answer, of which the last part may be in the making.
         note (`str`): Why the answer ended, unless it is whole.
         is_remembered (`bool`): Whether the session knows of it.
     """
 
     text: str
-    shown: list[Picture]
+    shown: list[Path]
     choices: Choices
     parts: list[Words | Drawing | Picture] = field(default_factory=list)
     note: str = ""
@@ -265,7 +265,7 @@ class Talk:
         return picture
 
 
-def opened(shown: Sequence[Picture]) -> list[PIL.Image.Image]:
+def opened(files: Sequence[Path]) -> list[PIL.Image.Image]:
     """
     Pictures that were shown, as the model sees them.
 
@@ -273,7 +273,7 @@ def opened(shown: Sequence[Picture]) -> list[PIL.Image.Image]:
         OSError, ValueError: if one cannot be read.
     """
     images = []
-    for picture in shown:
-        with PIL.Image.open(picture.file) as image:
+    for file in files:
+        with PIL.Image.open(file) as image:
             images.append(to_rgb(image))
     return images

@@ -30,7 +30,7 @@ class Example:
     text: str
     output: str
     think: bool = False
-    shown: tuple[Picture, ...] = ()
+    shown: tuple[Path, ...] = ()
 
 
 # `bagel draw "a large yellow star in the middle and a small red circle at the top left on a blue background"` by bagel-shapes.
@@ -40,7 +40,7 @@ EXAMPLES = (
     Example("something with five points in the colour of a lemon on blue", "Picture", think=True),
     Example("a large yellow star and a small blue square on white then tell me how many things are there?", "Auto"),
     Example("show the steps: a red circle at the top and a blue star at the left on yellow", "Auto"),
-    Example("what colour is the star?", "Words", shown=(Picture(SHOWN),)),
+    Example("what colour is the star?", "Words", shown=(SHOWN,)),
 )
 
 
@@ -80,9 +80,9 @@ def progress(turn: Turn, now: float) -> str:
     return _bar("", "Reading")
 
 
-def file_url(picture: Picture) -> str:
-    """Where a browser finds a picture, behind whatever path the page has."""
-    return f"{API_PREFIX.lstrip('/')}/file={quote(str(picture.file))}"
+def file_url(file: Path) -> str:
+    """Where a browser finds a file, behind whatever path the page has."""
+    return f"{API_PREFIX.lstrip('/')}/file={quote(str(file))}"
 
 
 def _bar(attributes: str, words: str) -> str:
@@ -114,8 +114,8 @@ def _turn(turn: Turn, answered: str) -> str:
     return f'<section><div class="asked">{_shown(turn.shown)}{text}</div>{answered}</section>'
 
 
-def _shown(pictures: Sequence[Picture]) -> str:
-    return "".join(f'<img src="{file_url(picture)}" alt="A picture that is shown">' for picture in pictures)
+def _shown(files: Sequence[Path]) -> str:
+    return "".join(f'<img src="{file_url(file)}" alt="A picture that is shown">' for file in files)
 
 
 def _part(part: Words | Drawing | Picture) -> str:
@@ -131,9 +131,8 @@ def _part(part: Words | Drawing | Picture) -> str:
 
 
 def _drawn(picture: Picture) -> str:
-    assert picture.size is not None
     width, height = picture.size
-    url, name = file_url(picture), escape(picture.file.name)
+    url, name = file_url(picture.file), escape(picture.file.name)
     return (
         f'<figure><img src="{url}" width="{width}" height="{height}" alt="{escape(picture.prompt)}">'
         f'<figcaption><button type="button" data-act="edit" data-value="{name}">Edit this picture</button>'
