@@ -11,7 +11,6 @@ import shlex
 import tempfile
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +165,14 @@ def description(prompt: str, model: str, settings: Mapping[str, Any]) -> PngInfo
         model (`str`): Folder or Hub id of the checkpoint, of which a folder is called by its last two names.
         settings (`Mapping`): Of the drawing, as JSON can hold them; what is `None` is left out.
     """
+    # Not before something was drawn: the package imports the libraries.
+    from diffusers_bagel import __version__
+
     chunks = PngInfo()
     chunks.add_text("prompt", prompt)
     chunks.add_text("model", "/".join(Path(model).parts[-2:]))
     chunks.add_text("settings", json.dumps({name: value for name, value in settings.items() if value is not None}))
-    chunks.add_text("Software", f"transformers-bagel {version('transformers-bagel')}")
+    chunks.add_text("Software", f"transformers-bagel {__version__}")
     return chunks
 
 

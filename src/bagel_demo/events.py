@@ -182,8 +182,10 @@ class Events:
         }
         async for _ in talk.say(self.engine, turn):
             yield {parts.answer: views.answer(turn), parts.progress: views.progress(turn, time.monotonic())}
-        # What was not taken can be said once more.
-        unsaid = {} if turn.is_remembered else {"value": {"text": turn.text, "files": [*map(str, turn.shown)]}}
+        unsaid: dict[str, Any] = {}
+        if not turn.is_remembered:
+            # What was not taken can be said once more.
+            unsaid["value"] = {"text": turn.text, "files": [*map(str, turn.shown)]}
         yield {
             parts.said: views.conversation(talk.turns),
             parts.answer: "",

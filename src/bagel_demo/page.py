@@ -38,7 +38,7 @@ class BagelPage(gr.Blocks):
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         """As [`gradio.Blocks.launch`]."""
-        own = {
+        own: dict[str, Any] = {
             "theme": THEME,
             "css_paths": HERE / "page.css",
             "footer_links": [],
@@ -96,7 +96,9 @@ def _laid_out(pipe: Any) -> Parts:
                 elem_id="composer",
             )
             with gr.Row(elem_id="how"):
-                output = gr.Radio(list(OUTPUTS), value="Picture", label="Answer with", container=False, elem_id="output")
+                output = gr.Radio(
+                    list(OUTPUTS), value="Picture", label="Answer with", container=False, elem_id="output"
+                )
                 think = gr.Checkbox(label="Think first", container=False, min_width=120, elem_id="think")
         with gr.Column(scale=1, min_width=300, elem_id="side"):
             gallery = gr.Gallery(

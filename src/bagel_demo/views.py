@@ -125,7 +125,9 @@ def _part(part: Words | Drawing | Picture) -> str:
         return folded + (f'<div class="words">{_MARKDOWN.render(words)}</div>' if words else "")
     if isinstance(part, Drawing):
         image = part.preview
-        shown = f'<img src="{_data_url(image)}" alt="The picture as it forms">' if image else '<div class="blank"></div>'
+        shown = (
+            f'<img src="{_data_url(image)}" alt="The picture as it forms">' if image else '<div class="blank"></div>'
+        )
         return f'<figure class="forming">{shown}</figure>'
     return _drawn(part)
 
