@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `bagel draw|edit|ask|chat|serve|info`. No library is imported before the arguments and the files are known to be
+"""The command line: `bagel draw|edit|ask|chat|serve|demo|info`. No library is imported before the arguments and the files are known to be
 right, so that a mistake is told at once."""
 
 from __future__ import annotations

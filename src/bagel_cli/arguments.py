@@ -209,6 +209,12 @@ def _serve() -> _Parser:
     return serve
 
 
+def _demo() -> _Parser:
+    demo = _group()
+    demo.add_argument("--port", type=_number(int, 1, 65535), default=7860, help="of the page (default: %(default)s)")
+    return demo
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
@@ -235,6 +241,7 @@ def _parser() -> _Parser:
         ("ask", [model, place, _common(ANSWER_PRESETS), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
         ("serve", [model, place, memory, _serve()], "Answer requests by OpenAI's interfaces."),
+        ("demo", [model, place, memory, _demo()], "Show a page in the browser, on this machine alone."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)

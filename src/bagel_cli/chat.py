@@ -19,7 +19,17 @@ from diffusers_bagel import BagelSession
 from transformers_bagel.image_processing_bagel import to_rgb
 
 from .arguments import parse_settings, setting_names
-from .files import CommandError, check_session, check_text, numbered, open_picture, save_picture, sentence, typed_paths
+from .files import (
+    CommandError,
+    check_session,
+    check_text,
+    description,
+    numbered,
+    open_picture,
+    save_picture,
+    sentence,
+    typed_paths,
+)
 from .terminal import as_characters, graphics_protocol
 
 
@@ -154,7 +164,7 @@ class Chat:
                     is_inside_text = not event.is_whole
                     print(event.text, end="\n" if event.is_whole else "", flush=True)
                 elif event.image is not None:
-                    self._write(event.image)
+                    self._write(event.image, " ".join(part for part in content if isinstance(part, str)))
         except NOT_ANSWERED as error:
             raise CommandError(sentence(error)) from error
         finally:
@@ -200,10 +210,11 @@ class Chat:
         except OSError as error:
             _tell(f"the conversation could not be kept in '{folder}': {sentence(error)}")
 
-    def _write(self, image: PIL.Image.Image) -> None:
+    def _write(self, image: PIL.Image.Image, prompt: str) -> None:
         file = numbered(self.options.output)
+        chosen = {name: vars(self.options)[name] for name in setting_names() if name != "raw_tokens"}
         try:
-            save_picture(image, file)
+            save_picture(image, file, description(prompt, self.options.model, chosen))
         except CommandError as error:
             _tell(error)
             self.files.pop(id(image), None)

@@ -24,7 +24,7 @@ from diffusers_bagel import BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 
 from .chat import NOT_ANSWERED, Chat, upright
-from .files import CommandError, save_picture, sentence
+from .files import CommandError, description, save_picture, sentence
 from .fitting import are_packed, choose, loading_arguments
 from .information import describe
 
@@ -51,7 +51,8 @@ def draw(options: argparse.Namespace) -> None:
             raise CommandError(sentence(error)) from error
     if out.texts:
         print(out.texts[0])
-    save_picture(out.images[0], options.output)
+    made_by = {"seed": options.seed} | settings
+    save_picture(out.images[0], options.output, description(options.prompt, options.model, made_by))
     print(f"{options.output}: {out.images[0].width} x {out.images[0].height}")
 
 
@@ -102,6 +103,19 @@ def _serve_on_ray(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise CommandError(f"'--ray' needs the extra: pip install 'transformers-bagel[ray]' ({error})") from error
     serving_on_ray.serve(partial(_loaded, options), options)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Show a page in the browser, until somebody ends the process."""
+    try:
+        from . import showing
+    except ImportError as error:
+        raise CommandError(
+            f"'bagel demo' needs the extra: pip install 'transformers-bagel[demo,serve]' ({error})"
+        ) from error
+    showing.check_port(options.port)
+    with _loaded(options) as pipe:
+        showing.show(pipe, options.port)
 
 
 def info(options: argparse.Namespace) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import shlex
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
+from PIL.PngImagePlugin import PngInfo
 
 
 class CommandError(Exception):
@@ -152,9 +156,29 @@ def typed_paths(text: str) -> list[str]:
     return paths
 
 
-def save_picture(image: PIL.Image.Image, output: Path) -> None:
+def description(prompt: str, model: str, settings: Mapping[str, Any]) -> PngInfo:
     """
-    Write the whole file, or none.
+    What a PNG says of itself, in text chunks: how to draw it again.
+
+    Args:
+        prompt (`str`): What was said before it was drawn.
+        model (`str`): Folder or Hub id of the checkpoint, of which a folder is called by its last two names.
+        settings (`Mapping`): Of the drawing, as JSON can hold them; what is `None` is left out.
+    """
+    # Not before something was drawn: the package imports the libraries.
+    from diffusers_bagel import __version__
+
+    chunks = PngInfo()
+    chunks.add_text("prompt", prompt)
+    chunks.add_text("model", "/".join(Path(model).parts[-2:]))
+    chunks.add_text("settings", json.dumps({name: value for name, value in settings.items() if value is not None}))
+    chunks.add_text("Software", f"transformers-bagel {__version__}")
+    return chunks
+
+
+def save_picture(image: PIL.Image.Image, output: Path, pnginfo: PngInfo | None = None) -> None:
+    """
+    Write the whole file, or none. A PNG gets a [`description`]; other formats have no place for it.
 
     Raises:
         CommandError: if it could not be written; the picture is then kept in the folder of temporary files.
@@ -162,11 +186,11 @@ def save_picture(image: PIL.Image.Image, output: Path) -> None:
     place = _behind_links(output)
     temporary = place.with_name(f".{place.stem}.{os.getpid()}{place.suffix}")
     try:
-        image.save(temporary)
+        image.save(temporary, pnginfo=pnginfo)
         os.replace(temporary, place)
     except (OSError, ValueError) as error:
         with tempfile.NamedTemporaryFile(prefix="bagel-", suffix=".png", delete=False) as kept:
-            image.save(kept, "PNG")
+            image.save(kept, "PNG", pnginfo=pnginfo)
         raise CommandError(f"'{output}' could not be written ({error}); the picture is in '{kept.name}'.") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -163,10 +163,22 @@ class BagelSession:
         Raises:
             OSError, ValueError: naming the file, if one is missing or broken, or does not fit the pipeline.
         """
-        place, description = read_description(folder)
-        session = cls(pipe, saved_protocol(place, description) if protocol is None else protocol)
-        session.messages, session._said, session._turns = restored(place, description, pipe)
+        session = cls(pipe, saved_protocol(*read_description(folder)) if protocol is None else protocol)
+        session.load_pretrained(folder)
         return session
+
+    def load_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Go on as a session that was saved, in the place of this one, with this one's protocol.
+
+        Raises:
+            OSError, ValueError: See [`from_pretrained`].
+        """
+        self._check_idle()
+        saved = restored(*read_description(folder), self.pipe)
+        with self._changing:
+            self.messages, self._said, self._turns = saved
+        self._read.forget_all_but(self._said.segment_lists())
 
     def back(self, turns: int = 1) -> None:
         """
