@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from bagel_bench import BENCHMARKS
+
 from .files import CommandError
 
 
@@ -149,11 +151,33 @@ def _chat() -> _Parser:
     return chat
 
 
+def _bench() -> _Parser:
+    whole = _number(int, 1, math.inf)
+    bench = _group()
+    bench.add_argument("--prompts", required=True, metavar="FILE", help="the prompts, as the benchmark publishes them")
+    bench.add_argument("--out", required=True, metavar="DIR", help="where the run is written, and goes on")
+    bench.add_argument("--images", dest="image_folder", metavar="DIR", help="pictures to edit (default: beside FILE)")
+    bench.add_argument("--preset", help="name of published settings (default: those of the benchmark)")
+    bench.add_argument("--samples", type=whole, help="drawings of a prompt (default: the benchmark's number)")
+    bench.add_argument("--batch-size", type=whole, default=1, help="pictures drawn at the same time (default: 1)")
+    bench.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what is done about a broken row, a missing picture, a double id (default: stop)",
+    )
+    bench.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16, whatever fits")
+    bench.add_argument("--seed", type=_number(int, 0, 2**64 - 1), default=0, help="of the run (default: 0)")
+    bench.add_argument("--steps", type=whole, help="denoising steps (default: the preset's)")
+    bench.add_argument("--think", action=argparse.BooleanOptionalAction, help="(default: the preset's)")
+    return bench
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
     commands = parser.add_subparsers(dest="command", required=True)
-    model, place, memory, output = (_group() for _ in range(4))
+    model, place, memory, output, benchmark = (_group() for _ in range(5))
     model.add_argument(
         "--model",
         default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
@@ -164,6 +188,7 @@ def _parser() -> _Parser:
     memory.add_argument(
         "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
     )
+    benchmark.add_argument("benchmark", choices=BENCHMARKS, help="whose pictures are drawn")
     output.add_argument(
         "-o", "--output", default="out.png", help="picture to write, in a chat with a number (default: out.png)"
     )
@@ -174,6 +199,7 @@ def _parser() -> _Parser:
         ("edit", drawing, "Change one or several pictures as told."),
         ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
+        ("bench", [benchmark, model, place, _bench(), _pictures()], "Draw the pictures that a benchmark scores."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +20,10 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from diffusers_bagel import BagelPipeline, BagelSession
+from bagel_bench import BENCHMARKS, RunFolder
+from bagel_bench.folder import REPORT
+from bagel_bench.running import Run, checkpoint_hash, summary, versions
+from diffusers_bagel import PRESETS, BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 
 from .chat import NOT_ANSWERED, Chat, upright
@@ -28,6 +32,7 @@ from .fitting import are_packed, choose, loading_arguments
 from .information import describe
 
 
+PICTURE_SETTINGS = ("height", "width", "guidance_scale", "image_guidance_scale")
 # Out of memory is a `RuntimeError`; those of the Hub's client are no `OSError`.
 NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError, SafetensorError)
 
@@ -37,7 +42,7 @@ def draw(options: argparse.Namespace) -> None:
     images = [upright(image) for image in options.images]
     settings = {
         name: getattr(options, name)
-        for name in ("height", "width", "guidance_scale", "image_guidance_scale")
+        for name in PICTURE_SETTINGS
         if getattr(options, name) is not None
     }
     with _loaded(options) as pipe:
@@ -82,6 +87,57 @@ def chat(options: argparse.Namespace) -> None:
         except (OSError, *NOT_ANSWERED) as error:
             raise CommandError(sentence(error)) from error
         Chat(session, options).run()
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Draw the pictures that a benchmark scores: those of this process, if `accelerate launch` or `torchrun` began several."""
+    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if options.device is None and torch.cuda.is_available():
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    preset = options.preset or BENCHMARKS[options.benchmark].preset
+    if preset not in PRESETS or PRESETS[preset].output != "image":
+        drawing = ", ".join(name for name, known in PRESETS.items() if known.output == "image")
+        raise CommandError(f"--preset must be one of {drawing}, got '{preset}'.")
+    names = {"num_inference_steps": "steps"} | {name: name for name in ("think", *PICTURE_SETTINGS)}
+    given = {name: getattr(options, option) for name, option in names.items() if getattr(options, option) is not None}
+    with _told(options):
+        checkpoint = _checkpoint(options)
+    settings = {
+        "benchmark": options.benchmark,
+        "preset": preset,
+        "settings": dict(PRESETS[preset].settings) | given,
+        "samples": options.samples or BENCHMARKS[options.benchmark].samples,
+        "seed": options.seed,
+        "checkpoint": checkpoint,
+        "dtype": options.dtype,
+        "device": find_device(options.device).type,
+        "versions": versions(),
+    }
+    folder = RunFolder(Path(os.path.expanduser(options.out)), rank)
+    try:
+        with folder.opened(settings):
+            folder.check_pictures({picture.file: picture.prompt for picture in options.pictures})
+            with _loaded(options) as pipe:
+                pipe.set_progress_bar_config(disable=True)
+                run = Run(pipe, folder, given | {"preset": preset}, options.seed, options.on_error == "skip")
+                run.draw(options.pictures[rank::count], options.batch_size)
+            # The last process to end sees that all is there.
+            report = summary(folder, settings, options.pictures, options.broken)
+            if report is not None:
+                folder.report(report)
+                skipped = f", {len(report['skipped'])} left out" if report["skipped"] else ""
+                print(f"{folder.pictures}: {report['pictures']} pictures{skipped}; see {REPORT}")
+    except (OSError, *NOT_ANSWERED) as error:
+        raise CommandError(sentence(error)) from error
+
+
+def _checkpoint(options: argparse.Namespace) -> str:
+    """The name of a checkpoint, and the commit of a Hub repository or a hash of a folder."""
+    name = Path(os.path.expanduser(options.model))
+    if name.is_dir():
+        return f"{name.resolve().name}@{checkpoint_hash(name)}"
+    found = cached_file(options.model, "model_index.json", _raise_exceptions_for_missing_entries=False)
+    return f"{options.model}@{Path(found or cached_file(options.model, 'config.json')).parent.name}"
 
 
 def info(options: argparse.Namespace) -> None:
