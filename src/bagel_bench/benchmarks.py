@@ -36,15 +36,13 @@ class Picture:
 @dataclass(frozen=True)
 class Benchmark:
     """
-    How a benchmark is run.
+    How a benchmark is run, with the preset of its name.
 
     Attributes:
-        preset (`str`): Of [`PRESETS`], if no other is asked for.
         samples (`int`): Drawings of each prompt, if not told otherwise.
         pictures (`Callable`): Of a row, the folder of its pictures, and a number of drawings, what is to be drawn.
     """
 
-    preset: str
     samples: int
     pictures: Callable[[Row, Path, int], list[Picture]]
 
@@ -101,14 +99,13 @@ def _single(
 
 
 BENCHMARKS = {
-    "geneval": Benchmark("geneval", 4, _geneval),
-    "wise": Benchmark("wise", 1, _wise),
-    # Nobody published settings of BAGEL for it.
-    "dpg": Benchmark("geneval", 4, _dpg),
-    "gedit": Benchmark("gedit", 1, _gedit),
-    "imgedit": Benchmark("imgedit", 1, _imgedit),
-    "kris": Benchmark("kris", 1, _kris),
-    "rise": Benchmark("rise", 1, _rise),
+    "geneval": Benchmark(4, _geneval),
+    "wise": Benchmark(1, _wise),
+    "dpg": Benchmark(4, _dpg),
+    "gedit": Benchmark(1, _gedit),
+    "imgedit": Benchmark(1, _imgedit),
+    "kris": Benchmark(1, _kris),
+    "rise": Benchmark(1, _rise),
 }
 
 

@@ -19,6 +19,23 @@ DEFAULT_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 DTYPES = ("float32", "bfloat16", "float16")
 # Of `diffusers_bagel`, which is not imported yet.
 PROTOCOLS = ("plain", "thinkmorph", "zebra", "sot", "canvas", "twiff", "cooper")
+PRESETS = (
+    *("demo", "notebook", "geneval", "wise", "dpg", "gedit", "imgedit", "kris", "rise", "vlmevalkit_generate"),
+    *(
+        "vlmevalkit_edit",
+        "ask",
+        "vqa",
+        "docvqa",
+        "mme",
+        "mmbench",
+        "mmvp",
+        "pope",
+        "mmvet",
+        "mathvista",
+        "mmmu",
+        "mmmu_cot",
+    ),
+)
 OUTPUTS = ("auto", "text", "image", "interleaved")
 PACKAGES = ("transformers", "diffusers", "torch")
 
@@ -91,8 +108,12 @@ def _common() -> _Parser:
         help="seed of the noise or of sampled text (default: 0)",
     )
     common.add_argument(
-        "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"published settings for all that is not asked for: {', '.join(PRESETS)}",
     )
+    common.add_argument("--steps", type=_number(int, 1, math.inf), help="denoising steps of a drawing (default: 49)")
     common.add_argument(
         "--think", action=argparse.BooleanOptionalAction, help="let the model think first, and show what it thought"
     )
@@ -157,7 +178,6 @@ def _bench() -> _Parser:
     bench.add_argument("--prompts", required=True, metavar="FILE", help="the prompts, as the benchmark publishes them")
     bench.add_argument("--out", required=True, metavar="DIR", help="where the run is written, and goes on")
     bench.add_argument("--images", dest="image_folder", metavar="DIR", help="pictures to edit (default: beside FILE)")
-    bench.add_argument("--preset", help="name of published settings (default: those of the benchmark)")
     bench.add_argument("--samples", type=whole, help="drawings of a prompt (default: the benchmark's number)")
     bench.add_argument("--batch-size", type=whole, default=1, help="pictures drawn at the same time (default: 1)")
     bench.add_argument(
@@ -166,10 +186,7 @@ def _bench() -> _Parser:
         default="stop",
         help="what is done about a broken row, a missing picture, a double id (default: stop)",
     )
-    bench.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16, whatever fits")
-    bench.add_argument("--seed", type=_number(int, 0, 2**64 - 1), default=0, help="of the run (default: 0)")
-    bench.add_argument("--steps", type=whole, help="denoising steps (default: the preset's)")
-    bench.add_argument("--think", action=argparse.BooleanOptionalAction, help="(default: the preset's)")
+    bench.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16, whatever fits better")
     return bench
 
 
@@ -199,7 +216,7 @@ def _parser() -> _Parser:
         ("edit", drawing, "Change one or several pictures as told."),
         ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
-        ("bench", [benchmark, model, place, _bench(), _pictures()], "Draw the pictures that a benchmark scores."),
+        ("bench", [benchmark, model, place, _common(), _bench(), _pictures()], "Draw the pictures that a benchmark scores."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)

@@ -32,7 +32,6 @@ from .fitting import are_packed, choose, loading_arguments
 from .information import describe
 
 
-PICTURE_SETTINGS = ("height", "width", "guidance_scale", "image_guidance_scale")
 # Out of memory is a `RuntimeError`; those of the Hub's client are no `OSError`.
 NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPError, SafetensorError)
 
@@ -40,18 +39,12 @@ NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPE
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
     images = [upright(image) for image in options.images]
-    settings = {
-        name: getattr(options, name)
-        for name in PICTURE_SETTINGS
-        if getattr(options, name) is not None
-    }
+    settings = _drawing_settings(options)
     with _loaded(options) as pipe:
         try:
             out = pipe(
                 prompt=options.prompt,
                 image=images or None,
-                num_inference_steps=options.steps,
-                think=bool(options.think),
                 generator=torch.Generator("cpu").manual_seed(options.seed),
                 **settings,
             )
@@ -94,17 +87,15 @@ def bench(options: argparse.Namespace) -> None:
     rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if options.device is None and torch.cuda.is_available():
         options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    preset = options.preset or BENCHMARKS[options.benchmark].preset
-    if preset not in PRESETS or PRESETS[preset].output != "image":
+    preset = options.preset or options.benchmark
+    if PRESETS[preset].output != "image":
         drawing = ", ".join(name for name, known in PRESETS.items() if known.output == "image")
-        raise CommandError(f"--preset must be one of {drawing}, got '{preset}'.")
-    names = {"num_inference_steps": "steps"} | {name: name for name in ("think", *PICTURE_SETTINGS)}
-    given = {name: getattr(options, option) for name, option in names.items() if getattr(options, option) is not None}
+        raise CommandError(f"--preset must be one that draws ({drawing}), got '{preset}'.")
+    given = _drawing_settings(options) | {"preset": preset}
     with _told(options):
         checkpoint = _checkpoint(options)
     settings = {
         "benchmark": options.benchmark,
-        "preset": preset,
         "settings": dict(PRESETS[preset].settings) | given,
         "samples": options.samples or BENCHMARKS[options.benchmark].samples,
         "seed": options.seed,
@@ -119,7 +110,7 @@ def bench(options: argparse.Namespace) -> None:
             folder.check_pictures({picture.file: picture.prompt for picture in options.pictures})
             with _loaded(options) as pipe:
                 pipe.set_progress_bar_config(disable=True)
-                run = Run(pipe, folder, given | {"preset": preset}, options.seed, options.on_error == "skip")
+                run = Run(pipe, folder, given, options.seed, options.on_error == "skip")
                 run.draw(options.pictures[rank::count], options.batch_size)
             # The last process to end sees that all is there.
             report = summary(folder, settings, options.pictures, options.broken)
@@ -129,6 +120,13 @@ def bench(options: argparse.Namespace) -> None:
                 print(f"{folder.pictures}: {report['pictures']} pictures{skipped}; see {REPORT}")
     except (OSError, *NOT_ANSWERED) as error:
         raise CommandError(sentence(error)) from error
+
+
+def _drawing_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, by the names of the pipeline's call."""
+    names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think")
+    settings = {name: getattr(options, name) for name in names} | {"num_inference_steps": options.steps}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _checkpoint(options: argparse.Namespace) -> str:
