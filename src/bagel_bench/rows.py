@@ -64,7 +64,7 @@ class Row:
         value = self._value(field)
         name = str(value)
         is_name = isinstance(value, str | int) and not isinstance(value, bool)
-        if not is_name or not name.strip() or name in (".", "..") or set(name) & set('/\\:\0'):
+        if not is_name or not name.strip() or name in (".", "..") or set(name) & set("/\\:\0"):
             raise BrokenRow(f"`{field}` must be the name of a file, got {value!r}.")
         return name
 

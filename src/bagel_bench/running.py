@@ -6,9 +6,11 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from .folder import RunFolder
 PACKAGES = ("transformers-bagel", "transformers", "diffusers", "torch", "pillow")
 # Of two pictures in a file, as the scorer of DPG-Bench cuts them.
 COLUMNS = 2
-JPEG = {"quality": 95, "subsampling": 0}
+JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Run:
         missing = [picture for picture in pictures if not (self.folder.pictures / picture.file).exists()]
         progress = tqdm(total=len(pictures), initial=len(pictures) - len(missing), unit="picture")
         progress.disable = progress.disable or self.folder.rank != 0
-        with progress, ThreadPoolExecutor(at_once) as threads:
+        with progress, _threads(at_once, self.pipe.device) as threads:
             drawings = [threads.submit(self.draw_one, picture) for picture in missing]
             try:
                 for drawn in as_completed(drawings):
@@ -89,11 +91,10 @@ class Run:
             return
         drawing = _grid(drawings)
         for file, text in picture.texts.items():
-            self.folder.write(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            self.folder.write(file, partial(Path.write_text, data=text, encoding="utf-8"))
         for file, source in picture.copies.items():
             copied = _opened(Path(source)) if source else drawing
-            settings = JPEG if file.endswith(".jpg") else {}
-            self.folder.write(file, lambda path, copied=copied, settings=settings: copied.save(path, **settings))
+            self.folder.write(file, partial(copied.save, **(JPEG if file.endswith(".jpg") else {})))
         # Last, as it says that all is done.
         self.folder.write(picture.file, drawing.save)
         seeds = [picture_seed(self.seed, name) for name in picture.names]
@@ -105,6 +106,19 @@ class Run:
         generator = torch.Generator().manual_seed(picture_seed(self.seed, name))
         out = self.pipe(prompt, image=images or None, generator=generator, **self.settings)
         return out.images[0], out.texts[0] if out.texts else None
+
+
+@contextmanager
+def _threads(count: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads that draw. On a CPU each computes alone, as sums of several cores would follow from how many there are."""
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            count, initializer=partial(torch.set_num_threads, 1 if device.type == "cpu" else cores)
+        ) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(cores)
 
 
 def picture_seed(seed: int, name: str) -> int:
@@ -149,7 +163,9 @@ def checkpoint_hash(folder: Path) -> str:
     A training that goes on changes every one of the weights, so that a few of them are enough.
     """
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".gguf", ".bin")):
+    for file in sorted(
+        path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".gguf", ".bin")
+    ):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
         with file.open("rb") as stream:
@@ -159,7 +175,9 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def summary(folder: RunFolder, settings: dict[str, Any], pictures: Sequence[Picture], broken: dict[str, str]) -> dict | None:
+def summary(
+    folder: RunFolder, settings: dict[str, Any], pictures: Sequence[Picture], broken: dict[str, str]
+) -> dict | None:
     """
     The report of a run whose pictures are all there, or `None`.
 

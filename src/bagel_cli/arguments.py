@@ -216,7 +216,11 @@ def _parser() -> _Parser:
         ("edit", drawing, "Change one or several pictures as told."),
         ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
-        ("bench", [benchmark, model, place, _common(), _bench(), _pictures()], "Draw the pictures that a benchmark scores."),
+        (
+            "bench",
+            [benchmark, model, place, _common(), _bench(), _pictures()],
+            "Draw the pictures that a benchmark scores.",
+        ),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)
@@ -225,6 +229,8 @@ def _parser() -> _Parser:
             command.add_argument("images", nargs="+", metavar="IMAGE", help="picture file")
         if name in ("draw", "edit", "ask"):
             command.add_argument("prompt", metavar="TEXT", help="what to draw, change or answer")
+        if name == "bench":
+            command.set_defaults(low_memory=False)
         if name == "info":
             command.add_argument("model", metavar="REPO", help="folder or Hub id of the checkpoint")
     return parser

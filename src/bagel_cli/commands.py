@@ -20,8 +20,8 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from bagel_bench import BENCHMARKS, RunFolder
-from bagel_bench.folder import REPORT
+from bagel_bench import BENCHMARKS
+from bagel_bench.folder import REPORT, RunFolder
 from bagel_bench.running import Run, checkpoint_hash, summary, versions
 from diffusers_bagel import PRESETS, BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
