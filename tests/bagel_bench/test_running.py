@@ -67,6 +67,23 @@ def test_batches_change_no_byte(alone, bench, geneval, tmp_path):
     assert len(alone) == 5 * 3 and pictures_of(tmp_path / "many") == alone
 
 
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_on_a_cpu_each_picture_has_one_core_of_however_many(size, bench, geneval, monkeypatch):
+    call, cores, before = BagelPipeline.__call__, [], torch.get_num_threads()
+
+    def counted(self, *args, **kwargs):
+        cores.append(torch.get_num_threads())
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(BagelPipeline, "__call__", counted)
+    try:
+        torch.set_num_threads(2)
+        assert bench("geneval", geneval, "out", "--samples", "1", "--batch-size", size)[0] == 0
+        assert set(cores) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_edits_and_plans_are_the_same_in_batches(saved, tmp_path):
     write_image(tmp_path / "1.png")
     row = {"category": "causal", "instruction": "make it red", "image": "1.png"}
