@@ -32,7 +32,12 @@ _NO_SETTINGS = {
 }
 _DRAWING = inspect.signature(BagelPipeline.__call__).parameters.keys() - _NO_SETTINGS
 # Of an answer that takes as many texts and pictures as it likes, the length of a plan is that of its texts.
-_IN_TURN = _DRAWING - {"max_think_tokens"} | {"max_new_tokens", "max_images", "sanitize_control_tokens", "stop_strings"}
+_IN_TURN = _DRAWING - {"max_think_tokens"} | {
+    "max_new_tokens",
+    "max_images",
+    "sanitize_control_tokens",
+    "stop_strings",
+}
 SETTINGS = {"text": _WRITING, "image": _DRAWING, "interleaved": _IN_TURN, "auto": _IN_TURN}
 
 
@@ -204,7 +209,7 @@ class Answerer:
     ) -> list[Answer]:
         for messages in conversations:
             if len(messages) != 1:
-                raise ValueError(f"`output=\"{self.output}\"` answers one message, and a task gave {len(messages)}.")
+                raise ValueError(f'`output="{self.output}"` answers one message, and a task gave {len(messages)}.')
         turns = [(BagelSession(self.pipe), messages[0]["content"]) for messages in conversations]
         replies = send_all(turns, self.output, generator=generators, think=self.think, **settings)
         return [Answer(reply.text, reply.content) for reply in replies]

@@ -78,7 +78,9 @@ class BagelHF(lmms):
         return [json.dumps(each, ensure_ascii=False) for each in saved]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("`bagel_hf` writes and draws; lm-evaluation-harness measures likelihoods with BAGEL.")
+        raise NotImplementedError(
+            "`bagel_hf` writes and draws; lm-evaluation-harness measures likelihoods with BAGEL."
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("`bagel_hf` answers once; tasks of `generate_until_multi_round` go on.")

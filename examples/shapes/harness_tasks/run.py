@@ -1,8 +1,8 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
 """
-One evaluation of bagel-shapes, item by item, by a harness' own command or by our own evaluation:
+Evaluations of bagel-shapes, item by item, by a harness' own command or by our own evaluation:
 
-    python examples/shapes/harness_tasks/run.py lmms_eval draw --items 10 --folder draw_by_lmms_eval
+    python examples/shapes/harness_tasks/run.py lmms_eval --tasks draw edit --items 10 --folder runs
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torchvision_names  # noqa: F401  before all that imports torchvision
 from shapes_tasks import BATCH_SIZE, SHAPES, TASKS, write_items
 
 from bagel_harnesses import answers
@@ -39,10 +40,11 @@ LOADS = [(owner, "from_pretrained") for owner in (BagelPipeline, BagelForConditi
 
 
 class Stopwatch:
-    """The seconds inside some functions, whichever of them calls which."""
+    """The seconds inside some functions, whichever of them calls which, and when the first began and the last ended."""
 
     def __init__(self, places: Sequence[tuple[Any, str]]):
         self.seconds, self._depth = 0.0, 0
+        self.first, self.last = float("inf"), 0.0
         self._stack, self._places = contextlib.ExitStack(), places
 
     def __enter__(self) -> Stopwatch:
@@ -61,7 +63,8 @@ class Stopwatch:
             finally:
                 self._depth -= 1
                 if self._depth == 0:
-                    self.seconds += time.perf_counter() - start
+                    self.first, self.last = min(self.first, start), time.perf_counter()
+                    self.seconds += self.last - start
 
         return timed
 
@@ -73,13 +76,15 @@ class Run:
 
     Attributes:
         right (`list[bool]`): Of each item, whether its answer is right.
-        seconds (`float`): From the command to its end, less the loading of the model.
-        asking (`float`): Of these, inside the pipeline.
+        asking (`float`): Seconds inside the pipeline.
+        between (`float`): Others, from the first question to the last answer.
+        around (`float`): Others, before that and after it, less the loading of the model.
     """
 
     right: list[bool]
-    seconds: float
     asking: float
+    between: float
+    around: float
 
 
 def own(task: str, count: int) -> Run:
@@ -91,9 +96,8 @@ def own(task: str, count: int) -> Run:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     evaluation, cases = evaluate.Evaluation(pipe, count), TASKS[task].cases(count)
     with Stopwatch([*ASKS, (evaluate, "send_all")]) as asks:
-        start = time.perf_counter()
         right = TASKS[task].own(evaluation, cases)
-        return Run(right, time.perf_counter() - start, asks.seconds)
+    return Run(right, asks.seconds, asks.last - asks.first - asks.seconds, 0.0)
 
 
 def lmms_eval(task: str, count: int) -> Run:
@@ -112,16 +116,31 @@ def lm_eval(task: str, count: int) -> Run:
     """`lm_eval --model hf-multimodal`, which writes, and does not think before."""
     took = _command(
         "lm_eval.__main__:cli_evaluate",
-        *("run", "--model", "hf-multimodal", "--model_args", f"pretrained={CHECKPOINT},dtype=float32", "--device", "cpu"),
+        *(
+            "run",
+            "--model",
+            "hf-multimodal",
+            "--model_args",
+            f"pretrained={CHECKPOINT},dtype=float32",
+            "--device",
+            "cpu",
+        ),
         *("--batch_size", BATCH_SIZE, "--apply_chat_template"),
-        *("--tasks", f"lm_eval_shapes_{task}", "--include_path", FOLDER / "tasks", "--output_path", "logs", "--log_samples"),
+        *(
+            "--tasks",
+            f"lm_eval_shapes_{task}",
+            "--include_path",
+            FOLDER / "tasks",
+            "--output_path",
+            "logs",
+            "--log_samples",
+        ),
     )
     return Run(_logged("samples_*.jsonl"), *took)
 
 
 def vlmevalkit(task: str, count: int) -> Run:
     """`python -m bagel_harnesses.vlmevalkit --config`."""
-    _declare_operators_of_torchvision()
     import vlmeval.dataset
     from vlmeval.smp import load
     from vlmevalkit_shapes import ShapesDataset, judged
@@ -140,7 +159,7 @@ HARNESSES: dict[str, Callable[[str, int], Run]] = {
 }
 
 
-def _command(entry: str, *arguments: Any) -> tuple[float, float]:
+def _command(entry: str, *arguments: Any) -> tuple[float, float, float]:
     """Run a harness' command in this process, and measure it as `Run` says. What it prints goes to a file."""
     module, _, function = entry.partition(":")
     command = getattr(importlib.import_module(module), function)
@@ -151,7 +170,8 @@ def _command(entry: str, *arguments: Any) -> tuple[float, float]:
         start = time.perf_counter()
         command()
         seconds = time.perf_counter() - start
-    return seconds - loads.seconds, asks.seconds
+    answering = asks.last - asks.first
+    return asks.seconds, answering - asks.seconds, seconds - answering - loads.seconds
 
 
 def _logged(pattern: str) -> list[bool]:
@@ -161,29 +181,20 @@ def _logged(pattern: str) -> list[bool]:
     return [sample["right"] == 1 for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
-def _declare_operators_of_torchvision() -> None:
-    """VLMEvalKit imports torchvision, of which BAGEL needs nothing. A build for GPUs does not load beside a torch without them: two
-    names are missing that its library would have declared.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("harness", choices=HARNESSES)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--folder", type=Path, required=True, help="an empty one, for what the run writes")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--items", type=int, default=200, help="of each task")
+    parser.add_argument("--folder", type=Path, required=True, help="for all that the runs write, in HARNESS/TASK")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)
-    os.chdir(args.folder)
-    write_items(Path.cwd(), args.task, args.items)
-    run = HARNESSES[args.harness](args.task, args.items)
-    Path("run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
+    for task in args.tasks:
+        folder = args.folder.absolute() / args.harness / task
+        folder.mkdir(parents=True)
+        os.chdir(folder)
+        write_items(folder, task, args.items)
+        run = HARNESSES[args.harness](task, args.items)
+        Path("run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
 
 
 if __name__ == "__main__":
