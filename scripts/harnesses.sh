@@ -24,9 +24,9 @@ echo "$base" > "$packages/base.pth"
 
 start=$SECONDS
 install=("$harness" -m pip install -q -q --disable-pip-version-check)
-# Each harness names all that any of its tasks needs, some of which wants other versions of our own libraries.
-"${install[@]}" --no-deps -r examples/shapes/harness_tasks/harnesses.txt
 "${install[@]}" -c constraints.txt -r examples/shapes/harness_tasks/requirements.txt
+# Each harness names all that any of its tasks needs, and other versions of our own libraries.
+"${install[@]}" --no-deps -r examples/shapes/harness_tasks/harnesses.txt
 # With its entry point, by which lmms-eval finds it.
 "${install[@]}" --no-deps --no-build-isolation .
 echo "installed in $((SECONDS - start)) s"

@@ -88,7 +88,7 @@ class Answerer:
         output (`str`, *optional*, defaults to `"text"`):
             What it answers with: `"text"`, `"image"` for drawings and edits, `"interleaved"` for both in turn, or
             `"auto"`, by which the model decides.
-        think (`bool`, *optional*, defaults to `False`): Whether it thinks first.
+        think (`bool`, *optional*): Whether it thinks first. By default it does not, unless other settings say so.
         seed (`int`, *optional*, defaults to 0): Of the first question; that of another follows from its number.
         dtype (`str`, *optional*, defaults to `"bfloat16"`): Of the weights.
         device (`str`, *optional*): By default the GPU, if there is one.
@@ -103,14 +103,14 @@ class Answerer:
         self,
         pretrained: str,
         output: str = "text",
-        think: bool = False,
+        think: bool | None = None,
         seed: int = 0,
         dtype: str = "bfloat16",
         device: str | None = None,
         **settings: Any,
     ):
         check_choice("output", output, OUTPUTS)
-        check_flag("think", think)
+        check_flag("think", think or False)
         check_whole_number("seed", seed, 0)
         if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise ValueError(f'`dtype` must be the name of one of torch, such as "bfloat16", got {shown(dtype)}.')
@@ -155,6 +155,8 @@ class Answerer:
             return self._written(conversations, seeds, _named(task or {}, {*_WRITING, "until"}) | self.settings)
         # How a task of pictures has texts sampled is meant for models that write what is then drawn.
         settings = _named(task or {}, SETTINGS[self.output] - _SAMPLING) | self.settings
+        if self.think is not None:
+            settings["think"] = self.think
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self.output == "image":
             return self._drawn(conversations, generators, settings)
@@ -164,6 +166,9 @@ class Answerer:
         self, conversations: Sequence[list[dict[str, Any]]], seeds: Sequence[int], settings: dict[str, Any]
     ) -> list[Answer]:
         settings = {"max_new_tokens": MAX_NEW_TOKENS} | settings
+        if self.think and "max_new_tokens" not in self.settings:
+            # A task means the answer alone, which comes behind the thoughts.
+            settings["max_new_tokens"] += MAX_NEW_TOKENS
         until = settings.pop("until", None) or []
         if not settings.setdefault("do_sample", bool(settings.get("temperature"))):
             settings = _named(settings, settings.keys() - _SAMPLING) | {"do_sample": False}
@@ -183,7 +188,7 @@ class Answerer:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            think=self.think,
+            think=bool(self.think),
         ).to(self.model.device)
         ids = self.model.generate(**inputs, **settings)
         return self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -194,7 +199,7 @@ class Answerer:
         generators: list[torch.Generator],
         settings: dict[str, Any],
     ) -> list[Answer]:
-        out = self.pipe(messages=list(conversations), generator=generators, think=self.think, **settings)
+        out = self.pipe(messages=list(conversations), generator=generators, **settings)
         plans = out.texts or [""] * len(out.images)
         return [
             Answer(plan, [{"type": "image", "image": picture}])
@@ -211,7 +216,7 @@ class Answerer:
             if len(messages) != 1:
                 raise ValueError(f'`output="{self.output}"` answers one message, and a task gave {len(messages)}.')
         turns = [(BagelSession(self.pipe), messages[0]["content"]) for messages in conversations]
-        replies = send_all(turns, self.output, generator=generators, think=self.think, **settings)
+        replies = send_all(turns, self.output, generator=generators, **settings)
         return [Answer(reply.text, reply.content) for reply in replies]
 
 

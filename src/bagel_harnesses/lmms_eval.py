@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from diffusers_bagel.inputs import check_whole_number
 from transformers_bagel.errors import shown
@@ -45,10 +45,10 @@ class BagelHF(lmms):
         **settings: Any,
     ):
         super().__init__()
-        if str(batch_size).isdecimal():
-            batch_size = int(batch_size)
-        check_whole_number("batch_size", batch_size, 1, max_batch_size)
-        self.batch_size, self.output_dir = batch_size, output_dir
+        # A word, as of the command line.
+        size = int(batch_size) if str(batch_size).isdecimal() else batch_size
+        check_whole_number("batch_size", size, 1, max_batch_size)
+        self.batch_size, self.output_dir = int(size), output_dir
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = device if device and self._world_size == 1 else self.accelerator.device
@@ -57,7 +57,7 @@ class BagelHF(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers, in the order of the requests."""
         answers: dict[int, str] = {}
-        with tqdm(total=len(requests), disable=self.rank != 0, desc="BAGEL answers") as progress:
+        with logging.tqdm(total=len(requests), disable=self.rank != 0, desc="BAGEL answers") as progress:
             for batch in _batches(requests, self.batch_size):
                 answers |= zip(batch, self._answers([requests[index] for index in batch]), strict=True)
                 progress.update(len(batch))

@@ -97,6 +97,13 @@ def test_a_task_says_how_long_an_answer_is_and_where_it_ends():
     assert ended.text == whole.text.partition(" on a")[0] != whole.text
 
 
+def test_the_length_that_a_task_sets_is_that_of_the_answer_behind_the_thoughts():
+    question, task = QUESTIONS[0], {"max_new_tokens": 1}
+    (thought,) = answerer(think=True).answer([question], [0], task)
+    (whole,) = answerer(think=True, max_new_tokens=64).answer([question], [0], task)
+    assert thought == whole and thought.text
+
+
 def test_what_the_user_sets_goes_before_what_a_task_sets():
     describe = said(render(ASKED[0].scene), "describe the picture")
     (whole,) = answerer(max_new_tokens=64).answer([describe], [0], {"max_new_tokens": 3})

@@ -110,7 +110,7 @@ def is_right(item: dict[str, Any], answer: str) -> bool:
     case = _cases(item["task"], item["of"])[item["index"]]
     if task.settings["output"] == "text":
         return task.is_right(case, answer.strip(), [])
-    said = {"text": "", "images": [answer]} if answer.endswith(".png") else json.loads(answer)
+    said: dict[str, Any] = {"text": "", "images": [answer]} if answer.endswith(".png") else json.loads(answer)
     return task.is_right(case, said["text"], [Image.open(file) for file in said["images"]])
 
 
