@@ -65,7 +65,7 @@ def runs(tmp_path):
     def written(harness: str, right: list[bool]) -> None:
         folder = tmp_path / harness / "ask"
         folder.mkdir(parents=True)
-        run = {"right": right, "asking": 2.0, "between": 0.03, "around": 5.0}
+        run = {"right": right, "start": 5.0, "asking": 2.0, "beside": 0.03, "rest": 4.0}
         (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
 
     written("own", [True, False, True])
@@ -82,10 +82,11 @@ def test_the_table_compares_item_by_item(runs, tmp_path):
         "its score": "0.6667",
         "our score": "0.6667",
         "differ": "2",
-        "in the pipeline": "2.0 s",
-        "between": "0.03 s",
+        "start": "5.00 s",
+        "in the pipeline": "2.00 s",
+        "beside it": "0.03 s",
         "overhead": "1.5%",
-        "around": "5.0 s",
+        "rest": "4.00 s",
     }
 
 

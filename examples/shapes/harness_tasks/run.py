@@ -76,15 +76,17 @@ class Run:
 
     Attributes:
         right (`list[bool]`): Of each item, whether its answer is right.
-        asking (`float`): Seconds inside the pipeline.
-        between (`float`): Others, from the first question to the last answer.
-        around (`float`): Others, before that and after it, less the loading of the model.
+        start (`float`): Seconds until the harness loaded the model.
+        asking (`float`): Seconds in the pipeline.
+        beside (`float`): The others between the first question and the last answer.
+        rest (`float`): Between the loaded model and the first question, and after the last answer.
     """
 
     right: list[bool]
+    start: float
     asking: float
-    between: float
-    around: float
+    beside: float
+    rest: float
 
 
 def own(task: str, count: int) -> Run:
@@ -97,7 +99,7 @@ def own(task: str, count: int) -> Run:
     evaluation, cases = evaluate.Evaluation(pipe, count), TASKS[task].cases(count)
     with Stopwatch([*ASKS, (evaluate, "send_all")]) as asks:
         right = TASKS[task].own(evaluation, cases)
-    return Run(right, asks.seconds, asks.last - asks.first - asks.seconds, 0.0)
+    return Run(right, 0.0, asks.seconds, asks.last - asks.first - asks.seconds, 0.0)
 
 
 def lmms_eval(task: str, count: int) -> Run:
@@ -159,7 +161,7 @@ HARNESSES: dict[str, Callable[[str, int], Run]] = {
 }
 
 
-def _command(entry: str, *arguments: Any) -> tuple[float, float, float]:
+def _command(entry: str, *arguments: Any) -> tuple[float, float, float, float]:
     """Run a harness' command in this process, and measure it as `Run` says. What it prints goes to a file."""
     module, _, function = entry.partition(":")
     command = getattr(importlib.import_module(module), function)
@@ -169,9 +171,9 @@ def _command(entry: str, *arguments: Any) -> tuple[float, float, float]:
         loads, asks = stack.enter_context(Stopwatch(LOADS)), stack.enter_context(Stopwatch(ASKS))
         start = time.perf_counter()
         command()
-        seconds = time.perf_counter() - start
-    answering = asks.last - asks.first
-    return asks.seconds, answering - asks.seconds, seconds - answering - loads.seconds
+        end = time.perf_counter()
+    beside = asks.last - asks.first - asks.seconds
+    return loads.first - start, asks.seconds, beside, asks.first - loads.last + end - asks.last
 
 
 def _logged(pattern: str) -> list[bool]:

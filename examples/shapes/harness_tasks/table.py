@@ -14,16 +14,8 @@ from typing import Any
 
 
 HEAD = (
-    "harness",
-    "task",
-    "items",
-    "its score",
-    "our score",
-    "differ",
-    "in the pipeline",
-    "between",
-    "overhead",
-    "around",
+    *("harness", "task", "items", "its score", "our score", "differ"),
+    *("start", "in the pipeline", "beside it", "overhead", "rest"),
 )
 
 
@@ -43,8 +35,9 @@ def _row(harness: str, task: str, run: dict[str, Any], ours: list[bool]) -> tupl
         raise ValueError(f"{harness} answered {len(theirs)} items of {task}, and our evaluation {len(ours)}.")
     differ = sum(their != our for their, our in zip(theirs, ours, strict=True))
     scores = (f"{sum(right) / len(right):.4f}" for right in (theirs, ours))
-    seconds = (f"{run['asking']:.1f} s", f"{run['between']:.2f} s", f"{run['between'] / run['asking']:.1%}")
-    return harness, task, str(len(ours)), *scores, str(differ), *seconds, f"{run['around']:.1f} s"
+    start, asking, beside, rest = (f"{run[part]:.2f} s" for part in ("start", "asking", "beside", "rest"))
+    overhead = f"{run['beside'] / run['asking']:.1%}"
+    return harness, task, str(len(ours)), *scores, str(differ), start, asking, beside, overhead, rest
 
 
 def main() -> None:
