@@ -33,7 +33,7 @@ PINS = {
     if version and not name.startswith("#")
 }
 # diffusers asks for the first where it is there; it comes with the machine. The others ask for us.
-OPTIONAL = {"torch_xla", "lmms_eval", "vlmeval"}
+OPTIONAL = {"torch_xla", "lm_eval", "lmms_eval", "vlmeval"}
 
 
 def imported_modules() -> set[str]:

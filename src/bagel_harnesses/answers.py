@@ -22,9 +22,7 @@ from transformers_bagel.errors import shown
 OUTPUTS = ("text", "image", "interleaved", "auto")
 MAX_NEW_TOKENS = 1024
 _SAMPLING = {"do_sample", "temperature", "top_p", "top_k"}
-_WRITING = _SAMPLING | {
-    *("max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size", "stop_strings"),
-}
+_WRITING = _SAMPLING | {"max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size"}
 # Of the pipeline's call, what is no setting: the questions, and what the answers are made into.
 _NO_SETTINGS = {
     *("self", "prompt", "image", "messages", "think", "generator", "latents", "num_images_per_prompt", "output_type"),
@@ -151,10 +149,13 @@ class Answerer:
         Raises:
             ValueError: if a conversation for an answer in turn has more than one message.
         """
+        task = {name: value for name, value in (task or {}).items() if value is not None}
         if self.output == "text":
-            return self._written(conversations, seeds, _named(task or {}, {*_WRITING, "until"}) | self.settings)
+            # How texts are sampled is the task's or the user's, and no mixture of both.
+            own = _SAMPLING if self.settings.keys() & _SAMPLING else set()
+            return self._written(conversations, seeds, _named(task, _WRITING - own | {"until"}) | self.settings)
         # How a task of pictures has texts sampled is meant for models that write what is then drawn.
-        settings = _named(task or {}, SETTINGS[self.output] - _SAMPLING) | self.settings
+        settings = _named(task, SETTINGS[self.output] - _SAMPLING) | self.settings
         if self.think is not None:
             settings["think"] = self.think
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -170,7 +171,9 @@ class Answerer:
             # A task means the answer alone, which comes behind the thoughts.
             settings["max_new_tokens"] += MAX_NEW_TOKENS
         until = settings.pop("until", None) or []
-        if not settings.setdefault("do_sample", bool(settings.get("temperature"))):
+        temperature = settings.get("temperature")
+        settings["do_sample"] = bool(settings.get("do_sample", temperature)) and temperature != 0
+        if not settings["do_sample"]:
             settings = _named(settings, settings.keys() - _SAMPLING) | {"do_sample": False}
             return [_said(text, until) for text in self._texts(conversations, settings)]
         texts = []

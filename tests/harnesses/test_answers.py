@@ -123,6 +123,20 @@ def test_a_sampled_answer_follows_from_its_seed_whatever_else_is_in_the_batch():
     assert answerer().answer([describe], [2], task) == [second]
 
 
+@pytest.mark.parametrize(
+    "task", [{"do_sample": False, "temperature": 5.0}, {"do_sample": True, "temperature": 0}, {"top_p": None}]
+)
+def test_an_answer_without_a_temperature_or_sampling_is_the_greedy_one(task):
+    describe = said(render(ASKED[0].scene), "describe the picture")
+    assert answerer().answer([describe], [1], task) == answerer().answer([describe], [0])
+
+
+def test_a_user_who_has_texts_sampled_is_not_overruled_by_a_task_that_does_not():
+    describe, task = said(render(ASKED[0].scene), "describe the picture"), {"do_sample": False, "temperature": 0}
+    settings = {"temperature": 5.0, "max_new_tokens": 8}
+    assert answerer(**settings).answer([describe], [1], task) == answerer().answer([describe], [1], settings)
+
+
 def test_pictures_become_files_named_in_order(tmp_path):
     request, settings = f"show the steps: {STAR} and a blue circle", FEW | {"max_new_tokens": 32, "max_images": 2}
     (shown,) = answerer("interleaved", **settings).answer([said(request)], [3])
