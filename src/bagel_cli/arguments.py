@@ -17,6 +17,23 @@ DEFAULT_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 DTYPES = ("float32", "bfloat16", "float16")
 # Of `diffusers_bagel`, which is not imported yet.
 PROTOCOLS = ("plain", "thinkmorph", "zebra", "sot", "canvas", "twiff", "cooper")
+PRESETS = (
+    *("demo", "notebook", "geneval", "wise", "dpg", "gedit", "imgedit", "kris", "rise", "vlmevalkit_generate"),
+    *(
+        "vlmevalkit_edit",
+        "ask",
+        "vqa",
+        "docvqa",
+        "mme",
+        "mmbench",
+        "mmvp",
+        "pope",
+        "mmvet",
+        "mathvista",
+        "mmmu",
+        "mmmu_cot",
+    ),
+)
 OUTPUTS = ("auto", "text", "image", "interleaved")
 PACKAGES = ("transformers", "diffusers", "torch")
 
@@ -89,8 +106,12 @@ def _common() -> _Parser:
         help="seed of the noise or of sampled text (default: 0)",
     )
     common.add_argument(
-        "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"published settings for all that is not asked for: {', '.join(PRESETS)}",
     )
+    common.add_argument("--steps", type=_number(int, 1, math.inf), help="denoising steps of a drawing (default: 49)")
     common.add_argument(
         "--think", action=argparse.BooleanOptionalAction, help="let the model think first, and show what it thought"
     )

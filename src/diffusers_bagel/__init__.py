@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "PRESETS",
     "PROTOCOLS",
     "BagelGuidance",
     "BagelLoraLoaderMixin",
@@ -16,6 +17,7 @@ __all__ = [
     "BagelReply",
     "BagelSession",
     "InterleaveProtocol",
+    "Preset",
     "SessionEvent",
     "TaylorSeerConfig",
     "send_all",
@@ -24,6 +26,7 @@ __all__ = [
 # The command line reads its arguments before it imports a library, and `python -m` imports this before the command line.
 if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
     from .registration import (
+        PRESETS,
         PROTOCOLS,
         BagelGuidance,
         BagelLoraLoaderMixin,
@@ -32,6 +35,7 @@ if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
         BagelReply,
         BagelSession,
         InterleaveProtocol,
+        Preset,
         SessionEvent,
         TaylorSeerConfig,
         send_all,

@@ -51,8 +51,9 @@ _GUIDANCE = {
     "cfg_renorm_type": "renorm_type",
     "cfg_renorm_min": "renorm_min",
 }
-# Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan.
+# Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
 _PLAN = Update("keep", "read later")
+_PLAN_IN_NO_IMAGE = Update("keep", "read")
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class AnswerSettings:
     How a session answers, see [`BagelSession.stream`].
 
     Attributes:
-        think, max_images, max_new_tokens, do_sample, temperature, sanitize_control_tokens: As there.
-        logits_processor, stopping_criteria, generator, latents, preview_every: As there.
+        think, max_images, max_new_tokens, do_sample, temperature, temperature_only, sanitize_control_tokens: As there.
+        logits_processor, stopping_criteria, generator, latents, preview_every, images_kwargs: As there.
         streamer ([`AnswerStreamer`], *optional*): For the tokens of all texts.
         streams (`bool`): Whether words are given out as they come.
         drawing (`dict`): Settings of the pipeline's `__call__`.
@@ -99,6 +100,7 @@ class AnswerSettings:
     max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 0.3
+    temperature_only: bool = False
     sanitize_control_tokens: bool = False
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
@@ -106,24 +108,28 @@ class AnswerSettings:
     generator: torch.Generator | None = None
     latents: list[torch.Tensor] | None = None
     preview_every: int | None = None
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
     streams: bool = False
     drawing: dict[str, Any] = field(default_factory=dict)
 
 
-def encode_image(pipe: Any, image: Any, is_resized: bool) -> tuple[EncodedSegment, EncodedSegment]:
+def encode_image(
+    pipe: Any, image: Any, is_resized: bool, images_kwargs: dict[str, Any]
+) -> tuple[EncodedSegment, EncodedSegment]:
     """
     An image as the VAE gets it, its latents left out, and as the ViT sees it.
 
     Args:
         pipe ([`BagelPipeline`])
         image (`Any`): As a message holds it. What it is now is kept, whatever becomes of its file or array.
-        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
+        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized, if the settings do not say otherwise.
+        images_kwargs (`dict`): Settings of the image processor other than its own.
     """
     image = read_image(image)
-    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)])
+    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)], **images_kwargs)
     if not is_resized:
-        own_size = {"shortest_edge": min(image.size), "longest_edge": max(image.size)}
-        (vit,) = pipe._encode_segments([Segment("vit_image", image)], vae_size=own_size)
+        own = images_kwargs | {"resize_before_vit": False}
+        (vit,) = pipe._encode_segments([Segment("vit_image", image)], **own)
     return vae, vit
 
 
@@ -144,6 +150,7 @@ class Answer:
         self.said: Conversation = session._said
         self.reader = session._reader(settings.drawing.get("attention_kwargs"))
         self.message: dict[str, Any] = {}
+        self.output = "auto"
         self.content: list[dict[str, Any]] = []
         self._is_left = False
 
@@ -160,7 +167,7 @@ class Answer:
                 f"`content` holds an image, and the protocol '{protocol.name}' begins with a text alone. Leave it out, or "
                 "choose another `protocol`."
             )
-        self.message = message
+        self.message, self.output = message, output
         self.said = self.said.at_next_turn()
         opening = protocol.system_prompt
         if self.settings.think:
@@ -184,21 +191,22 @@ class Answer:
         else:
             self._check_positions_of_picture()
 
-    def steps(self, output: str) -> Steps[None]:
+    def steps(self) -> Steps[None]:
         """What is done for a text, a picture, or both in turn."""
-        if output == "text":
+        if self.output == "text":
             yield from self._write(self.said.seen)
-        elif output == "image":
+        elif self.output == "image":
             if self.settings.think:
-                yield from self._write(self.said.drawn_from, _PLAN)
+                is_in_no_image = self.settings.drawing.get("plan_in_no_image", False)
+                yield from self._write(self.said.drawn_from, _PLAN_IN_NO_IMAGE if is_in_no_image else _PLAN)
             yield from self._draw("")
         else:
-            yield from self._in_turn(output)
+            yield from self._in_turn()
 
-    def _in_turn(self, output: str) -> Steps[None]:
+    def _in_turn(self) -> Steps[None]:
         """Texts and pictures, until the protocol says that it is enough."""
         protocol, images, texts = self.protocol, 0, 0
-        draws = output == "auto" and protocol.begins_with == "token"
+        draws = self.output == "auto" and protocol.begins_with == "token"
         if draws:
             draws = (yield from self._next_token()) == self._id(VISION_START)
         text = ""
@@ -247,13 +255,15 @@ class Answer:
         """Add an image to what was said: one of the user's, or a picture that was drawn."""
         protocol = self.protocol
         is_resized = is_given or protocol.resizes_drawn
-        vae, vit = encode_image(self.pipe, image, is_resized)
+        images_kwargs = self.settings.images_kwargs
+        vae, vit = encode_image(self.pipe, image, is_resized, images_kwargs)
         # Without what draws, latents are never read.
         if self.pipe.vae is not None:
             mode = self.settings.drawing.get("vae_sample_mode", "sample")
             vae = replace(vae, latents=self.pipe.encode_image(vae.pixels, self.settings.generator, mode))
         update, encoders = (protocol.given_image, ENCODERS) if is_given else (protocol.drawn, protocol.drawn_as)
-        self.said = self.said.with_image(SaidImage(vae, vit, update, encoders, is_given, is_resized))
+        said = SaidImage(vae, vit, update, encoders, is_given, is_resized, images_kwargs)
+        self.said = self.said.with_image(said)
 
     def _finish(self, **part: Any) -> None:
         """A part of the answer is whole: the session remembers it, whatever comes."""
@@ -353,7 +363,14 @@ class Answer:
             ]
         )
         return TextSettings(
-            own.max_new_tokens, own.do_sample, own.temperature, seed, own.logits_processor, stopping, own.streamer
+            own.max_new_tokens,
+            own.do_sample,
+            own.temperature,
+            own.temperature_only,
+            seed,
+            own.logits_processor,
+            stopping,
+            own.streamer,
         )
 
     def _text_of(self, written: Written) -> tuple[str, bool]:
@@ -434,16 +451,22 @@ class Answer:
             # The full context is read last, as the next turn goes on from it.
             needed = ["no_image", "full", "no_text"] if guidance.image_scale > 1 else ["full", "no_text"]
         read: dict[tuple[int, ...], BagelContext] = {}
-        keys = {name: tuple(map(id, track.segments_of(name))) for name in needed}
+        segments = {name: track.segments_of(name) for name in needed}
+        if self.settings.drawing.get("empty_no_text") and "no_text" in segments:
+            segments["no_text"] = ()
+        keys = {name: tuple(map(id, own)) for name, own in segments.items()}
         for name, key in keys.items():
             if key not in read:
-                read[key] = yield from self._context(track.segments_of(name))
+                read[key] = yield from self._context(segments[name])
         return {name: read[keys[name]] for name in CONTEXTS if name in keys}
 
     def _grid(self) -> tuple[int, int]:
         """Rows and columns of tokens of a picture: as asked for, else as the protocol says."""
         stride = self.pipe.vae_scale_factor
         like = self.said.given if self.protocol.size == "given" else self.said.last
+        if self.settings.drawing.get("size_like") == "first":
+            images = [said for turn in self.said.turns for said in turn if isinstance(said, SaidImage)]
+            like = images[0].vae.grid if images else None
         height, width = self.protocol.default_size or (self.pipe.default_sample_size,) * 2
         rows, columns = like or (height // stride, width // stride)
         height, width = (self.settings.drawing.get(name) for name in ("height", "width"))

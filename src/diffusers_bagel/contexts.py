@@ -26,6 +26,8 @@ FORWARD_COST = 32
 MAX_PREFILL_TOKENS = 1024
 # Most tokens, padding and new ones included, of contexts that grow together.
 MAX_JOINED_TOKENS = 32768
+# Of `generate`, for texts by the temperature alone: what a checkpoint's generation config says of these does not count.
+_NO_PENALTY, _ALL_TOKENS = {"repetition_penalty": 1.0}, {"top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class TextSettings:
     Attributes:
         max_new_tokens (`int`)
         do_sample, temperature: Of its tokens.
+        temperature_only (`bool`): Whether nothing else counts, such as `top_k` of the generation config.
         seed (`int`, *optional*): Of sampling.
         logits_processor (`LogitsProcessorList`): Changes the scores from which tokens are chosen.
         stopping_criteria (`StoppingCriteriaList`): What else ends it.
@@ -157,6 +160,7 @@ class TextSettings:
     max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 1.0
+    temperature_only: bool = False
     seed: int | None = None
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
@@ -165,7 +169,14 @@ class TextSettings:
     def of_generate(self) -> dict[str, Any]:
         sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
         names = ("max_new_tokens", "logits_processor", "stopping_criteria", "streamer")
-        return {name: getattr(self, name) for name in names} | sampling
+        return {name: getattr(self, name) for name in names} | sampling | self.limits
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What `generate` is told instead of the generation config."""
+        if not self.temperature_only:
+            return {}
+        return _NO_PENALTY | (_ALL_TOKENS if self.do_sample else {})
 
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
         """A token by its scores: the best one, or one that is drawn at the temperature."""
@@ -324,6 +335,7 @@ class ContextReader:
         do_sample: bool = False,
         temperature: float = 1.0,
         seeds: Sequence[int | None] | None = None,
+        temperature_only: bool = False,
     ) -> list[str]:
         """
         What the model writes behind each context; to remember it, read it.
@@ -336,8 +348,9 @@ class ContextReader:
             max_new_tokens (`int`): Most tokens of a text.
             do_sample, temperature: Of the text.
             seeds (`Sequence[int | None]`, *optional*): Of each sampled text; without one the global state is used.
+            temperature_only (`bool`): See [`TextSettings`].
         """
-        sampling = {"do_sample": True, "temperature": temperature} if do_sample else {"do_sample": False}
+        sampling = TextSettings(max_new_tokens, do_sample, temperature, temperature_only).of_generate()
         lengths = [context.length + max_new_tokens for context in contexts]
         batches = [[index] for index in range(len(contexts))]
         if not do_sample:
@@ -346,14 +359,14 @@ class ContextReader:
         for batch in batches:
             seed = None if seeds is None or not do_sample else seeds[batch[0]]
             with seeded(seed, self.device):
-                written = self._write_together([contexts[index] for index in batch], max_new_tokens, **sampling)
+                written = self._write_together([contexts[index] for index in batch], **sampling)
             for index, text in zip(batch, written, strict=True):
                 texts[index] = text
         return texts
 
-    def _write_together(self, contexts: list[BagelContext], max_new_tokens: int, **sampling: Any) -> list[str]:
+    def _write_together(self, contexts: list[BagelContext], **settings: Any) -> list[str]:
         cache = join_caches([own for context in contexts if (own := context.own_cache) is not None])
-        written, _ = self.generate(contexts, cache, max_new_tokens=max_new_tokens, **sampling)
+        written, _ = self.generate(contexts, cache, **settings)
         stops = self.transformer.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops])
         texts = [self.processor.tokenizer.decode(_until_stop(tokens, stops)) for tokens in written]

@@ -23,6 +23,7 @@ from .loading import VAE_FILES
 from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
+from .presets import PRESETS, Preset
 from .protocols import PROTOCOLS, InterleaveProtocol
 from .session import BagelReply, BagelSession
 from .together import send_all
@@ -116,6 +117,7 @@ def _is_ours(path: str | os.PathLike, kwargs: dict[str, Any], runs_code: bool) -
 register_pipeline()
 
 __all__ = [
+    "PRESETS",
     "PROTOCOLS",
     "BagelGuidance",
     "BagelLoraLoaderMixin",
@@ -124,6 +126,7 @@ __all__ = [
     "BagelReply",
     "BagelSession",
     "InterleaveProtocol",
+    "Preset",
     "SessionEvent",
     "TaylorSeerConfig",
     "send_all",

@@ -59,10 +59,7 @@ def _sent(
         session._heard(content, chosen, False, given)
         for (session, content), chosen, given in zip(turns, outputs, own, strict=True)
     ]
-    running = [
-        _Running(session._steps(answer, chosen))
-        for session, answer, chosen in zip(sessions, answers, outputs, strict=True)
-    ]
+    running = [_Running(session._steps(answer)) for session, answer in zip(sessions, answers, strict=True)]
     try:
         for each in running:
             each.go_on(None)

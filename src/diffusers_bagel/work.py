@@ -76,7 +76,8 @@ class Writing(Work):
     settings: TextSettings
 
     def goes_with(self, other: Writing) -> bool:
-        return self.reader.attention_kwargs == other.reader.attention_kwargs
+        same_limits = self.settings.temperature_only == other.settings.temperature_only
+        return same_limits and self.reader.attention_kwargs == other.reader.attention_kwargs
 
     @staticmethod
     def together(works: Sequence[Writing]) -> list[Written | Exception]:
@@ -111,7 +112,7 @@ class Drawing(Work):
 
     def goes_with(self, other: Drawing) -> bool:
         """Whether both have the same sigmas, and the same scale."""
-        names = ("num_inference_steps", "sigmas", "attention_kwargs")
+        names = ("num_inference_steps", "sigmas", "timestep_shift", "attention_kwargs")
         are_equal = (self.settings.get(name) == other.settings.get(name) for name in names)
         return self.guidance.text_scale == other.guidance.text_scale and all(are_equal)
 
@@ -119,7 +120,7 @@ class Drawing(Work):
     def loop(works: Sequence[Drawing]) -> DenoisingLoop:
         """The steps of several, which end when none of them is wanted any longer."""
         pipe, settings, scale = works[0].pipe, works[0].settings, works[0].guidance.text_scale
-        call = pipe._new_call(scale, settings.get("attention_kwargs"))
+        call = pipe._new_call(scale, settings.get("attention_kwargs"), settings.get("timestep_shift"))
         grids = [work.grid for work in works]
         denoiser = Denoiser(
             pipe.transformer,

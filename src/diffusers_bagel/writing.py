@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -90,7 +91,7 @@ def write_together(
     Args:
         reader (`ContextReader`)
         contexts (`Sequence[BagelContext]`)
-        settings (`Sequence[TextSettings]`): Of each text; none is streamed.
+        settings (`Sequence[TextSettings]`): Of each text; none is streamed, and `temperature_only` is the same for all.
 
     Returns:
         `list[Written | Exception]`: What was written, or the error of the caller's by which it ended.
@@ -118,7 +119,7 @@ def _written(
             own,
             longest - context.length,
             longest + 1,
-            _warpers(reader, own.temperature) if own.do_sample else None,
+            _warpers(reader, own) if own.do_sample else None,
             stops,
             reader.device,
         )
@@ -140,6 +141,7 @@ def _written(
         do_sample=False,
         logits_processor=LogitsProcessorList([scored]),
         stopping_criteria=StoppingCriteriaList([have_ended]),
+        **replace(settings[0], do_sample=False).limits,
     )
     lengths = [context.length + (sample.count or 0) for context, sample in zip(read, samples, strict=True)]
     caches = split_cache(cache, [sample.padding for sample in samples], lengths)
@@ -149,7 +151,7 @@ def _written(
     ]
 
 
-def _warpers(reader: ContextReader, temperature: float) -> LogitsProcessorList:
+def _warpers(reader: ContextReader, settings: TextSettings) -> LogitsProcessorList:
     """What `generate` does to scores, behind the caller's processors, before it draws a token."""
     start = torch.tensor([[reader.processor.tokenizer.convert_tokens_to_ids(START)]], device=reader.device)
 
@@ -165,8 +167,9 @@ def _warpers(reader: ContextReader, temperature: float) -> LogitsProcessorList:
         attention_mask=torch.ones_like(start),
         max_new_tokens=1,
         do_sample=True,
-        temperature=temperature,
+        temperature=settings.temperature,
         logits_processor=LogitsProcessorList([mark]),
         custom_generate=prepared,
+        **settings.limits,
     )
     return LogitsProcessorList(processors[processors.index(mark) + 1 :])
