@@ -15,6 +15,8 @@ from transformers_bagel.errors import shown
 
 logger = logging.get_logger(__name__)
 
+_SCALES = {"guidance_scale", "image_guidance_scale"}
+
 # Of the file's settings, beside those of peft, which begin with `transformer.`.
 PREFIX = "few_steps."
 # How many values of a weight tell models apart.
@@ -88,10 +90,28 @@ class FewSteps:
                 f"The adapter '{name}' was made with a scheduler of shift={self.timestep_shift:g}; this one has {shift}."
             )
 
-    def settings(self) -> dict[str, Any]:
-        """By the names of the pipeline's `__call__`."""
-        names = ("num_inference_steps", "sigmas", "guidance_scale", "image_guidance_scale")
-        return {name: getattr(self, name) for name in names}
+    def over(self, settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Defaults of a drawing, with the adapter's in the place of others. What the caller gave against them is warned of.
+
+        Args:
+            settings (`dict`): Other defaults, by the names of the pipeline's `__call__`.
+            given (`Mapping`): What the caller passes, which is no part of the result.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        own: dict[str, Any] = {name: getattr(self, name) for name in _SCALES}
+        for name in _SCALES & given.keys():
+            if given[name] > 1:
+                logger.warning(f"`{name}` is {given[name]:g}, and guidance is in the adapter's weights: leave it out.")
+        if given.keys() & {"num_inference_steps", "sigmas"}:
+            steps = len(given["sigmas"]) if "sigmas" in given else given["num_inference_steps"]
+            if steps != self.num_inference_steps:
+                logger.warning(
+                    f"The adapter was made for {self.num_inference_steps} steps, and this call has {steps}."
+                )
+        else:
+            own |= {"num_inference_steps": self.num_inference_steps, "sigmas": self.sigmas}
+        return settings | own
 
 
 def without_few_steps(metadata: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -51,6 +51,16 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
     transformer: Any
     # By the name of the adapter. The pipeline makes one for itself.
     _few_steps: dict[str, FewSteps]
+    _fused_few_steps: FewSteps | None = None
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """How the active adapter wants to be drawn with, or one that is fused, if it was made for few steps."""
+        if self._fused_few_steps is not None or not self._few_steps:
+            return self._fused_few_steps
+        layers = (layer for layer in lora_layers(self.transformer) if not layer.disable_adapters)
+        active = getattr(next(layers, None), "active_adapters", [])
+        return next((self._few_steps[name] for name in active if name in self._few_steps), None)
 
     @classmethod
     def lora_state_dict(
@@ -159,7 +169,8 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             hotswap=hotswap,
             allow_missing_layers=allow_missing_layers,
         )
-        (name,) = set(self.transformer.peft_config) - before or [adapter_name]
+        # Another than the one that was asked for only where none was.
+        name = str(next(iter(set(self.transformer.peft_config) - before), adapter_name))
         self._few_steps.pop(name, None)
         if few_steps is not None:
             few_steps.introduce(name, self)
@@ -265,11 +276,13 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         scalings = {layer: dict(layer.scaling) for layer in lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
+        self._fused_few_steps = self.few_steps
         super().fuse_lora(components, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
         _check_is_model(self.transformer)
+        self._fused_few_steps = None
         super().unfuse_lora(components, **kwargs)
         for layer, scaling in self.__dict__.pop("_unfused_scalings", {}).items():
             layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})

@@ -57,7 +57,7 @@ from .loading import CheckedDownloadMixin, load_original_components, name_own_mo
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
-from .presets import Preset, with_preset
+from .presets import Preset, with_defaults
 from .randomness import draw_seed
 
 
@@ -439,7 +439,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         return guidance_contexts(reader, prompts, full, guidance, plan_in_no_image, empty_no_text), plans
 
     @torch.no_grad()
-    @with_preset
+    @with_defaults
     @with_plain_numbers
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
