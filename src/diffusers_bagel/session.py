@@ -319,7 +319,7 @@ class BagelSession:
         self._began_at = time.monotonic()
         if output not in OUTPUTS:
             raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
-        output, settings = self._with_preset(output, settings)
+        output, settings = self._with_defaults(output, settings)
         if output != "text" and not self.pipe.transformer.config.visual_gen:
             raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
         message = {"role": "user", "content": _parts(content)}
@@ -332,16 +332,16 @@ class BagelSession:
         answer.hear(message, output)
         return answer
 
-    def _with_preset(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """What an answer is made of, and its settings; those of a preset stand behind what the caller gave."""
-        given = dict(given)
-        if (name := given.pop("preset", None)) is None:
-            return output, given
-        preset = find_preset(name)
-        return (
-            preset.output if output == "auto" else output,
-            merged(preset.of_session(self.pipe.transformer.config), given),
-        )
+    def _with_defaults(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What an answer is made of, and its settings: the caller's, else a few-step adapter's, else the preset's."""
+        given, settings = dict(given), {}
+        if (name := given.pop("preset", None)) is not None:
+            preset = find_preset(name)
+            output = preset.output if output == "auto" else output
+            settings = preset.of_session(self.pipe.transformer.config)
+        if (few_steps := self.pipe.few_steps) is not None and output != "text":
+            settings = few_steps.over(settings, given)
+        return output, merged(settings, given)
 
     def _settings(self, given: dict[str, Any]) -> AnswerSettings:
         """Settings of an answer: the caller's, else the protocol's, else those of every session."""
