@@ -265,7 +265,7 @@ def _parser() -> _Parser:
         ("demo", [model, place, memory, _demo()], "Show a page in the browser, on this machine alone."),
         (
             "bench",
-            [benchmark, model, place, _common(), _bench(), _pictures()],
+            [benchmark, model, place, _common(DRAWING_PRESETS), _bench(), _pictures()],
             "Draw the pictures that a benchmark scores.",
         ),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
