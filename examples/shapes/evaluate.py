@@ -45,6 +45,9 @@ from world import Scene, random_scene, render
 from diffusers_bagel import BagelPipeline, BagelReply, BagelSession, send_all
 
 
+FEW_STEPS = (1, 2, 4, 6, 8)
+
+
 class Evaluation:
     """
     Answers and drawings of a pipeline, judged.
@@ -279,21 +282,45 @@ def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str,
     return table
 
 
+def few_step_rows(evaluation: Evaluation, adapter: str) -> dict[str, float]:
+    """What a few-step adapter draws in each number of steps, beside the model without it."""
+    pipe, num, seed = evaluation.pipe, evaluation.num, evaluation.seed
+    full, ordinary, relations = (evaluation.cases(task) for task in ("draw_full", "draw", "relation"))
+    edits = edit_cases(num, seed)
+    table: dict[str, float] = {}
+
+    def add(name: str, **settings: Any) -> None:
+        table[f"draw_full_{name}"] = evaluation.draw(full, **settings)
+        table[f"draw_with_plan_{name}"] = evaluation.draw(ordinary, think=True, **settings)
+        table[f"relation_{name}"] = evaluation.draw(relations, think=True, **settings)
+        table[f"edit_{name}"] = evaluation.edit(edits, **settings)["all"]
+
+    add("plain")
+    pipe.load_lora_weights(adapter)
+    for steps in FEW_STEPS:
+        add(f"{steps}_steps", num_inference_steps=steps, guidance_scale=1.0, image_guidance_scale=1.0)
+    return {name: round(value, 4) for name, value in table.items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="a repository of this world, or the shipped one")
     parser.add_argument("--num", type=int, default=300, help="cases a task")
     parser.add_argument("--seed", type=int, default=0, help="of the cases")
+    parser.add_argument(
+        "--few_steps", metavar="ADAPTER", help="a folder: of its drawings alone, in each number of steps"
+    )
     parser.add_argument("--json", help="write the table here")
     args = parser.parse_args(arguments)
     if args.num < 1:
         parser.error(f"--num must be at least 1, got {args.num}.")
     start = time.perf_counter()
     pipe = BagelPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
-    table = rows(
-        Evaluation(pipe, args.num, args.seed),
-        lambda: BagelPipeline.from_pretrained(args.checkpoint, dtype=torch.bfloat16),
-    )
+    evaluation = Evaluation(pipe, args.num, args.seed)
+    if args.few_steps:
+        table = few_step_rows(evaluation, args.few_steps)
+    else:
+        table = rows(evaluation, lambda: BagelPipeline.from_pretrained(args.checkpoint, dtype=torch.bfloat16))
     for name, value in table.items():
         print(f"{name:32} {value:8.2%}")
     print(f"{args.num} cases a task, {time.perf_counter() - start:.0f} s")

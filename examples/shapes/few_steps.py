@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
+from asking import DRAWING, EDITING
 from dataset import write_dataset
 from parts import CHECKPOINT
 
@@ -21,8 +21,8 @@ TRAIN = Path(__file__).parent.parent / "train_few_steps.py"
 SHARES = {"draw": 0.3, "think_and_draw": 0.3, "edit": 0.4}
 SETTINGS = [
     *("--num_inference_steps", "6", "--teacher_steps", "4"),
-    *("--teacher_guidance_scale", str(evaluate.DRAWING["guidance_scale"])),
-    *("--teacher_image_guidance_scale", str(evaluate.EDITING["image_guidance_scale"])),
+    *("--teacher_guidance_scale", str(DRAWING["guidance_scale"])),
+    *("--teacher_image_guidance_scale", str(EDITING["image_guidance_scale"])),
     *("--rank", "16", "--lora_targets", "gen", "--learning_rate", "2e-3", "--adam_weight_decay", "0"),
     *("--lr_scheduler", "cosine", "--lr_warmup_steps", "10", "--train_batch_size", "24", "--sdpa_backend", "math"),
     *("--checkpointing_steps", "25", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest"),
