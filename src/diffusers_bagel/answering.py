@@ -368,14 +368,9 @@ class Answer:
     def _text_settings(self, seed: int | None) -> TextSettings:
         own = self.settings
         names = (
-            "max_new_tokens",
-            "do_sample",
-            "temperature",
-            "temperature_only",
-            "logits_processor",
-            "stopping_criteria",
+            *("max_new_tokens", "do_sample", "temperature", "temperature_only"),
+            *("logits_processor", "stopping_criteria", "streamer"),
         )
-        names = (*names, "streamer")
         return TextSettings(seed=seed, **{name: getattr(own, name) for name in names})
 
     def _text_of(self, written: Written) -> tuple[str, bool]:
