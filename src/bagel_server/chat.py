@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -18,7 +17,7 @@ from .errors import ApiError
 from .generation import Answers, Asked, Choice, Generation, Piece, Usage
 from .images import data_url
 from .messages import Reader
-from .requests import Sampling, at_most, refuse
+from .requests import Sampling, lengths, refuse
 from .settings import ServerSettings
 from .sse import Events
 
@@ -103,7 +102,7 @@ async def complete(request: Request) -> Response:
     """Answer a conversation in texts and pictures."""
     generation: Generation = request.app.state.generation
     body = await read_json(request, ChatRequest, generation.settings)
-    asked = await asyncio.to_thread(asked_by, body, generation.settings)
+    asked = await generation.read(asked_by, body)
     if not body.stream:
         async with generation.answers(request, asked) as answers:
             found = await answers.whole()
@@ -132,9 +131,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
     longest = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
     tokens = getattr(body, longest)
     chosen = body.drawing() | body.sampling()
-    chosen["max_new_tokens"] = min(1024, settings.max_new_tokens) if tokens is None else tokens
-    at_most(longest, tokens, settings.max_new_tokens)
-    chosen["max_images"] = at_most("max_images", body.max_images, settings.max_drawn)
+    chosen |= lengths(settings, body.max_images, **{longest: tokens})
     if body.reasoning_effort is not None and body.think is None:
         chosen["think"] = body.reasoning_effort not in ("none", "minimal")
     stops = stops_of(body.stop)
@@ -284,7 +281,7 @@ async def _chunks(answers: Answers, model: str, include_usage: bool) -> AsyncGen
         yield chunk(choice.index, {"role": "assistant", "content": ""})
     async with aclosing(answers.pieces()) as pieces:
         async for choice, piece in pieces:
-            place = {"image": piece.index, "step": piece.step, "steps": piece.steps}
+            place = {"image": piece.index, "step": piece.step}
             if piece.type == "text":
                 yield chunk(choice.index, {"content": words[choice.index].put(piece)})
             elif piece.type == "thought":
@@ -295,7 +292,7 @@ async def _chunks(answers: Answers, model: str, include_usage: bool) -> AsyncGen
                 url = {"url": data_url(piece.content, output_format)}
                 yield chunk(choice.index, {}, preview=place | {"image_url": url})
             elif piece.type == "progress":
-                yield chunk(choice.index, {}, progress=place)
+                yield chunk(choice.index, {}, progress=place | {"steps": piece.steps})
             else:
                 yield chunk(choice.index, {}, choice.finish_reason)
     if include_usage:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import Request
@@ -130,6 +132,17 @@ class Generation:
 
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics, cache: SessionCache):
         self.engine, self.settings, self.metrics, self.cache = engine, settings, metrics, cache
+        # A thread for each request: none waits because others fetch their images from a slow place.
+        self._readers = ThreadPoolExecutor(settings.max_requests, "bagel-reader")
+
+    async def read(self, asked_by: Callable[..., Asked], *body: Any) -> Asked:
+        """
+        What a request asks for, its images read, in another thread than the event loop's.
+
+        Raises:
+            ApiError: naming the field that is wrong.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(asked_by, *body, self.settings))
 
     @asynccontextmanager
     async def answers(self, request: Request, asked: Asked) -> AsyncIterator[Answers]:
@@ -165,10 +178,11 @@ class Generation:
         if session is None:
             session = BagelSession(self.engine.pipe, self.settings.protocol)
         cached = count_tokens(session, asked.output)
+        most = min(session.protocol.max_images or self.settings.max_drawn, self.settings.max_drawn)
         own = {"sanitize_control_tokens": not self.settings.raw_tokens}
         if missing := earlier[known:]:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
-        self._check_length(session, last)
+        self._check_length(session, last, asked.names.get("content", "messages"))
         seed = secrets.randbits(53) if asked.seed is None else asked.seed
         answers = Answers(self, asked, keys, cached, seed)
         try:
@@ -183,7 +197,7 @@ class Generation:
                     **own,
                     # Drawn, latents would depend on whether the conversation was cached.
                     vae_sample_mode="argmax",
-                    **asked.settings,
+                    **({"max_images": most} | dict(asked.settings)),
                 )
                 answers.choices.append(Choice(index, seed + index, answer, fork))
         except Exception:
@@ -191,7 +205,7 @@ class Generation:
             raise
         return answers
 
-    def _check_length(self, session: BagelSession, last: Turn) -> None:
+    def _check_length(self, session: BagelSession, last: Turn, param: str) -> None:
         """Refuse a conversation that is longer than the server reads."""
         processor = session.pipe.processor
         length = count_tokens(session, "text")
@@ -205,7 +219,7 @@ class Generation:
         if length > self.settings.max_context_tokens:
             raise ApiError(
                 f"The conversation has {length} tokens, and at most {self.settings.max_context_tokens} are read.",
-                "messages",
+                param,
                 code="context_length_exceeded",
             )
 

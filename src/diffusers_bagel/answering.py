@@ -55,7 +55,7 @@ _GUIDANCE = {
 }
 # Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
 PLAN = Update("keep", "read later")
-PLAN_IN_NO_IMAGE = Update("keep", "read")
+_PLAN_IN_NO_IMAGE = Update("keep", "read")
 REFLECTION = Update("after", "read")
 
 
@@ -228,7 +228,7 @@ class Answer:
         elif self.output == "image":
             if self.settings.think:
                 is_in_no_image = self.settings.drawing.get("plan_in_no_image", False)
-                yield from self._write(self.said.drawn_from, PLAN_IN_NO_IMAGE if is_in_no_image else PLAN)
+                yield from self._write(self.said.drawn_from, _PLAN_IN_NO_IMAGE if is_in_no_image else PLAN)
             yield from self._draw("")
         else:
             yield from self._in_turn()
