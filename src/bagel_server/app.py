@@ -42,7 +42,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     ```
     """
     settings = settings or ServerSettings()
-    app = FastAPI(title="BAGEL", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="BAGEL", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     cache = SessionCache(settings.max_cache_bytes)
     app.state.metrics = Metrics(engine, cache)
     app.state.generation = Generation(engine, settings, app.state.metrics, cache)

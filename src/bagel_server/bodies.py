@@ -36,8 +36,8 @@ async def read_json(request: Request, model: type[Model], settings: ServerSettin
     async for chunk in bounded(request, settings):
         body += chunk
     try:
-        # Deeper than 200 levels is refused, too.
-        content = from_json(bytes(body), allow_inf_nan=False)
+        # Deeper than 200 levels is refused, too. NaN is refused by the field that has it.
+        content = from_json(bytes(body), allow_inf_nan=True)
     except ValueError as error:
         raise ApiError(f"The body is no JSON that is read here: {error}.", code="invalid_json") from error
     if not isinstance(content, dict):
@@ -70,6 +70,11 @@ class _InMemory(MultiPartParser):
             max_part_size=max(4 * settings.max_characters, 2**16),
         )
         self.spool_max_size = settings.max_body_bytes
+        self.is_whole = False
+
+    def on_end(self) -> None:
+        super().on_end()
+        self.is_whole = True
 
 
 async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
@@ -81,9 +86,14 @@ async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[st
     """
     _check_type(request, "multipart/form-data")
     try:
-        form: FormData = await _InMemory(request, bounded(request, settings), settings).parse()
+        parser = _InMemory(request, bounded(request, settings), settings)
+        form: FormData = await parser.parse()
     except MultiPartException as error:
         raise ApiError(f"The form cannot be read: {error.message}", code="invalid_form") from error
+    if not parser.is_whole:
+        # What was cut off may have been a setting.
+        await form.close()
+        raise ApiError("The form ends before its last boundary.", code="invalid_form")
     fields: dict[str, str] = {}
     files: list[tuple[str, bytes]] = []
     try:
@@ -108,12 +118,7 @@ def _check_type(request: Request, wanted: str) -> None:
 
 
 async def bounded(request: Request, settings: ServerSettings) -> AsyncGenerator[bytes, None]:
-    """
-    The body of a request, as it comes.
-
-    Raises:
-        ApiError: if it is too large, too slow, or breaks off.
-    """
+    """The body of a request, as it comes."""
     limit = settings.max_body_bytes
     error = too_large(f"The request has more than {limit} bytes.")
     length = request.headers.get("content-length", "0")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -240,7 +240,7 @@ class Answers:
         totals = {name: sum(getattr(usage, name) for usage in each) for name in ("text", "thoughts", "image")}
         return replace(each[0], **totals)
 
-    async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Choice, Piece], None]:
         """
         The pieces of all answers as they come.
 
@@ -286,12 +286,12 @@ class Answers:
                 found[choice.index].append(piece)
         return found
 
-    async def _pieces(self, choice: Choice) -> AsyncIterator[Piece]:
+    async def _pieces(self, choice: Choice) -> AsyncGenerator[Piece, None]:
         stops, thoughts = Stops(self.asked.stops), Thoughts()
         counts = {"text": 0, "image": 0}
         thought, part = "", 0
         is_first = True
-        async with aclosing(aiter(choice.answer)) as events:
+        async with aclosing(choice.answer.__aiter__()) as events:
             async for event in events:
                 if is_first:
                     self.generation.metrics.first_piece.observe(time.monotonic() - self._began)
@@ -336,9 +336,7 @@ class Answers:
         choice.usage = Usage(tokens.prompt, tokens.prompt_images, cached, text_tokens, thoughts, tokens.drawn)
         self.generation.metrics.count(choice.usage)
         turn = Turn(asked.turns[-1].given, tuple(choice.content))
-        is_raw = self.generation.settings.raw_tokens
-        thinks = ("image" if asked.output == "image" else "text") if asked.settings.get("think") else None
-        if turn.answer and turn.thought == thinks and is_as_recalled(session, turn, not is_raw):
+        if turn.answer and is_as_recalled(session, turn, not self.generation.settings.raw_tokens):
             earlier = self.keys[-1] if self.keys else None
             self.generation.cache.keep(keys_of([*asked.turns[:-1], turn])[-1], session, earlier)
 

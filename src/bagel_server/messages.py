@@ -98,8 +98,10 @@ class Reader:
             ApiError: naming the field of the first that cannot be read.
         """
         for part, source, param in self._images:
-            read = image_of if isinstance(source, bytes) else image_at
-            part["image"] = read(source, param, self.settings)  # type: ignore[operator]
+            if isinstance(source, bytes):
+                part["image"] = image_of(source, param, self.settings)
+            else:
+                part["image"] = image_at(source, param, self.settings)
 
     def _message(self, message: Any, param: str) -> dict[str, Any]:
         if not isinstance(message, dict):
@@ -107,7 +109,7 @@ class Reader:
         role = message.get("role")
         if role not in ROLES or role == "tool":
             raise _wrong(f"{param}.role", "one of " + ", ".join(name for name in ROLES if name != "tool"))
-        if unknown := next((key for key in message if key not in (*_READ, *_UNREAD)), None):
+        if (unknown := next((key for key in message if key not in (*_READ, *_UNREAD)), None)) is not None:
             raise ApiError(
                 f"Unrecognized request argument supplied: {param}.{unknown[:64]}", f"{param}.{unknown[:64]}"
             )

@@ -35,15 +35,23 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_Stats("bagel_engine", engine))
         self.registry.register(_Stats("bagel_session_cache", cache))
-        own = {"registry": self.registry}
-        self.requests = Counter("bagel_http_requests", "Requests by route and status.", ["route", "status"], **own)
+        self.requests = Counter(
+            "bagel_http_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
         self.seconds = Histogram(
-            "bagel_http_seconds", "From a request to the end of its answer.", ["route"], buckets=_SECONDS, **own
+            "bagel_http_seconds",
+            "From a request to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.first_piece = Histogram(
-            "bagel_first_piece_seconds", "From a request to the first word or step.", buckets=_SECONDS, **own
+            "bagel_first_piece_seconds",
+            "From a request to the first word or step.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
-        self.tokens = Counter("bagel_tokens", "Tokens of whole answers by kind.", ["kind"], **own)
+        self.tokens = Counter("bagel_tokens", "Tokens of whole answers by kind.", ["kind"], registry=self.registry)
 
     def count(self, usage: Any) -> None:
         """Count the tokens of an answer."""

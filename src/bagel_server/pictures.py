@@ -74,7 +74,7 @@ async def edit(request: Request) -> Response:
     fields, files = await read_form(request, generation.settings)
     if "mask" in fields or any(name == "mask" for name, _ in files):
         raise ApiError("`mask` is not supported: the model is told in words what to change.", "mask")
-    if unknown := next((name for name, _ in files if name not in ("image", "image[]")), None):
+    if (unknown := next((name for name, _ in files if name not in ("image", "image[]")), None)) is not None:
         raise ApiError(f"Unrecognized request argument supplied: {unknown[:64]}", unknown[:64])
     if not files:
         raise ApiError("`image` is missing: send at least one file.", "image")
@@ -176,7 +176,7 @@ async def _events(answers: Answers, body: PictureRequest, kind: str) -> AsyncGen
     last: dict[int, Piece] = {}
     async with aclosing(answers.pieces()) as pieces:
         async for choice, piece in pieces:
-            own = {"index": choice.index}
+            own: dict[str, Any] = {"index": choice.index}
             if piece.type == "preview":
                 event = {"type": f"{kind}.partial_image", "partial_image_index": partial[choice.index]}
                 partial[choice.index] += 1

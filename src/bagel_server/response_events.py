@@ -90,11 +90,12 @@ class ResponseEvents:
     def _opened(self, kind: str) -> Iterator[dict[str, Any]]:
         prefix = {"message": "msg", "reasoning": "rs", "image_generation_call": "ig"}[kind]
         item: dict[str, Any] = {"id": f"{prefix}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"}
-        item |= {
+        own: dict[str, dict[str, Any]] = {
             "message": {"role": "assistant", "content": []},
             "reasoning": {"summary": [], "content": []},
             "image_generation_call": {"result": None},
-        }[kind]
+        }
+        item |= own[kind]
         self._item, self._previews = item, 0
         yield self._event(
             "response.output_item.added", output_index=len(self._response["output"]), item=item | _empty(item)

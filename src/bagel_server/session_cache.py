@@ -99,7 +99,7 @@ class SessionCache:
             return
         with self._lock:
             self._drop(key)
-            if earlier in self._sessions:
+            if earlier is not None and earlier in self._sessions:
                 self._sessions.move_to_end(earlier, last=False)
             while self._sessions and self._bytes + size > self.max_bytes:
                 self._drop(next(iter(self._sessions)))

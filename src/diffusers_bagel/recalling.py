@@ -65,29 +65,31 @@ def turns_of(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
 def recall(session: BagelSession, turns: Sequence[Turn], sanitize_control_tokens: bool) -> None:
     """Let a session take over turns. No model is asked; the next answer reads them."""
     for turn in turns:
-        answer = _answer(session, sanitize_control_tokens, think=turn.thought is not None)
+        answer = _answer(session, turn, sanitize_control_tokens)
         answer.listen({"role": "user", "content": list(turn.given)}, turn.thought == "image")
         session._begin_turn(answer.message, answer.said)
         for part, said in zip(turn.answer, _answered(answer, turn), strict=True):
-            if said is None:
-                answer.said = answer.said.with_image(answer._shown_as(part["image"]))
-            else:
+            if isinstance(said, SaidText):
                 answer.said = answer.said.with_text(said)
+            else:
+                answer.said = answer.said.with_image(said)
             answer._finish(**part)
 
 
-def _answer(session: BagelSession, sanitize_control_tokens: bool, think: bool = False) -> Answer:
+def _answer(session: BagelSession, turn: Turn, sanitize_control_tokens: bool) -> Answer:
+    # Some protocols always ask for thoughts.
+    think = None if turn.thought is None else True
     return Answer(session, session._settings({"sanitize_control_tokens": sanitize_control_tokens, "think": think}))
 
 
-def _answered(answer: Answer, turn: Turn) -> Iterator[SaidText | None]:
-    """The texts of an answer as they are said, and `None` in the place of a picture."""
+def _answered(answer: Answer, turn: Turn) -> Iterator[SaidText | SaidImage]:
+    """What is said by an answer."""
     protocol, before = answer.protocol, None
     for part in turn.answer:
         text, is_behind_picture = part.get("text"), before == "image"
         before = part["type"]
         if text is None:
-            yield None
+            yield answer._shown_as(part["image"])
         elif is_behind_picture and text == protocol.reflection:
             yield SaidText(answer.reader.encode_text(text)[0], REFLECTION)
         else:
@@ -107,34 +109,37 @@ def is_as_recalled(session: BagelSession, turn: Turn, sanitize_control_tokens: b
     """
     Whether a session, in its last turn, said what it would recall of it: then it answers like one that has recalled it.
 
-    Not so is an answer that holds special tokens, or which a protocol has cleaned.
+    Not so is an answer that holds special tokens, one without the thoughts that it was asked for, or one that a protocol has
+    cleaned.
     """
-    answer = _answer(session, sanitize_control_tokens)
-    last = session._said.turns[-1]
-    first = next((place for place, said in enumerate(last) if _is_answer(said)), len(last))
-    recalled = list(_answered(answer, turn))
-    return len(last) - first == len(recalled) and all(
-        isinstance(said, SaidImage) if other is None else isinstance(said, SaidText) and _is_alike(said, other)
-        for said, other in zip(last[first:], recalled, strict=True)
-    )
+    answer = _answer(session, turn, sanitize_control_tokens)
+    _, answer.said = session._turns[-1]
+    answer.listen({"role": "user", "content": list(turn.given)}, turn.thought == "image")
+    said, recalled = session._said.turns[-1], [*answer.said.turns[-1], *_answered(answer, turn)]
+    return len(said) == len(recalled) and all(map(_is_alike, said, recalled))
 
 
-def _is_answer(said: SaidText | SaidImage) -> bool:
-    return said.is_written if isinstance(said, SaidText) else not said.is_given
+def _is_alike(one: SaidText | SaidImage, other: SaidText | SaidImage) -> bool:
+    """Whether two that say the same words, or show the same image, do so in the same way."""
+    if isinstance(one, SaidText) and isinstance(other, SaidText):
+        texts = _have_same_tokens(one.segment, other.segment) and _have_same_tokens(one.untagged, other.untagged)
+        return texts and (one.update, one.is_written) == (other.update, other.is_written)
+    return isinstance(one, SaidImage) and isinstance(other, SaidImage) and _way(one) == _way(other)
 
 
-def _is_alike(one: SaidText, other: SaidText) -> bool:
-    return (
-        _have_same_tokens(one.segment, other.segment)
-        and _have_same_tokens(one.untagged, other.untagged)
-        and (one.update, one.is_written) == (other.update, other.is_written)
-    )
+def _way(image: SaidImage) -> tuple[object, ...]:
+    """How an image is shown: a setting may have given it another size."""
+    return image.vae.grid, image.vit.grid, image.update, image.encoders, image.is_given, image.is_resized
 
 
 def _have_same_tokens(one: EncodedSegment | None, other: EncodedSegment | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one.token_ids, other.token_ids)
+
+
+def _is_answer(said: SaidText | SaidImage) -> bool:
+    return said.is_written if isinstance(said, SaidText) else not said.is_given
 
 
 def kept_bytes(session: BagelSession) -> int:

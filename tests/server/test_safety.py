@@ -21,7 +21,7 @@ from PIL import Image
 from bagel_server import ServerSettings
 from transformers_bagel import urls
 
-from .conftest import MODEL, SMALL, client_of, data_url, png, served, session_of, user, wide
+from .conftest import MODEL, SMALL, client_of, png, served, session_of, user, wide
 
 
 def posted(url: str, body: bytes, path: str = "chat/completions", **headers: str) -> httpx.Response:
@@ -78,7 +78,11 @@ def test_a_page_in_a_browser_cannot_ask_by_a_simple_request(url):
 
 
 def test_other_places_and_methods_are_told_alike(url):
-    for response in (httpx.get(f"{url}/etc/passwd"), httpx.get(f"{url}/v1/chat/completions"), httpx.get(f"{url}/docs")):
+    for response in (
+        httpx.get(f"{url}/etc/passwd"),
+        httpx.get(f"{url}/v1/chat/completions"),
+        httpx.get(f"{url}/docs"),
+    ):
         assert response.status_code in (404, 405)
         assert response.json()["error"]["type"] == "invalid_request_error"
 
@@ -89,7 +93,9 @@ def test_bodies_are_bounded(engine):
         assert posted(url, long).status_code == 413
         # Without a length that says so.
         response = httpx.post(
-            f"{url}/v1/chat/completions", content=iter([long[:1500], long[1500:]]), headers={"Content-Type": "application/json"}
+            f"{url}/v1/chat/completions",
+            content=iter([long[:1500], long[1500:]]),
+            headers={"Content-Type": "application/json"},
         )
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "request_too_large"
@@ -134,7 +140,8 @@ def bomb() -> bytes:
     head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 10_000)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
     )
 
 
@@ -204,7 +211,9 @@ def image_message(address: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address}}]}]
 
 
-@pytest.mark.parametrize("address", ["http://example.com/x.png", "file:///etc/passwd", "/etc/passwd", "ftp://x/y", "data:,x", ""])
+@pytest.mark.parametrize(
+    "address", ["http://example.com/x.png", "file:///etc/passwd", "/etc/passwd", "ftp://x/y", "data:,x", ""]
+)
 def test_nothing_is_fetched_unless_allowed(address, url, monkeypatch):
     monkeypatch.setattr("bagel_server.images.fetch", lambda *args: pytest.fail("Somebody was asked."))
     response = posted(url, chat(messages=image_message(address)))

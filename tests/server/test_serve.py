@@ -77,7 +77,19 @@ def test_sigterm_finishes_what_runs_then_leaves(tmp_path):
 
 def test_settings_are_those_of_the_command_line():
     options = parse(
-        ["serve", "--model", "m", "--api-key", "k", "--allow-image-urls", "--raw-tokens", "--max-steps", "7", "--timeout", "9"]
+        [
+            "serve",
+            "--model",
+            "m",
+            "--api-key",
+            "k",
+            "--allow-image-urls",
+            "--raw-tokens",
+            "--max-steps",
+            "7",
+            "--timeout",
+            "9",
+        ]
     )
     assert settings_of(options) == ServerSettings(
         model="m", api_key="k", allow_image_urls=True, raw_tokens=True, max_steps=7, timeout=9.0
@@ -86,7 +98,9 @@ def test_settings_are_those_of_the_command_line():
     assert settings_of(parse(["serve", "--model", "m"])) == ServerSettings(model="m")
 
 
-@pytest.mark.parametrize("settings", [{"max_steps": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"api_key": ""}, {"api_key": "ü"}])
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"api_key": ""}, {"api_key": "ü"}]
+)
 def test_settings_that_cannot_be_are_refused_by_name(settings):
     with pytest.raises(ValueError, match=f"`{next(iter(settings))}`"):
         ServerSettings(**settings)
