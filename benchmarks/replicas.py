@@ -154,10 +154,11 @@ def served(log: IO[bytes], *settings: str, **environment: str) -> Iterator[Serve
                 child.kill()
 
 
-def load(server: Served, clients: int, seconds: float) -> Counter[str]:
-    """What became of the requests of several clients that ask one after the other."""
+def load(server: Served, clients: int, seconds: float) -> tuple[Counter[str], float]:
+    """What became of the requests of several clients that ask one after the other, and how many there were a second."""
     cases = draw_cases("draw_full", 200)
-    end = time.monotonic() + seconds
+    start = time.monotonic()
+    end = start + seconds
 
     def asks(client: int) -> Counter[str]:
         ended: Counter[str] = Counter()
@@ -168,7 +169,8 @@ def load(server: Served, clients: int, seconds: float) -> Counter[str]:
         return ended
 
     with ThreadPoolExecutor(clients) as pool:
-        return sum(pool.map(asks, range(clients)), Counter())
+        ended = sum(pool.map(asks, range(clients)), Counter())
+    return ended, ended.total() / (time.monotonic() - start)
 
 
 def main() -> None:
@@ -181,14 +183,14 @@ def main() -> None:
         for replicas in (1, 2):
             with served(log, f"min_replicas={replicas}", f"max_replicas={replicas}") as server:
                 load(server, args.clients, 3)
-                ended = load(server, args.clients, args.seconds)
-                print(f"{replicas} replicas: {ended.total() / args.seconds:.2f} pictures/s {dict(ended)}", flush=True)
+                ended, rate = load(server, args.clients, args.seconds)
+                print(f"replicas: {replicas}, {rate:.2f} pictures/s, {dict(ended)}", flush=True)
                 if replicas == 2:
                     with ThreadPoolExecutor(1) as pool:
                         loaded = pool.submit(load, server, args.clients, args.seconds)
                         time.sleep(args.seconds / 3)
                         os.kill(min(server.replicas()), signal.SIGKILL)
-                        ended = loaded.result()
+                        ended, _ = loaded.result()
                     again, lost = server.total("bagel_again_total"), server.total("bagel_lost_total")
                     print(f"one of 2 killed: {dict(ended)}, {again:.0f} made once more, {lost:.0f} failed")
 

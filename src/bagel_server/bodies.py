@@ -118,12 +118,7 @@ def _check_type(request: Request, wanted: str) -> None:
 
 
 async def bounded(request: Request, settings: ServerSettings) -> AsyncGenerator[bytes, None]:
-    """
-    The body of a request, as it comes.
-
-    Raises:
-        ApiError: if it is too large, too slow, or breaks off.
-    """
+    """The body of a request, as it comes."""
     limit = settings.max_body_bytes
     error = too_large(f"The request has more than {limit} bytes.")
     length = request.headers.get("content-length", "0")

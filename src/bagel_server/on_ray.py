@@ -329,6 +329,7 @@ def run(app: serve.Application, host: str, port: int) -> None:
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(app, name="bagel")
+        print(f"http://{host}:{port}/v1", flush=True)
         stop.wait()
         # First those who answer, which finishes what runs, and then those who listen.
         serve.delete("bagel")
