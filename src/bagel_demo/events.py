@@ -50,7 +50,8 @@ class Parts:
     max_new_tokens: gr.Slider
     temperature: gr.Slider
 
-    def all(self) -> set[Any]:
+    def all(self) -> Any:
+        """As a set, by which handlers get a dict."""
         return {getattr(self, field.name) for field in fields(self)}
 
     def choices(self, values: Updates) -> Choices:
@@ -84,7 +85,7 @@ class Events:
         for shown in (parts.said, parts.answer):
             shown.click(self.act, everything, everything, trigger_mode="multiple", **answering)
         parts.gallery.select(self.choose, None, parts.edit, queue=False, **settings)
-        parts.edit.click(self.edit_chosen, {parts.composer}, everything, queue=False, **settings)
+        parts.edit.click(self.edit_chosen, everything, everything, queue=False, **settings)
         parts.preset.input(self.take_preset, parts.preset, everything, queue=False, **settings)
         parts.new.click(self.begin_anew, None, everything, queue=False, **settings)
         page.unload(self.leave)
