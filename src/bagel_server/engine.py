@@ -1,20 +1,24 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""One thread that does all forwards of a pipeline for many sessions."""
+"""Answers of many sessions, made by one thread."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Any
 
 import torch
 
-from diffusers_bagel import BagelSession, SessionEvent
+from diffusers_bagel import BagelSession
+from diffusers_bagel.inputs import check_number, check_whole_number
+from transformers_bagel.errors import shown
 
-from .answers import EngineAnswer, EngineClosed, EngineFull, Outbox
+from .answers import EngineAnswer, EngineClosed, EngineFull
+from .rounds import Job, Rounds
 
 
 @dataclass(frozen=True)
@@ -24,49 +28,64 @@ class EngineStats:
 
     Attributes:
         running, waiting (`int`): Answers at the moment.
-        answers, errors, cancelled (`int`): Answers that ended: all, by an error, because nobody wanted more.
-        tokens, steps, pictures, forwards (`int`): That were made for them.
+        answers, errors, cancelled (`int`): Answers that ended: all of them, by an error, because nobody wanted more.
+        tokens, steps (`int`): Tokens that were written, and steps of pictures.
+        pictures (`int`): Whole ones, of answers that ended.
+        forwards (`int`): Of the transformer.
     """
 
-    running: int = 0
-    waiting: int = 0
-    answers: int = 0
-    tokens: int = 0
-    steps: int = 0
-    pictures: int = 0
-    forwards: int = 0
-    errors: int = 0
-    cancelled: int = 0
-
-
-@dataclass
-class _Task:
-    steps: Iterator[SessionEvent]
-    outbox: Outbox
-    deadline: float
-    session: BagelSession
+    running: int
+    waiting: int
+    answers: int
+    errors: int
+    cancelled: int
+    pictures: int
+    tokens: int
+    steps: int
+    forwards: int
 
 
 class Engine:
     """
-    Answers of many sessions of one pipeline.
+    Makes the answers of many sessions of one pipeline, in a thread of its own, each as its session would alone.
 
     Args:
         pipe ([`BagelPipeline`]): The pipeline.
         max_running (`int`, *optional*, defaults to 32): Most answers that are made at a time.
-        max_waiting (`int`, *optional*, defaults to 64): Most answers that wait for that.
+        max_waiting (`int`, *optional*, defaults to 64): Most answers that wait for that, first come, first served.
+
+    Example:
+
+    ```python
+    >>> with Engine(pipe) as engine:
+    ...     answers = [engine.submit(BagelSession(pipe), prompt, output="image") for prompt in prompts]
+    ...     images = [answer.result().images[0] for answer in answers]
+    ```
     """
 
     def __init__(self, pipe: Any, max_running: int = 32, max_waiting: int = 64):
+        check_whole_number("max_running", max_running, 1)
+        check_whole_number("max_waiting", max_waiting, 0)
+        if pipe._split_group is not None:
+            raise ValueError(
+                "`pipe` splits its contexts between processes, which would all have to be asked the same at a time. Call "
+                "`disable_context_split()`."
+            )
         self.pipe, self.max_running, self.max_waiting = pipe, max_running, max_waiting
-        self._waiting: deque[_Task] = deque()
-        self._running: list[_Task] = []
+        self._rounds = Rounds(pipe)
+        self._waiting: deque[Job] = deque()
+        self._durations: deque[float] = deque(maxlen=32)
+        self._answers = self._errors = self._cancelled = self._pictures = 0
         self._changed = Condition()
         self._is_closed = self._is_over = False
-        self._seconds = 1.0
-        self._totals = {"answers": 0, "tokens": 0, "steps": 0, "pictures": 0, "errors": 0, "cancelled": 0}
         self._thread = Thread(target=self._run, name="bagel-engine", daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def submit(
         self,
@@ -77,7 +96,15 @@ class Engine:
         **settings: Any,
     ) -> EngineAnswer:
         """
-        Say something to a session, from any thread. The arguments are those of [`BagelSession.stream`].
+        Say something to a session, from any thread. What needs no model, as the decoding of image files, is done in this one.
+
+        Args:
+            session ([`BagelSession`]): Of the engine's pipeline.
+            content, output, settings: As of [`BagelSession.stream`].
+            timeout (`float`, *optional*): Seconds after which the answer ends with a `TimeoutError`, waiting included.
+
+        Returns:
+            [`EngineAnswer`]: which is cancelled when it is dropped.
 
         Raises:
             TypeError, ValueError: for arguments that cannot work, before anything is said.
@@ -85,23 +112,44 @@ class Engine:
             EngineFull: if as many answers wait as may.
             EngineClosed: behind [`close`].
         """
-        outbox = Outbox()
+        if not isinstance(session, BagelSession):
+            raise TypeError(f"`session` must be a `BagelSession`, got {shown(session)}.")
+        if session.pipe is not self.pipe:
+            raise ValueError("`session` is of another pipeline than the engine's. Make it with `engine.pipe`.")
+        if timeout is not None:
+            check_number("timeout", timeout, 0)
+        deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         with self._changed:
-            if self._is_closed:
-                raise EngineClosed("The engine is closed, and takes nothing new.")
-            if len(self._waiting) >= self.max_waiting:
-                raise EngineFull(len(self._waiting), self._seconds)
-            if any(task.session is session for task in (*self._waiting, *self._running)):
-                raise RuntimeError("The session is answering. Take its answer to the end, or go on with a `fork()`.")
-            steps = session._steps(session._heard(content, output, True, settings))
-            deadline = float("inf") if timeout is None else time.monotonic() + timeout
-            self._waiting.append(_Task(_events(steps), outbox, deadline, session))
+            self._check_room()
+        answer = session._heard(content, output, settings, streams=True, shows_bar=False)
+        job = Job(session, answer, deadline, settings.get("streamer"))
+        with self._changed:
+            try:
+                self._check_room()
+            except (EngineClosed, EngineFull):
+                job.refuse()
+                raise
+            self._waiting.append(job)
             self._changed.notify_all()
-        return EngineAnswer(outbox)
+        return EngineAnswer(job.outbox)
+
+    def _check_room(self) -> None:
+        if self._is_closed:
+            raise EngineClosed("The engine is closed, and takes nothing new.")
+        waiting = len(self._rounds.jobs) + len(self._waiting) - self.max_running
+        if waiting >= self.max_waiting:
+            raise EngineFull(waiting, self._seconds_to_a_place())
+
+    def _seconds_to_a_place(self) -> float:
+        """How soon one of those that run will end, as long as those before took."""
+        if self._durations:
+            return statistics.fmean(self._durations) / self.max_running
+        began = min((job.began_at for job in self._rounds.jobs), default=time.monotonic())
+        return max(time.monotonic() - began, 1.0)
 
     def close(self, timeout: float | None = None) -> None:
         """
-        Take nothing new, finish what runs and waits, then end.
+        Take nothing new, finish what runs and waits, and end the thread.
 
         Args:
             timeout (`float`, *optional*): Seconds, after which what is left ends with an [`EngineClosed`].
@@ -116,46 +164,75 @@ class Engine:
     def stats(self) -> EngineStats:
         """What is done, and was done so far."""
         with self._changed:
-            return EngineStats(running=len(self._running), waiting=len(self._waiting), **self._totals)
+            rounds = self._rounds
+            return EngineStats(
+                len(rounds.jobs),
+                len(self._waiting),
+                self._answers,
+                self._errors,
+                self._cancelled,
+                self._pictures,
+                rounds.tokens,
+                rounds.steps,
+                rounds.forwards,
+            )
 
     @torch.no_grad()
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._is_closed)
-                if not self._waiting:
-                    return
-                task = self._waiting.popleft()
-                self._running.append(task)
-            began, error = time.monotonic(), None
-            try:
-                for event in task.steps:
-                    self._totals["pictures"] += event.type == "image"
-                    task.outbox.put(event)
-                    self._check(task)
-            except Exception as caught:
-                error = caught
-            finally:
-                task.steps.close()  # type: ignore[attr-defined]
-                self.pipe.maybe_free_model_hooks()
-            with self._changed:
-                self._running.remove(task)
-                self._totals["answers"] += 1
-                self._totals["errors"] += error is not None
-                self._totals["cancelled"] += task.outbox.is_cancelled
-                self._seconds = time.monotonic() - began
-            task.outbox.end(error)
+        with self._rounds.counted():
+            while self._has_work():
+                try:
+                    self._begin()
+                    self._rounds.go(self._is_needed)
+                except BaseException as error:  # Of no single answer, or one that ends threads. The engine goes on.
+                    for job in self._rounds.jobs:
+                        job.break_off(RuntimeError(f"What was done for several answers broke off: {error!r}."))
+                self._end()
+                if not self._rounds.jobs:
+                    self.pipe.maybe_free_model_hooks()
 
-    def _check(self, task: _Task) -> None:
-        if self._is_over:
-            raise EngineClosed("The engine was closed before the answer was whole.")
-        if time.monotonic() > task.deadline:
-            raise TimeoutError("The time for the answer is over.")
-        if task.outbox.is_cancelled:
-            task.session.interrupt()
+    def _has_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._rounds.jobs or self._is_closed)
+            return bool(self._waiting or self._rounds.jobs)
 
+    def _is_needed(self) -> bool:
+        """Whether an answer is to begin or to end, between two tokens."""
+        has_room = self._waiting and len(self._rounds.jobs) < self.max_running
+        now = time.monotonic()
+        return bool(self._is_over or has_room or any(job.is_over(now) for job in self._rounds.jobs))
 
-def _events(steps: Any) -> Iterator[SessionEvent]:
-    from diffusers_bagel.work import at_once
+    def _begin(self) -> None:
+        """Begin answers while there is room."""
+        begun = []
+        with self._changed:
+            while self._waiting and len(self._rounds.jobs) < self.max_running:
+                begun.append(self._waiting.popleft())
+                self._rounds.jobs.append(begun[-1])
+        for job in begun:
+            job.begin()
 
-    return at_once(steps)
+    def _end(self) -> None:
+        """Break off what is no longer wanted, and let go of what has ended."""
+        now = time.monotonic()
+        with self._changed:
+            jobs = [*self._rounds.jobs, *self._waiting]
+        for job in jobs:
+            if self._is_over:
+                job.break_off(EngineClosed("The engine was closed before the answer was whole."))
+            elif job.is_over(now):
+                job.give_up()
+        ended = [job for job in jobs if job.has_ended]
+        with self._changed:
+            for job in ended:
+                if job in self._rounds.jobs:
+                    self._rounds.jobs.remove(job)
+                    self._durations.append(time.monotonic() - job.began_at)
+                else:
+                    self._waiting.remove(job)
+                self._answers += 1
+                self._pictures += job.pictures
+                self._errors += job.error is not None
+                self._cancelled += job.outbox.is_cancelled
+        for job in ended:
+            job.outbox.end(job.error)
