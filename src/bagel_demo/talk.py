@@ -106,6 +106,7 @@ class Turn:
                 last = Drawing(now, steps=self.choices.steps)
                 self.parts.append(last)
             last.step = event.step
+            last.steps = event.steps or last.steps
             last.preview = event.image or last.preview
 
     def keep(self, picture: Picture) -> None:

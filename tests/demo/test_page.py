@@ -87,6 +87,7 @@ def test_events_become_words_a_drawing_and_a_picture():
         SessionEvent("text", text="first "),
         SessionEvent("text", text="this", is_whole=True),
         SessionEvent("text", text="then that", is_whole=True),
+        SessionEvent("progress", step=2, steps=8),
         SessionEvent("preview", image=preview, step=3),
     ):
         turn.hear(event, now=1.0)
