@@ -68,6 +68,7 @@ class Choices:
             "sanitize_control_tokens": True,
             # Often enough to see it form, rarely enough for decoding to cost little.
             "preview_every": max(1, self.steps // 8),
+            "progress": True,
         }
 
     def described(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ PLACEHOLDER = "Say what to draw or to change, or ask"
 PRESET_INFO = "Published settings, by what they were published for"
 # A phone that sleeps has closed the page, and may wake up.
 SECONDS_OF_ABSENCE = 3600
+MOST_AWAKE = 16
 Updates = dict[Any, Any]
 
 
@@ -50,7 +51,8 @@ class Parts:
     max_new_tokens: gr.Slider
     temperature: gr.Slider
 
-    def all(self) -> set[Any]:
+    def all(self) -> Any:
+        """As a set, by which handlers get a dict."""
         return {getattr(self, field.name) for field in fields(self)}
 
     def choices(self, values: Updates) -> Choices:
@@ -72,6 +74,7 @@ class Events:
     def __init__(self, engine: Any, parts: Parts, folder: Path):
         self.engine, self.parts, self.folder = engine, parts, folder
         self._talks: dict[str, Talk] = {}
+        self._spoke: list[Talk] = []
 
     def attach(self, page: gr.Blocks) -> None:
         """Let the parts of the page do what they are for."""
@@ -84,7 +87,7 @@ class Events:
         for shown in (parts.said, parts.answer):
             shown.click(self.act, everything, everything, trigger_mode="multiple", **answering)
         parts.gallery.select(self.choose, None, parts.edit, queue=False, **settings)
-        parts.edit.click(self.edit_chosen, {parts.composer}, everything, queue=False, **settings)
+        parts.edit.click(self.edit_chosen, everything, everything, queue=False, **settings)
         parts.preset.input(self.take_preset, parts.preset, everything, queue=False, **settings)
         parts.new.click(self.begin_anew, None, everything, queue=False, **settings)
         page.unload(self.leave)
@@ -111,7 +114,9 @@ class Events:
             yield {parts.output: example.output, parts.think: example.think}
             async for updates in self._answered(talk, Turn(example.text, list(example.shown), parts.choices(values))):
                 yield updates
-        elif event.act == "again" and (said := talk.again()) is not None:
+        elif event.act == "again":
+            self._check_idle(talk)
+            said = await talk.again(self.engine.pipe)
             async for updates in self._answered(talk, Turn(said.text, said.shown, parts.choices(values))):
                 yield updates
 
@@ -138,18 +143,17 @@ class Events:
             self.parts.preset: gr.Dropdown(info=info)
         }
 
-    def begin_anew(self, request: gr.Request) -> Updates:
+    async def begin_anew(self, request: gr.Request) -> Updates:
         """Forget what was said."""
         talk = self._talk(request)
-        if talk.is_answering:
-            raise gr.Error("Stop the answer first.", print_exception=False)
-        talk.clear()
+        self._check_idle(talk)
+        await talk.clear()
         return {self.parts.said: views.conversation([])}
 
     async def leave(self, request: gr.Request) -> None:
         """A browser is gone, maybe for a while."""
         talk = self._talk(request)
-        await asyncio.to_thread(talk.leave)
+        await talk.leave()
         asyncio.get_running_loop().call_later(SECONDS_OF_ABSENCE, self._forget, str(request.session_hash))
 
     def _forget(self, name: str) -> None:
@@ -158,6 +162,16 @@ class Events:
 
     def _talk(self, request: gr.Request) -> Talk:
         return self._talks.setdefault(str(request.session_hash), Talk(self.folder))
+
+    def _check_idle(self, talk: Talk) -> None:
+        if talk.is_answering:
+            raise gr.Error("Stop the answer first.", print_exception=False)
+
+    async def _let_rest(self, talk: Talk) -> None:
+        """Only those that spoke last stay in the memory: keys and values of a long conversation take gigabytes."""
+        self._spoke = [*(each for each in self._spoke if each is not talk), talk]
+        if len(self._spoke) > MOST_AWAKE:
+            await self._spoke.pop(0).rest()
 
     def _to_edit(self, talk: Talk, name: str, values: Updates) -> Updates:
         """The message with a picture in it, and a picture as its answer."""
@@ -172,8 +186,7 @@ class Events:
     async def _answered(self, talk: Talk, turn: Turn) -> AsyncIterator[Updates]:
         """The page while a turn is answered, and behind it."""
         parts = self.parts
-        if talk.is_answering:
-            raise gr.Error("Stop the answer first.", print_exception=False)
+        self._check_idle(talk)
         yield {
             parts.said: views.conversation([*talk.turns, turn], is_answering=True),
             parts.progress: views.progress(turn, 0),
@@ -193,3 +206,4 @@ class Events:
             parts.composer: gr.MultimodalTextbox(submit_btn=SEND, stop_btn=False, **unsaid),
             parts.gallery: [(str(picture.file), picture.prompt) for picture in talk.pictures],
         }
+        await self._let_rest(talk)

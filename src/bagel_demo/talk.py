@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 STOPPED = "Stopped."
 FORGOTTEN = "Stopped before anything was finished: the message is forgotten."
 # What somebody who asks can do something about; the rest is logged, too.
-NOT_ANSWERED = (ValueError, TypeError, OSError, EngineFull, EngineClosed, TimeoutError)
+NOT_ANSWERED = (ValueError, TypeError, EngineFull, EngineClosed, TimeoutError)
 # Between two updates of the page: tokens come faster than anybody reads.
 LEAST_SECONDS = 0.04
 
@@ -106,6 +106,7 @@ class Turn:
                 last = Drawing(now, steps=self.choices.steps)
                 self.parts.append(last)
             last.step = event.step
+            last.steps = event.steps or last.steps
             last.preview = event.image or last.preview
 
     def keep(self, picture: Picture) -> None:
@@ -144,6 +145,8 @@ class Talk:
         self._session: BagelSession | None = None
         self._answer: Any = None
         self._is_stopped = self.is_left = False
+        # Whoever has it may change the session, or put it away.
+        self._lock = asyncio.Lock()
 
     async def say(self, engine: Any, turn: Turn) -> AsyncIterator[None]:
         """
@@ -178,26 +181,32 @@ class Talk:
         if self._answer is not None:
             self._answer.cancel()
 
-    def again(self) -> Turn | None:
-        """Forget the last turn, if there is one, to say the same once more. Its pictures stay among all."""
-        if self.is_answering or not self.turns:
-            return None
-        turn = self.turns.pop()
-        if turn.is_remembered and self._session is not None:
-            self._session.back()
-        return Turn(turn.text, turn.shown, turn.choices)
+    async def again(self, pipe: Any) -> Turn:
+        """Forget the last turn, to say the same once more. Its pictures stay among all."""
+        async with self._lock:
+            turn = self.turns.pop()
+            if turn.is_remembered:
+                (await asyncio.to_thread(self._awake, pipe)).back()
+        return turn
 
-    def clear(self) -> None:
+    async def clear(self) -> None:
         """Begin anew. All pictures stay."""
-        self.turns, self._session = [], None
-        shutil.rmtree(self._saved, ignore_errors=True)
+        async with self._lock:
+            self.turns, self._session = [], None
+            shutil.rmtree(self._saved, ignore_errors=True)
 
-    def leave(self) -> None:
-        """The page is closed, or asleep: what was said stays on the disk alone, until somebody goes on."""
-        self.stop()
+    async def rest(self) -> None:
+        """Keep what was said on the disk alone, without keys and values, until somebody goes on."""
+        async with self._lock:
+            if self._session is not None:
+                await asyncio.to_thread(self._put_away, self._session)
+                self._session = None
+
+    async def leave(self) -> None:
+        """The page is closed, or asleep."""
         self.is_left = True
-        if not self.is_answering:
-            self._put_away()
+        self.stop()
+        await self.rest()
 
     def close(self) -> None:
         """Nobody goes on: forget everything."""
@@ -206,6 +215,7 @@ class Talk:
 
     async def _make(self, engine: Any, turn: Turn, changed: asyncio.Event) -> None:
         note = ""
+        await self._lock.acquire()
         try:
             session = await asyncio.to_thread(self._awake, engine.pipe)
             before = len(session.messages)
@@ -234,8 +244,7 @@ class Talk:
         finally:
             turn.end(note)
             self.is_answering, self._answer = False, None
-            if self.is_left:
-                self._put_away()
+            self._lock.release()
             changed.set()
 
     @property
@@ -249,11 +258,9 @@ class Talk:
             self._session = BagelSession.from_pretrained(self._saved, pipe) if is_saved else BagelSession(pipe)
         return self._session
 
-    def _put_away(self) -> None:
-        if self._session is not None:
-            self.folder.mkdir(exist_ok=True)
-            self._session.save_pretrained(self._saved)
-            self._session = None
+    def _put_away(self, session: BagelSession) -> None:
+        self.folder.mkdir(exist_ok=True)
+        session.save_pretrained(self._saved)
 
     def _kept(self, image: PIL.Image.Image, turn: Turn, pipe: Any) -> Picture:
         """A drawn picture as a file that says how to draw it again."""
@@ -270,10 +277,13 @@ def opened(files: Sequence[Path]) -> list[PIL.Image.Image]:
     Pictures that were shown, as the model sees them.
 
     Raises:
-        OSError, ValueError: if one cannot be read.
+        ValueError: naming one that cannot be read.
     """
     images = []
     for file in files:
-        with PIL.Image.open(file) as image:
-            images.append(to_rgb(image))
+        try:
+            with PIL.Image.open(file) as image:
+                images.append(to_rgb(image))
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"'{file.name}' cannot be read as a picture.") from error
     return images

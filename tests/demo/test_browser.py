@@ -383,7 +383,8 @@ def test_the_screenshot_of_the_readme_shows_a_conversation(visit, tmp_path):
     sync_api.expect(visitor.page.locator("#composer img")).to_be_visible()
     visitor.choose(steps=100, seed=4)
     visitor.send("make the yellow star red")
-    visitor.page.wait_for_selector(".forming img")
+    visitor.page.wait_for_function("document.querySelector('.progress progress')?.value > 60")
+    visitor.page.evaluate("window.scrollTo(0, 0)")
     file = Path(os.environ.get("BAGEL_SCREENSHOTS", tmp_path)) / "demo.png"
     visitor.page.screenshot(path=file)
     assert PIL.Image.open(file).width == 1920

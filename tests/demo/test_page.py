@@ -87,6 +87,7 @@ def test_events_become_words_a_drawing_and_a_picture():
         SessionEvent("text", text="first "),
         SessionEvent("text", text="this", is_whole=True),
         SessionEvent("text", text="then that", is_whole=True),
+        SessionEvent("progress", step=2, steps=8),
         SessionEvent("preview", image=preview, step=3),
     ):
         turn.hear(event, now=1.0)
@@ -199,26 +200,41 @@ def test_what_cannot_be_answered_is_told_and_forgotten(engine, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     turn = shown(talk, engine, Turn("what is it?", [broken], Choices("Words")))
-    assert "cannot identify image file" in turn.note
+    # Nothing of where it lies is told.
+    assert turn.note == "'broken.png' cannot be read as a picture."
     assert not turn.is_remembered
 
 
 def test_running_again_forgets_the_last_turn_and_keeps_its_picture(engine, tmp_path):
     talk = Talk(tmp_path)
     shown(talk, engine, said(CIRCLE))
-    again = talk.again()
+    # Also behind a while in which nobody looked.
+    asyncio.run(talk.leave())
+    again = asyncio.run(talk.again(engine.pipe))
     assert (again.text, talk.turns) == (CIRCLE, [])
-    shown(talk, engine, again)
-    assert len(talk.turns) == 1
+    turn = shown(talk, engine, said(CIRCLE))
+    assert talk.turns == [turn]
     assert len(talk.pictures) == 2
-    talk.clear()
-    assert talk.again() is None
+    # As a first drawing does, not as one behind another.
+    pixels = [PIL.Image.open(picture.file).tobytes() for picture in talk.pictures]
+    assert pixels[0] == pixels[1]
+
+
+def test_a_new_conversation_knows_nothing_and_keeps_all_pictures(engine, tmp_path):
+    talk = Talk(tmp_path)
+    shown(talk, engine, said(CIRCLE))
+    asyncio.run(talk.leave())
+    asyncio.run(talk.clear())
+    shown(talk, engine, said(CIRCLE))
+    assert len(talk.turns) == 1
+    pixels = [PIL.Image.open(picture.file).tobytes() for picture in talk.pictures]
+    assert pixels[0] == pixels[1]
 
 
 def test_whoever_comes_back_goes_on(engine, tmp_path):
     talk = Talk(tmp_path)
     shown(talk, engine, said(CIRCLE))
-    talk.leave()
+    asyncio.run(talk.leave())
     assert talk.is_left
     answer = shown(talk, engine, said("what colour is the circle?", output="Words"))
     assert [part.text for part in answer.parts] == ["red"]
@@ -234,9 +250,8 @@ def test_a_closed_page_ends_its_answer(engine, tmp_path):
         answers = talk.say(engine, said(CIRCLE, steps=100))
         await anext(answers)
         await answers.aclose()
-        talk.leave()
-        while talk.is_answering:
-            await asyncio.sleep(0.01)
+        await talk.leave()
+        assert not talk.is_answering
 
     asyncio.run(asyncio.wait_for(close_early(), 10))
     assert engine.stats().running == 0
