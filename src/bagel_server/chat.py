@@ -284,7 +284,7 @@ async def _chunks(answers: Answers, model: str, include_usage: bool) -> AsyncGen
         yield chunk(choice.index, {"role": "assistant", "content": ""})
     async with aclosing(answers.pieces()) as pieces:
         async for choice, piece in pieces:
-            place = {"image": piece.index, "step": piece.step, "steps": piece.steps}
+            place = {"image": piece.index, "step": piece.step}
             if piece.type == "text":
                 yield chunk(choice.index, {"content": words[choice.index].put(piece)})
             elif piece.type == "thought":
@@ -295,7 +295,7 @@ async def _chunks(answers: Answers, model: str, include_usage: bool) -> AsyncGen
                 url = {"url": data_url(piece.content, output_format)}
                 yield chunk(choice.index, {}, preview=place | {"image_url": url})
             elif piece.type == "progress":
-                yield chunk(choice.index, {}, progress=place)
+                yield chunk(choice.index, {}, progress=place | {"steps": piece.steps})
             else:
                 yield chunk(choice.index, {}, choice.finish_reason)
     if include_usage:

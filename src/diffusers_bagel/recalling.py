@@ -69,10 +69,10 @@ def recall(session: BagelSession, turns: Sequence[Turn], sanitize_control_tokens
         answer.listen({"role": "user", "content": list(turn.given)}, turn.thought == "image")
         session._begin_turn(answer.message, answer.said)
         for part, said in zip(turn.answer, _answered(answer, turn), strict=True):
-            if said is None:
-                answer.said = answer.said.with_image(answer._shown_as(part["image"]))
-            else:
+            if isinstance(said, SaidText):
                 answer.said = answer.said.with_text(said)
+            else:
+                answer.said = answer.said.with_image(said)
             answer._finish(**part)
 
 
@@ -82,14 +82,14 @@ def _answer(session: BagelSession, turn: Turn, sanitize_control_tokens: bool) ->
     return Answer(session, session._settings({"sanitize_control_tokens": sanitize_control_tokens, "think": think}))
 
 
-def _answered(answer: Answer, turn: Turn) -> Iterator[SaidText | None]:
-    """The texts of an answer as they are said, and `None` in the place of a picture."""
+def _answered(answer: Answer, turn: Turn) -> Iterator[SaidText | SaidImage]:
+    """What is said by an answer."""
     protocol, before = answer.protocol, None
     for part in turn.answer:
         text, is_behind_picture = part.get("text"), before == "image"
         before = part["type"]
         if text is None:
-            yield None
+            yield answer._shown_as(part["image"])
         elif is_behind_picture and text == protocol.reflection:
             yield SaidText(answer.reader.encode_text(text)[0], REFLECTION)
         else:
@@ -114,22 +114,22 @@ def is_as_recalled(session: BagelSession, turn: Turn, sanitize_control_tokens: b
     """
     answer = _answer(session, turn, sanitize_control_tokens)
     _, answer.said = session._turns[-1]
-    texts = [part for part in turn.given if part["type"] == "text"]
-    answer.listen({"role": "user", "content": texts}, turn.thought == "image")
-    recalled = [*answer.said.turns[-1], *_answered(answer, turn)]
-    # Images are what they are.
-    said = [item for item in session._said.turns[-1] if isinstance(item, SaidText) or not item.is_given]
+    answer.listen({"role": "user", "content": list(turn.given)}, turn.thought == "image")
+    said, recalled = session._said.turns[-1], [*answer.said.turns[-1], *_answered(answer, turn)]
     return len(said) == len(recalled) and all(map(_is_alike, said, recalled))
 
 
-def _is_alike(one: SaidText | SaidImage, other: SaidText | SaidImage | None) -> bool:
-    if not (isinstance(one, SaidText) and isinstance(other, SaidText)):
-        return isinstance(one, SaidImage) and other is None
-    return (
-        _have_same_tokens(one.segment, other.segment)
-        and _have_same_tokens(one.untagged, other.untagged)
-        and (one.update, one.is_written) == (other.update, other.is_written)
-    )
+def _is_alike(one: SaidText | SaidImage, other: SaidText | SaidImage) -> bool:
+    """Whether two that say the same words, or show the same image, do so in the same way."""
+    if isinstance(one, SaidText) and isinstance(other, SaidText):
+        texts = _have_same_tokens(one.segment, other.segment) and _have_same_tokens(one.untagged, other.untagged)
+        return texts and (one.update, one.is_written) == (other.update, other.is_written)
+    return isinstance(one, SaidImage) and isinstance(other, SaidImage) and _way(one) == _way(other)
+
+
+def _way(image: SaidImage) -> tuple[object, ...]:
+    """How an image is shown: a setting may have given it another size."""
+    return image.vae.grid, image.vit.grid, image.update, image.encoders, image.is_given, image.is_resized
 
 
 def _have_same_tokens(one: EncodedSegment | None, other: EncodedSegment | None) -> bool:
