@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from bagel_bench import BENCHMARKS
+
 from .files import CommandError
 
 
@@ -17,6 +19,11 @@ DEFAULT_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 DTYPES = ("float32", "bfloat16", "float16")
 # Of `diffusers_bagel`, which is not imported yet.
 PROTOCOLS = ("plain", "thinkmorph", "zebra", "sot", "canvas", "twiff", "cooper")
+DRAWING_PRESETS = (
+    *("demo", "notebook", "geneval", "wise", "dpg", "gedit", "imgedit", "kris", "rise"),
+    *("vlmevalkit_generate", "vlmevalkit_edit"),
+)
+ANSWER_PRESETS = ("ask", "vqa", "docvqa", "mme", "mmbench", "mmvp", "pope", "mmvet", "mathvista", "mmmu", "mmmu_cot")
 OUTPUTS = ("auto", "text", "image", "interleaved")
 PACKAGES = ("transformers", "diffusers", "torch")
 
@@ -80,7 +87,7 @@ def _group() -> _Parser:
     return _Parser(add_help=False)
 
 
-def _common() -> _Parser:
+def _common(presets: Sequence[str]) -> _Parser:
     common = _group()
     common.add_argument(
         "--seed",
@@ -89,8 +96,12 @@ def _common() -> _Parser:
         help="seed of the noise or of sampled text (default: 0)",
     )
     common.add_argument(
-        "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"
+        "--preset",
+        choices=presets,
+        metavar="NAME",
+        help=f"published settings for all that is not asked for: {', '.join(presets)}",
     )
+    common.add_argument("--steps", type=_number(int, 1, math.inf), help="denoising steps of a drawing (default: 49)")
     common.add_argument(
         "--think", action=argparse.BooleanOptionalAction, help="let the model think first, and show what it thought"
     )
@@ -129,7 +140,7 @@ def _chat_settings() -> list[_Parser]:
         help="of what an answer is made: auto leaves it to a model that was trained to decide (default: text, or auto if "
         "there is a protocol)",
     )
-    return [_common(), _pictures(), _speech(), own]
+    return [_common(DRAWING_PRESETS + ANSWER_PRESETS), _pictures(), _speech(), own]
 
 
 def _chat() -> _Parser:
@@ -190,14 +201,45 @@ def _serve() -> _Parser:
         ("max-cache-bytes", _number(int, 0, math.inf), "of conversations that are kept in case they go on"),
     ):
         serve.add_argument(f"--{name}", type=kind, help=f"{what} (default: that of ServerSettings)")
+    serve.add_argument(
+        "--ray", action="store_true", help="on Ray Serve, on the cluster of $RAY_ADDRESS or on this machine"
+    )
+    serve.add_argument(
+        "--replicas", type=count, default=1, help="processes with --ray, at least (default: %(default)s)"
+    )
+    serve.add_argument("--max-replicas", type=count, help="processes with --ray, at most (default: as --replicas)")
     return serve
+
+
+def _demo() -> _Parser:
+    demo = _group()
+    demo.add_argument("--port", type=_number(int, 1, 65535), default=7860, help="of the page (default: %(default)s)")
+    return demo
+
+
+def _bench() -> _Parser:
+    whole = _number(int, 1, math.inf)
+    bench = _group()
+    bench.add_argument("--prompts", required=True, metavar="FILE", help="the prompts, as the benchmark publishes them")
+    bench.add_argument("--out", required=True, metavar="DIR", help="where the run is written, and goes on")
+    bench.add_argument("--images", dest="image_folder", metavar="DIR", help="pictures to edit (default: beside FILE)")
+    bench.add_argument("--samples", type=whole, help="drawings of a prompt (default: the benchmark's number)")
+    bench.add_argument("--batch-size", type=whole, default=1, help="pictures drawn at the same time (default: 1)")
+    bench.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what is done about a broken row, a missing picture, a double id (default: stop)",
+    )
+    bench.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16, whatever fits better")
+    return bench
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
     commands = parser.add_subparsers(dest="command", required=True)
-    model, place, memory, output = (_group() for _ in range(4))
+    model, place, memory, output, benchmark = (_group() for _ in range(5))
     model.add_argument(
         "--model",
         default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
@@ -208,17 +250,24 @@ def _parser() -> _Parser:
     memory.add_argument(
         "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
     )
+    benchmark.add_argument("benchmark", choices=BENCHMARKS, help="whose pictures are drawn")
     output.add_argument(
         "-o", "--output", default="out.png", help="picture to write, in a chat with a number (default: out.png)"
     )
 
-    drawing = [model, place, _common(), memory, output, _pictures()]
+    drawing = [model, place, _common(DRAWING_PRESETS), memory, output, _pictures()]
     for name, parts, summary in (
         ("draw", drawing, "Draw a picture of a text."),
         ("edit", drawing, "Change one or several pictures as told."),
-        ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
+        ("ask", [model, place, _common(ANSWER_PRESETS), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
         ("serve", [model, place, memory, _serve()], "Answer requests by OpenAI's interfaces."),
+        ("demo", [model, place, memory, _demo()], "Show a page in the browser, on this machine alone."),
+        (
+            "bench",
+            [benchmark, model, place, _common(DRAWING_PRESETS), _bench(), _pictures()],
+            "Draw the pictures that a benchmark scores.",
+        ),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)
@@ -227,6 +276,8 @@ def _parser() -> _Parser:
             command.add_argument("images", nargs="+", metavar="IMAGE", help="picture file")
         if name in ("draw", "edit", "ask"):
             command.add_argument("prompt", metavar="TEXT", help="what to draw, change or answer")
+        if name == "bench":
+            command.set_defaults(low_memory=False)
         if name == "info":
             command.add_argument("model", metavar="REPO", help="folder or Hub id of the checkpoint")
     return parser

@@ -19,7 +19,17 @@ from diffusers_bagel import BagelSession
 from transformers_bagel.image_processing_bagel import to_rgb
 
 from .arguments import parse_settings, setting_names
-from .files import CommandError, check_session, check_text, numbered, open_picture, save_picture, sentence, typed_paths
+from .files import (
+    CommandError,
+    check_session,
+    check_text,
+    description,
+    numbered,
+    open_picture,
+    save_picture,
+    sentence,
+    typed_paths,
+)
 from .terminal import as_characters, graphics_protocol
 
 
@@ -154,7 +164,7 @@ class Chat:
                     is_inside_text = not event.is_whole
                     print(event.text, end="\n" if event.is_whole else "", flush=True)
                 elif event.image is not None:
-                    self._write(event.image)
+                    self._write(event.image, " ".join(part for part in content if isinstance(part, str)))
         except NOT_ANSWERED as error:
             raise CommandError(sentence(error)) from error
         finally:
@@ -180,7 +190,7 @@ class Chat:
     def _settings(self) -> dict[str, Any]:
         """Of [`BagelSession.stream`]; what nobody has set is the protocol's."""
         options = vars(self.options)
-        names = ("height", "width", "guidance_scale", "image_guidance_scale", "think", "max_new_tokens")
+        names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think", "max_new_tokens")
         settings = {name: options.get(name) for name in names} | {"num_inference_steps": options["steps"]}
         if (temperature := options["temperature"]) is not None:
             settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
@@ -200,10 +210,11 @@ class Chat:
         except OSError as error:
             _tell(f"the conversation could not be kept in '{folder}': {sentence(error)}")
 
-    def _write(self, image: PIL.Image.Image) -> None:
+    def _write(self, image: PIL.Image.Image, prompt: str) -> None:
         file = numbered(self.options.output)
+        chosen = {name: vars(self.options)[name] for name in setting_names() if name != "raw_tokens"}
         try:
-            save_picture(image, file)
+            save_picture(image, file, description(prompt, self.options.model, chosen))
         except CommandError as error:
             _tell(error)
             self.files.pop(id(image), None)

@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
+import json
 import os
 import shlex
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
+from PIL.PngImagePlugin import PngInfo
+
+from bagel_bench import Picture, read_pictures
 
 
 class CommandError(Exception):
@@ -152,9 +159,29 @@ def typed_paths(text: str) -> list[str]:
     return paths
 
 
-def save_picture(image: PIL.Image.Image, output: Path) -> None:
+def description(prompt: str, model: str, settings: Mapping[str, Any]) -> PngInfo:
     """
-    Write the whole file, or none.
+    What a PNG says of itself, in text chunks: how to draw it again.
+
+    Args:
+        prompt (`str`): What was said before it was drawn.
+        model (`str`): Folder or Hub id of the checkpoint, of which a folder is called by its last two names.
+        settings (`Mapping`): Of the drawing, as JSON can hold them; what is `None` is left out.
+    """
+    # Not before something was drawn: the package imports the libraries.
+    from diffusers_bagel import __version__
+
+    chunks = PngInfo()
+    chunks.add_text("prompt", prompt)
+    chunks.add_text("model", "/".join(Path(model).parts[-2:]))
+    chunks.add_text("settings", json.dumps({name: value for name, value in settings.items() if value is not None}))
+    chunks.add_text("Software", f"transformers-bagel {__version__}")
+    return chunks
+
+
+def save_picture(image: PIL.Image.Image, output: Path, pnginfo: PngInfo | None = None) -> None:
+    """
+    Write the whole file, or none. A PNG gets a [`description`]; other formats have no place for it.
 
     Raises:
         CommandError: if it could not be written; the picture is then kept in the folder of temporary files.
@@ -162,11 +189,33 @@ def save_picture(image: PIL.Image.Image, output: Path) -> None:
     place = _behind_links(output)
     temporary = place.with_name(f".{place.stem}.{os.getpid()}{place.suffix}")
     try:
-        image.save(temporary)
+        image.save(temporary, pnginfo=pnginfo)
         os.replace(temporary, place)
     except (OSError, ValueError) as error:
         with tempfile.NamedTemporaryFile(prefix="bagel-", suffix=".png", delete=False) as kept:
-            image.save(kept, "PNG")
+            image.save(kept, "PNG", pnginfo=pnginfo)
         raise CommandError(f"'{output}' could not be written ({error}); the picture is in '{kept.name}'.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_benchmark(options: argparse.Namespace) -> tuple[list[Picture], dict[str, str]]:
+    """
+    What a benchmark asks for, and what is wrong with its other rows, by where they stand.
+
+    Raises:
+        CommandError: if the prompts cannot be read, or not all of them and none is to be skipped.
+    """
+    prompts = Path(os.path.expanduser(options.prompts))
+    images = None if options.image_folder is None else Path(os.path.expanduser(options.image_folder))
+    try:
+        pictures, broken = read_pictures(options.benchmark, prompts, images, options.samples)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--prompts cannot be read: {error}") from error
+    if broken and options.on_error == "stop":
+        where, reason = next(iter(broken.items()))
+        more = f" So are {len(broken) - 1} more." if len(broken) > 1 else ""
+        raise CommandError(f"'{prompts}', {where}, is broken: {reason}{more} '--on-error skip' leaves them out.")
+    if not pictures:
+        raise CommandError(f"'{prompts}' holds no row that could be drawn.")
+    return pictures, broken

@@ -33,7 +33,7 @@ async def read_json(request: Request, model: type[Model], settings: ServerSettin
     # A page in a browser can send other types to this machine without being asked for its origin.
     _check_type(request, "application/json")
     body = bytearray()
-    async for chunk in _bounded(request, settings):
+    async for chunk in bounded(request, settings):
         body += chunk
     try:
         # Deeper than 200 levels is refused, too. NaN is refused by the field that has it.
@@ -86,7 +86,7 @@ async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[st
     """
     _check_type(request, "multipart/form-data")
     try:
-        parser = _InMemory(request, _bounded(request, settings), settings)
+        parser = _InMemory(request, bounded(request, settings), settings)
         form: FormData = await parser.parse()
     except MultiPartException as error:
         raise ApiError(f"The form cannot be read: {error.message}", code="invalid_form") from error
@@ -117,8 +117,13 @@ def _check_type(request: Request, wanted: str) -> None:
         )
 
 
-async def _bounded(request: Request, settings: ServerSettings) -> AsyncGenerator[bytes, None]:
-    """The body of a request, as it comes."""
+async def bounded(request: Request, settings: ServerSettings) -> AsyncGenerator[bytes, None]:
+    """
+    The body of a request, as it comes.
+
+    Raises:
+        ApiError: if it is too large, too slow, or breaks off.
+    """
     limit = settings.max_body_bytes
     error = too_large(f"The request has more than {limit} bytes.")
     length = request.headers.get("content-length", "0")

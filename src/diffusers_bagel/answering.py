@@ -53,8 +53,9 @@ _GUIDANCE = {
     "cfg_renorm_type": "renorm_type",
     "cfg_renorm_min": "renorm_min",
 }
-# Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan.
+# Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
 PLAN = Update("keep", "read later")
+PLAN_IN_NO_IMAGE = Update("keep", "read")
 REFLECTION = Update("after", "read")
 
 
@@ -96,8 +97,8 @@ class AnswerSettings:
     How a session answers, see [`BagelSession.stream`].
 
     Attributes:
-        think, max_images, max_new_tokens, do_sample, temperature, sanitize_control_tokens: As there.
-        logits_processor, stopping_criteria, generator, latents, preview_every, progress: As there.
+        think, max_images, max_new_tokens, do_sample, temperature, temperature_only, sanitize_control_tokens: As there.
+        logits_processor, stopping_criteria, generator, latents, preview_every, progress, images_kwargs: As there.
         streamer ([`AnswerStreamer`], *optional*): For the tokens of all texts.
         streams (`bool`): Whether words are given out as they come.
         shows_bar (`bool`): Whether the pipeline's progress bar is shown.
@@ -109,6 +110,7 @@ class AnswerSettings:
     max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 0.3
+    temperature_only: bool = False
     sanitize_control_tokens: bool = False
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
@@ -117,25 +119,29 @@ class AnswerSettings:
     latents: list[torch.Tensor] | None = None
     preview_every: int | None = None
     progress: bool = False
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
     streams: bool = False
     shows_bar: bool = True
     drawing: dict[str, Any] = field(default_factory=dict)
 
 
-def encode_image(pipe: Any, image: Any, is_resized: bool) -> tuple[EncodedSegment, EncodedSegment]:
+def encode_image(
+    pipe: Any, image: Any, is_resized: bool, images_kwargs: dict[str, Any]
+) -> tuple[EncodedSegment, EncodedSegment]:
     """
     An image as the VAE gets it, its latents left out, and as the ViT sees it.
 
     Args:
         pipe ([`BagelPipeline`])
         image (`Any`): As a message holds it. What it is now is kept, whatever becomes of its file or array.
-        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
+        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized, if the settings do not say otherwise.
+        images_kwargs (`dict`): Settings of the image processor other than its own.
     """
     image = read_image(image)
-    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)])
+    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)], **images_kwargs)
     if not is_resized:
-        own_size = {"shortest_edge": min(image.size), "longest_edge": max(image.size)}
-        (vit,) = pipe._encode_segments([Segment("vit_image", image)], vae_size=own_size)
+        own = images_kwargs | {"resize_before_vit": False}
+        (vit,) = pipe._encode_segments([Segment("vit_image", image)], **own)
     return vae, vit
 
 
@@ -156,6 +162,7 @@ class Answer:
         self.said: Conversation = session._said
         self.reader = session._reader(settings.drawing.get("attention_kwargs"))
         self.message: dict[str, Any] = {}
+        self.output = "auto"
         self.content: list[dict[str, Any]] = []
 
     def hear(self, message: dict[str, Any], output: str) -> None:
@@ -165,6 +172,7 @@ class Answer:
         Raises:
             ValueError: if the protocol takes no image, or if the first part of the answer cannot be made.
         """
+        self.output = output
         self.listen(message, output == "image")
         if output == "image":
             self._check_noise(self._grid())
@@ -213,21 +221,22 @@ class Answer:
                     said = said.with_image(item if item.vae.latents is not None else (yield from self._encoded(item)))
         self.said = said
 
-    def steps(self, output: str) -> Steps[None]:
+    def steps(self) -> Steps[None]:
         """What is done for a text, a picture, or both in turn."""
-        if output == "text":
+        if self.output == "text":
             yield from self._write(self.said.seen)
-        elif output == "image":
+        elif self.output == "image":
             if self.settings.think:
-                yield from self._write(self.said.drawn_from, PLAN)
+                is_in_no_image = self.settings.drawing.get("plan_in_no_image", False)
+                yield from self._write(self.said.drawn_from, PLAN_IN_NO_IMAGE if is_in_no_image else PLAN)
             yield from self._draw("")
         else:
-            yield from self._in_turn(output)
+            yield from self._in_turn()
 
-    def _in_turn(self, output: str) -> Steps[None]:
+    def _in_turn(self) -> Steps[None]:
         """Texts and pictures, until the protocol says that it is enough."""
         protocol, images, texts = self.protocol, 0, 0
-        draws = output == "auto" and protocol.begins_with == "token"
+        draws = self.output == "auto" and protocol.begins_with == "token"
         if draws:
             draws = (yield from self._next_token()) == self._id(VISION_START)
         text = ""
@@ -276,9 +285,10 @@ class Answer:
         """An image as a part of what was said, of the user's or a picture that was drawn; the VAE is yet to see it."""
         protocol = self.protocol
         is_resized = is_given or protocol.resizes_drawn
-        vae, vit = encode_image(self.pipe, image, is_resized)
+        images_kwargs = self.settings.images_kwargs
+        vae, vit = encode_image(self.pipe, image, is_resized, images_kwargs)
         update, encoders = (protocol.given_image, ENCODERS) if is_given else (protocol.drawn, protocol.drawn_as)
-        return SaidImage(vae, vit, update, encoders, is_given, is_resized)
+        return SaidImage(vae, vit, update, encoders, is_given, is_resized, images_kwargs)
 
     def _encoded(self, image: SaidImage) -> Steps[SaidImage]:
         """The same with what the VAE makes of it."""
@@ -372,7 +382,10 @@ class Answer:
 
     def _text_settings(self, seed: int | None) -> TextSettings:
         own = self.settings
-        names = ("max_new_tokens", "do_sample", "temperature", "logits_processor", "stopping_criteria", "streamer")
+        names = (
+            *("max_new_tokens", "do_sample", "temperature", "temperature_only"),
+            *("logits_processor", "stopping_criteria", "streamer"),
+        )
         return TextSettings(seed=seed, **{name: getattr(own, name) for name in names})
 
     def _text_of(self, written: Written) -> tuple[str, bool]:
@@ -428,7 +441,7 @@ class Answer:
     ) -> DenoisingLoop:
         """The steps of a picture."""
         pipe, drawing = self.pipe, self.settings.drawing
-        call = pipe._new_call(guidance.text_scale, drawing.get("attention_kwargs"))
+        call = pipe._new_call(guidance.text_scale, drawing.get("attention_kwargs"), drawing.get("timestep_shift"))
         denoiser = Denoiser(
             pipe.transformer,
             [contexts],
@@ -480,16 +493,22 @@ class Answer:
             # The full context is read last, as the next turn goes on from it.
             needed = ["no_image", "full", "no_text"] if guidance.image_scale > 1 else ["full", "no_text"]
         read: dict[tuple[int, ...], BagelContext] = {}
-        keys = {name: tuple(map(id, track.segments_of(name))) for name in needed}
+        segments = {name: track.segments_of(name) for name in needed}
+        if self.settings.drawing.get("empty_no_text") and "no_text" in segments:
+            segments["no_text"] = ()
+        keys = {name: tuple(map(id, own)) for name, own in segments.items()}
         for name, key in keys.items():
             if key not in read:
-                read[key] = yield from self._context(track.segments_of(name))
+                read[key] = yield from self._context(segments[name])
         return {name: read[keys[name]] for name in CONTEXTS if name in keys}
 
     def _grid(self) -> tuple[int, int]:
         """Rows and columns of tokens of a picture: as asked for, else as the protocol says."""
         stride = self.pipe.vae_scale_factor
         like = self.said.given if self.protocol.size == "given" else self.said.last
+        if self.settings.drawing.get("size_like") == "first":
+            images = [said for turn in self.said.turns for said in turn if isinstance(said, SaidImage)]
+            like = images[0].vae.grid if images else None
         height, width = self.protocol.default_size or (self.pipe.default_sample_size,) * 2
         rows, columns = like or (height // stride, width // stride)
         height, width = (self.settings.drawing.get(name) for name in ("height", "width"))

@@ -245,7 +245,10 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
     if predicted := [(place, branch) for place, step in enumerate(steps) for branch in step.predicted]:
         states = [steps[place].denoiser.states for place, _ in predicted]
         expected = [own[branch].predict() for own, (_, branch) in zip(states, predicted, strict=True) if own]
-        outputs = steps[0].denoiser.transformer(latent_hidden_states=torch.cat(expected))
+        first = steps[0].denoiser
+        outputs = first.transformer(
+            latent_hidden_states=torch.cat(expected), residual_dtype=first.adapters.residual_dtype
+        )
         found |= dict(zip(predicted, outputs.velocity.split([len(item) for item in expected]), strict=True))
     joined = [
         step.joined({branch: found[place, branch] for branch in (*step.computed, *step.predicted)})
@@ -286,6 +289,8 @@ def guidance_contexts(
     prompts: Sequence[Sequence[EncodedSegment]],
     full: Sequence[BagelContext],
     guidance: Sequence[BagelGuidance],
+    plan_in_no_image: bool = False,
+    empty_no_text: bool = False,
 ) -> list[dict[str, BagelContext]]:
     """
     The contexts that guidance compares (original behaviour, points 14-16).
@@ -298,8 +303,10 @@ def guidance_contexts(
         prompts (`Sequence[Sequence[EncodedSegment]]`): What each image is drawn from, without the plan.
         full (`Sequence[BagelContext]`): The context of each prompt and its plan.
         guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
+        plan_in_no_image, empty_no_text: As in the pipeline's `__call__`.
     """
-    texts = [without_images(prompt) for prompt in prompts]
+    told = [context.segments for context in full] if plan_in_no_image else prompts
+    texts = [without_images(segments) for segments in told]
     compared = [
         index
         for index, settings in enumerate(guidance)
@@ -311,7 +318,7 @@ def guidance_contexts(
     for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
         branches = {"full": context}
         if settings.text_scale > 1:
-            kept = len(without_last_text(prompt))
+            kept = 0 if empty_no_text else len(without_last_text(prompt))
             branches["no_text"] = context if kept == len(context.segments) else context.first(kept)
             branches["no_image"] = no_image.get(index, context)
         contexts.append(branches)

@@ -21,7 +21,8 @@ from transformers_bagel.segments import check_conversation
 from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent, Steps
 from .contexts import BagelContext, ContextReader
 from .conversation import Conversation
-from .inputs import check_flag, check_guidance, check_whole_number
+from .inputs import check_flag, check_guidance, check_whole_number, with_residual_dtype
+from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
 from .recalling import recall, turns_of
@@ -34,7 +35,8 @@ OUTPUTS = ("auto", "text", "image", "interleaved")
 # Of the pipeline's `__call__`, for each picture.
 _DRAWING = (
     *("height", "width", "num_inference_steps", "sigmas", "guidance_scale", "image_guidance_scale", "cfg_interval"),
-    *("cfg_renorm_type", "cfg_renorm_min", "vae_sample_mode", "attention_kwargs"),
+    *("cfg_renorm_type", "cfg_renorm_min", "vae_sample_mode", "attention_kwargs", "timestep_shift", "size_like"),
+    *("plan_in_no_image", "empty_no_text", "residual_dtype"),
 )
 
 
@@ -161,10 +163,22 @@ class BagelSession:
         Raises:
             OSError, ValueError: naming the file, if one is missing or broken, or does not fit the pipeline.
         """
-        place, description = read_description(folder)
-        session = cls(pipe, saved_protocol(place, description) if protocol is None else protocol)
-        session.messages, session._said, session._turns = restored(place, description, pipe)
+        session = cls(pipe, saved_protocol(*read_description(folder)) if protocol is None else protocol)
+        session.load_pretrained(folder)
         return session
+
+    def load_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Go on as a session that was saved, in the place of this one, with this one's protocol.
+
+        Raises:
+            OSError, ValueError: See [`from_pretrained`].
+        """
+        self._check_idle()
+        saved = restored(*read_description(folder), self.pipe)
+        with self._changing:
+            self.messages, self._said, self._turns = saved
+        self._read.forget_all_but(self._said.segment_lists())
 
     def back(self, turns: int = 1) -> None:
         """
@@ -229,11 +243,14 @@ class BagelSession:
             content (`str` or `Sequence`): A text, or texts, images and parts of messages.
             output (`str`, *optional*, defaults to `"auto"`):
                 `"text"` or `"image"` for one of them, `"interleaved"` for both in turn, as the protocol says; with `"auto"`
-                the model also decides what it begins with.
+                the model also decides what it begins with, or a preset does.
             think (`bool`, *optional*): Whether a system segment asks for thoughts first.
             max_images (`int`, *optional*): After how many pictures an answer ends.
             max_new_tokens (`int`, *optional*, defaults to 1024): Of each text.
-            do_sample, temperature: Of texts.
+            do_sample, temperature, temperature_only: Of texts, see [`BagelPipeline.__call__`].
+            images_kwargs (`dict`, *optional*): Of the images of this turn, see [`BagelPipeline.__call__`].
+            preset (`str` or [`Preset`], *optional*):
+                Published settings, or their name in [`PRESETS`], for all that is not passed; they go before the protocol's.
             sanitize_control_tokens (`bool`, *optional*): Whether special tokens in what is said are words like others.
             logits_processor (`Sequence[Callable]`, *optional*):
                 Changes the scores from which tokens are chosen, also those that decide what comes next.
@@ -289,7 +306,7 @@ class BagelSession:
                 yield SessionEvent("heard")
                 yield from answer.look()
                 self._begin_turn(answer.message, answer.said)
-                yield from answer.steps(output)
+                yield from answer.steps()
             except Interrupted:
                 pass
             finally:
@@ -302,6 +319,7 @@ class BagelSession:
         self._began_at = time.monotonic()
         if output not in OUTPUTS:
             raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
+        output, settings = self._with_defaults(output, settings)
         if output != "text" and not self.pipe.transformer.config.visual_gen:
             raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
         message = {"role": "user", "content": _parts(content)}
@@ -313,6 +331,17 @@ class BagelSession:
         answer = Answer(self, replace(self._settings(settings), streams=streams, shows_bar=shows_bar))
         answer.hear(message, output)
         return answer
+
+    def _with_defaults(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What an answer is made of, and its settings: the caller's, else a few-step adapter's, else the preset's."""
+        given, settings = dict(given), {}
+        if (name := given.pop("preset", None)) is not None:
+            preset = find_preset(name)
+            output = preset.output if output == "auto" else output
+            settings = preset.of_session(self.pipe.transformer.config)
+        if (few_steps := self.pipe.few_steps) is not None and output != "text":
+            settings = few_steps.over(settings, given)
+        return output, merged(settings, given)
 
     def _settings(self, given: dict[str, Any]) -> AnswerSettings:
         """Settings of an answer: the caller's, else the protocol's, else those of every session."""
@@ -326,8 +355,10 @@ class BagelSession:
                 f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`; what else `generate` "
                 "does is a `logits_processor` or one of `stopping_criteria`."
             )
-        for name in ("think", "do_sample", "sanitize_control_tokens", "progress"):
+        for name in ("think", "do_sample", "temperature_only", "sanitize_control_tokens", "progress"):
             check_flag(name, chosen.get(name, False))
+        for name in ("plan_in_no_image", "empty_no_text"):
+            check_flag(name, drawing.get(name, False))
         for name in ("max_new_tokens", "max_images", "preview_every"):
             if chosen.get(name) is not None:
                 check_whole_number(name, chosen[name], 1)
@@ -345,9 +376,14 @@ class BagelSession:
             vae_sample_mode=drawing.get("vae_sample_mode", "sample"),
             output_type="latent" if self.pipe.vae is None else "pil",
             temperature=chosen.get("temperature", 0.3),
+            timestep_shift=drawing.get("timestep_shift"),
+            images_kwargs=chosen.get("images_kwargs"),
+            size_like=drawing.get("size_like", "last"),
         )
         if not isinstance(chosen.get("generator"), (torch.Generator, type(None))):
             raise TypeError(f"`generator` must be a `torch.Generator`, got {shown(chosen['generator'])}.")
+        if told := with_residual_dtype(drawing.get("attention_kwargs"), drawing.pop("residual_dtype", None)):
+            drawing["attention_kwargs"] = told
         if drawing.get("sigmas") is not None:
             drawing["sigmas"] = [float(sigma) for sigma in drawing["sigmas"]]
         if chosen.get("latents") is not None:

@@ -58,7 +58,6 @@ class Text:
             found.append((logits_processor, stopping_criteria))
             return input_ids
 
-        sampling = {"do_sample": True, "temperature": own.temperature} if own.do_sample else {"do_sample": False}
         # Nothing is written: `generate` gives out what it would have used.
         self.reader.transformer.generate(
             input_ids=self._ids,
@@ -68,7 +67,7 @@ class Text:
             logits_processor=own.logits_processor,
             stopping_criteria=own.stopping_criteria,
             custom_generate=prepared,
-            **sampling,
+            **own.sampling,
         )
         ((processors, stopping),) = found
         counted = (MaxLengthCriteria, EosTokenCriteria)
