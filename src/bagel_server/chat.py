@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -103,7 +102,7 @@ async def complete(request: Request) -> Response:
     """Answer a conversation in texts and pictures."""
     generation: Generation = request.app.state.generation
     body = await read_json(request, ChatRequest, generation.settings)
-    asked = await asyncio.to_thread(asked_by, body, generation.settings)
+    asked = await generation.read(asked_by, body)
     if not body.stream:
         async with generation.answers(request, asked) as answers:
             found = await answers.whole()

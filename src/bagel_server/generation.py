@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -130,6 +131,17 @@ class Generation:
 
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics, cache: SessionCache):
         self.engine, self.settings, self.metrics, self.cache = engine, settings, metrics, cache
+        # A thread for each request: none waits because others fetch their images from a slow place.
+        self._readers = ThreadPoolExecutor(settings.max_requests, "bagel-reader")
+
+    async def read(self, asked_by: Callable[..., Asked], *body: Any) -> Asked:
+        """
+        What a request asks for, its images read, in another thread than the event loop's.
+
+        Raises:
+            ApiError: naming the field that is wrong.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, asked_by, *body, self.settings)
 
     @asynccontextmanager
     async def answers(self, request: Request, asked: Asked) -> AsyncIterator[Answers]:

@@ -21,12 +21,12 @@ from .settings import ServerSettings
 _READ = ("PNG", "JPEG", "WEBP", "GIF")
 FORMATS = ("png", "jpeg", "webp")
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.IGNORECASE)
-_URLS = UrlLimits(seconds=20.0, max_bytes=20 * 2**20, max_redirects=3, private_hosts="refuse")
+_MAX_SECONDS, _MAX_BYTES = 20.0, 20 * 2**20
 
 
-def image_at(url: str, param: str, settings: ServerSettings) -> Image.Image:
+def image_at(url: str, param: str, settings: ServerSettings, seconds: float = _MAX_SECONDS) -> Image.Image:
     """
-    The image that a URL holds, or which lies there.
+    The image that a URL holds, or which lies there and is had within so many seconds.
 
     Raises:
         ApiError: naming `param`, if it is not read from there, cannot be read, or is too large.
@@ -50,7 +50,8 @@ def image_at(url: str, param: str, settings: ServerSettings) -> Image.Image:
             code="image_urls_not_allowed",
         )
     try:
-        content = fetch(url, _URLS)
+        limits = UrlLimits(max(min(seconds, _MAX_SECONDS), 0.0), _MAX_BYTES, max_redirects=3, private_hosts="refuse")
+        content = fetch(url, limits)
     except (OSError, ValueError) as error:
         raise ApiError(f"`{param}` cannot be fetched: {error}.", param, code="invalid_image_url") from error
     return image_of(content, param, settings)

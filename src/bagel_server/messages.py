@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,16 +93,17 @@ class Reader:
 
     def load(self) -> None:
         """
-        Read all images.
+        Read all images, in the time in which a request must have arrived.
 
         Raises:
             ApiError: naming the field of the first that cannot be read.
         """
+        deadline = time.monotonic() + self.settings.body_timeout
         for part, source, param in self._images:
             if isinstance(source, bytes):
                 part["image"] = image_of(source, param, self.settings)
             else:
-                part["image"] = image_at(source, param, self.settings)
+                part["image"] = image_at(source, param, self.settings, deadline - time.monotonic())
 
     def _message(self, message: Any, param: str) -> dict[str, Any]:
         if not isinstance(message, dict):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -84,7 +83,7 @@ async def edit(request: Request) -> Response:
 
 async def _drawn(request: Request, body: PictureRequest, files: Sequence[bytes], kind: str) -> Response:
     generation: Generation = request.app.state.generation
-    asked = await asyncio.to_thread(_asked, body, files, generation.settings)
+    asked = await generation.read(_asked, body, files)
     if not body.stream:
         if body.partial_images:
             raise ApiError("`partial_images` is for `stream` alone.", "partial_images")

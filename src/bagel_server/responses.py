@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
@@ -110,7 +109,7 @@ async def respond(request: Request) -> Response:
     """Answer items in texts and pictures."""
     generation: Generation = request.app.state.generation
     body = await read_json(request, ResponseRequest, generation.settings)
-    asked = await asyncio.to_thread(asked_by, body, generation.settings)
+    asked = await generation.read(asked_by, body)
     if body.stream:
         answers = await generation.begin(asked)
         return Events(request, answers, _events(answers, body, generation.settings.model))

@@ -38,5 +38,8 @@ def test_the_defaults_of_the_page_are_those_of_the_settings():
             number *= 2**20 if "MiB" in defaults else 1
             assert getattr(settings, name, None) == number or getattr(parse(["serve"]), name) == number
             checked.add(name)
-    limits = {each.name for each in fields(ServerSettings) if each.name.startswith("max_")} | {"timeout", "body_timeout"}
+    limits = {each.name for each in fields(ServerSettings) if each.name.startswith("max_")} | {
+        "timeout",
+        "body_timeout",
+    }
     assert checked == limits - {"max_cache_bytes"} | {"max_running", "max_waiting"}
