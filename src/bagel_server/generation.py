@@ -180,7 +180,7 @@ class Generation:
         own = {"sanitize_control_tokens": not self.settings.raw_tokens}
         if missing := earlier[known:]:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
-        self._check_length(session, last)
+        self._check_length(session, last, asked.names.get("content", "messages"))
         seed = secrets.randbits(53) if asked.seed is None else asked.seed
         answers = Answers(self, asked, keys, cached, seed)
         try:
@@ -203,7 +203,7 @@ class Generation:
             raise
         return answers
 
-    def _check_length(self, session: BagelSession, last: Turn) -> None:
+    def _check_length(self, session: BagelSession, last: Turn, param: str) -> None:
         """Refuse a conversation that is longer than the server reads."""
         processor = session.pipe.processor
         length = count_tokens(session, "text")
@@ -217,7 +217,7 @@ class Generation:
         if length > self.settings.max_context_tokens:
             raise ApiError(
                 f"The conversation has {length} tokens, and at most {self.settings.max_context_tokens} are read.",
-                "messages",
+                param,
                 code="context_length_exceeded",
             )
 
