@@ -103,6 +103,11 @@ class BagelContext:
         """Of everything, `(1, tokens)`."""
         return torch.cat([segment.token_ids for segment in self.segments])[None]
 
+    @property
+    def token_types(self) -> torch.Tensor:
+        """Of everything, `(1, tokens)`."""
+        return torch.cat([segment.token_types for segment in self.segments])[None]
+
     def first(self, num_segments: int) -> BagelContext:
         """The context of the first segments, in the same cache."""
         if self.prefix is not None and num_segments <= len(self.prefix.segments):
@@ -166,17 +171,13 @@ class TextSettings:
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     streamer: Any = None
 
-    def of_generate(self) -> dict[str, Any]:
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
-        names = ("max_new_tokens", "logits_processor", "stopping_criteria", "streamer")
-        return {name: getattr(self, name) for name in names} | sampling | self.limits
-
     @property
-    def limits(self) -> dict[str, Any]:
-        """What `generate` is told instead of the generation config."""
+    def sampling(self) -> dict[str, Any]:
+        """What `generate` is told of how tokens are chosen."""
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
         if not self.temperature_only:
-            return {}
-        return _NO_PENALTY | (_ALL_TOKENS if self.do_sample else {})
+            return sampling
+        return sampling | _NO_PENALTY | (_ALL_TOKENS if self.do_sample else {})
 
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
         """A token by its scores: the best one, or one that is drawn at the temperature."""
@@ -350,7 +351,7 @@ class ContextReader:
             seeds (`Sequence[int | None]`, *optional*): Of each sampled text; without one the global state is used.
             temperature_only (`bool`): See [`TextSettings`].
         """
-        sampling = TextSettings(max_new_tokens, do_sample, temperature, temperature_only).of_generate()
+        sampling = TextSettings(max_new_tokens, do_sample, temperature, temperature_only).sampling
         lengths = [context.length + max_new_tokens for context in contexts]
         batches = [[index] for index in range(len(contexts))]
         if not do_sample:
@@ -359,14 +360,14 @@ class ContextReader:
         for batch in batches:
             seed = None if seeds is None or not do_sample else seeds[batch[0]]
             with seeded(seed, self.device):
-                written = self._write_together([contexts[index] for index in batch], **sampling)
+                written = self._write_together([contexts[index] for index in batch], max_new_tokens, **sampling)
             for index, text in zip(batch, written, strict=True):
                 texts[index] = text
         return texts
 
-    def _write_together(self, contexts: list[BagelContext], **settings: Any) -> list[str]:
+    def _write_together(self, contexts: list[BagelContext], max_new_tokens: int, **sampling: Any) -> list[str]:
         cache = join_caches([own for context in contexts if (own := context.own_cache) is not None])
-        written, _ = self.generate(contexts, cache, **settings)
+        written, _ = self.generate(contexts, cache, max_new_tokens=max_new_tokens, **sampling)
         stops = self.transformer.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops])
         texts = [self.processor.tokenizer.decode(_until_stop(tokens, stops)) for tokens in written]
@@ -395,24 +396,21 @@ class ContextReader:
                 attention_mask=mask,
                 past_key_values=cache,
                 return_dict_in_generate=True,
+                residual_dtype=self.adapters.residual_dtype,
                 **settings,
             )
         return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values
-
-    def write_on(self, context: BagelContext, settings: TextSettings) -> Written:
-        """
-        What the model writes behind one context, which stays as it is.
-
-        The cache of what is written holds its tokens, too, so that it can be read without a second forward.
-        """
-        with seeded(settings.seed, self.device), kept_whole(context.cache):
-            (tokens,), cache = self.generate([context], context.own_cache, **settings.of_generate())
-        return Written(tokens, cache)
 
     def encode_text(self, text: str, sanitize_control_tokens: bool = False) -> list[EncodedSegment]:
         """A text as what a context reads; special tokens in it may be words like others."""
         segment = Segment("text", text, sanitize_control_tokens=sanitize_control_tokens)
         return self.processor.encode_segments([segment])
+
+    @property
+    def opening(self) -> EncodedSegment:
+        """What a text that is to be written begins with."""
+        start = self.processor.tokenizer.convert_tokens_to_ids(START)
+        return EncodedSegment(Segment("text", START), torch.tensor([start]))
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float = float("inf")) -> list[list[int]]:

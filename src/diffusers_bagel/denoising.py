@@ -240,11 +240,15 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
         outputs = _forward(steps, branches)
         counts = [steps[place].denoiser.num_tokens(branch) for place, branch in branches]
         found |= dict(zip(branches, outputs.velocity.split(counts), strict=True))
-        features |= dict(zip(branches, outputs.latent_hidden_states.split(counts), strict=True))
+        if steps[0].denoiser.states is not None:
+            features |= dict(zip(branches, outputs.latent_hidden_states.split(counts), strict=True))
     if predicted := [(place, branch) for place, step in enumerate(steps) for branch in step.predicted]:
         states = [steps[place].denoiser.states for place, _ in predicted]
         expected = [own[branch].predict() for own, (_, branch) in zip(states, predicted, strict=True) if own]
-        outputs = steps[0].denoiser.transformer(latent_hidden_states=torch.cat(expected))
+        first = steps[0].denoiser
+        outputs = first.transformer(
+            latent_hidden_states=torch.cat(expected), residual_dtype=first.adapters.residual_dtype
+        )
         found |= dict(zip(predicted, outputs.velocity.split([len(item) for item in expected]), strict=True))
     joined = [
         step.joined({branch: found[place, branch] for branch in (*step.computed, *step.predicted)})
@@ -301,8 +305,8 @@ def guidance_contexts(
         guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
         plan_in_no_image, empty_no_text: As in the pipeline's `__call__`.
     """
-    read_without_images = [context.segments for context in full] if plan_in_no_image else prompts
-    texts = [without_images(segments) for segments in read_without_images]
+    told = [context.segments for context in full] if plan_in_no_image else prompts
+    texts = [without_images(segments) for segments in told]
     compared = [
         index
         for index, settings in enumerate(guidance)

@@ -213,6 +213,22 @@ def check_timestep_shift(shift: Any, scheduler: Any) -> None:
         )
 
 
+def with_residual_dtype(attention_kwargs: dict[str, Any] | None, dtype: Any) -> dict[str, Any] | None:
+    """
+    What the transformer is told in each forward, with the type of its hidden states.
+
+    Raises:
+        ValueError: if it is another type than float32: narrower ones only lose.
+    """
+    if dtype is None:
+        return attention_kwargs
+    if dtype not in ("float32", torch.float32):
+        raise ValueError(
+            f'`residual_dtype` must be "float32", or `None` for the type of the weights, got {shown(dtype)}.'
+        )
+    return (attention_kwargs or {}) | {"residual_dtype": torch.float32}
+
+
 def check_images_kwargs(images_kwargs: Any) -> None:
     """
     Refuse settings of images that are none; their values are refused by the image processor.

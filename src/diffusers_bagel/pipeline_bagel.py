@@ -52,6 +52,7 @@ from .inputs import (
     check_whole_number,
     takes_sigmas,
     with_plain_numbers,
+    with_residual_dtype,
 )
 from .loading import CheckedDownloadMixin, load_original_components, name_own_modules, settled
 from .lora import BagelLoraLoaderMixin, check_no_adapters
@@ -477,6 +478,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         temperature_only: bool = False,
         plan_in_no_image: bool = False,
         empty_no_text: bool = False,
+        residual_dtype: str | torch.dtype | None = None,
         preset: str | Preset | None = None,
     ) -> BagelPipelineOutput | tuple:
         r"""
@@ -553,6 +555,9 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 Whether the context without images, with which guidance compares, holds the plan.
             empty_no_text (`bool`, *optional*, defaults to `False`):
                 Whether the one without the last text holds nothing, instead of all that precedes that text.
+            residual_dtype (`torch.dtype` or `str`, *optional*):
+                Of the hidden states from layer to layer, whose weights and whose own computation keep their type. Published
+                benchmarks of BAGEL ran with `"float32"`; by default it is the type of the weights.
             preset (`str` or [`Preset`], *optional*):
                 Published settings, or their name in [`PRESETS`], for all that is not passed or is `None`.
 
@@ -589,6 +594,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             images_kwargs,
             size_like,
         )
+        told = with_residual_dtype(attention_kwargs, residual_dtype)
         flags = {"think": think, "do_sample": do_sample, "return_dict": return_dict}
         flags |= {"temperature_only": temperature_only, "plan_in_no_image": plan_in_no_image}
         for name, flag in (flags | {"empty_no_text": empty_no_text}).items():
@@ -633,7 +639,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 do_sample,
                 temperature,
                 own_generators,
-                attention_kwargs,
+                told,
                 temperature_only,
                 plan_in_no_image,
                 empty_no_text,
@@ -645,7 +651,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 [own for own in guidance for _ in range(num_images_per_prompt)],
                 self._taylorseer,
                 self._split_group,
-                attention_kwargs,
+                told,
             )
             del contexts, prompts
             latents = self.prepare_latents(grids, generators, latents)

@@ -115,48 +115,50 @@ def with_preset(method: Callable) -> Callable:
     return called
 
 
-def _images(vit_shortest: int, resize_before_vit: bool, max_pixels: int = 14 * 14 * 9 * 1024) -> dict[str, Any]:
+def _images(vit_shortest: int, resize_before_vit: bool) -> dict[str, Any]:
     """How images are resized for the VAE and the ViT (original behaviour, points 24 and 25)."""
     return {
         "vae_size": {"longest_edge": 1024, "shortest_edge": 512},
         "size": {"longest_edge": 980, "shortest_edge": vit_shortest},
         "resize_before_vit": resize_before_vit,
-        "max_pixels": max_pixels,
+        "max_pixels": 1_806_336,
     }
 
 
 def _answers(steps: int) -> dict[str, Any]:
     """Of the publisher's understanding benchmarks, which differ in the longest answer."""
-    images = _images(378, False, 2_007_040)
-    return _TEXT | {"max_new_tokens": steps - 1, "images_kwargs": images}
+    size = {"longest_edge": 980, "shortest_edge": 378}
+    images = {"size": size, "resize_before_vit": False, "max_pixels": 2_007_040}
+    return _TEXT | _FLOAT32 | {"max_new_tokens": steps - 1, "images_kwargs": images}
 
 
-# Whatever the published code does by itself: texts go by nothing but the temperature.
+# Whatever the published code writes, nothing but the temperature counts.
 _TEXT = {"think": False, "do_sample": False, "temperature": 0.3, "temperature_only": True}
-_DEMO = _TEXT | {
+_DRAWING = _TEXT | {
     "num_inference_steps": 49,
+    "timestep_shift": 3.0,
     "guidance_scale": 4.0,
     "cfg_renorm_min": 0.0,
-    "timestep_shift": 3.0,
-    "vae_sample_mode": "sample",
     "max_think_tokens": 1024,
     "plan_in_no_image": False,
     "empty_no_text": False,
-    "size_like": "last",
-    "images_kwargs": _images(224, True),
 }
-# In the demo the task decides on these, as it does in the pipeline without a preset.
 _TEXT_TO_IMAGE = {"image_guidance_scale": 1.0, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"}
 _EDITING = {"image_guidance_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
-# The benchmarks' scripts resize the original once, sample plans, and show them to the context without images, too.
-_BENCHMARK = _DEMO | {
-    "do_sample": True,
-    "max_think_tokens": 2048,
-    "plan_in_no_image": True,
-    "size_like": "first",
-    "images_kwargs": _images(378, False),
-}
-_EDITING_BENCHMARK = _BENCHMARK | _EDITING | {"image_guidance_scale": 1.5}
+# Of the demo the task decides on these two, as it does in the pipeline without a preset.
+_DEMO = _DRAWING | {"vae_sample_mode": "sample", "size_like": "last", "images_kwargs": _images(224, True)}
+_NOTEBOOK = _DEMO | {"max_think_tokens": 1000}
+# The publisher's benchmarks have weights of float32, whose layers compute in bfloat16.
+_FLOAT32 = {"residual_dtype": "float32"}
+_SAMPLED_PLAN = {"do_sample": True, "max_think_tokens": 2048}
+_EDITING_BENCHMARK = (
+    _DEMO
+    | _EDITING
+    | _FLOAT32
+    | _SAMPLED_PLAN
+    | {"image_guidance_scale": 1.5, "plan_in_no_image": True, "size_like": "first"}
+    | {"images_kwargs": _images(378, False)}
+)
 _PUBLISHED = "github.com/ByteDance-Seed/Bagel, "
 
 PRESETS = {
@@ -171,25 +173,25 @@ PRESETS = {
         "image",
         "Drawing and editing as in the notebook: the demo with plans of 1000 tokens.",
         _PUBLISHED + "inference.ipynb",
-        _DEMO | {"max_think_tokens": 1000},
+        _NOTEBOOK,
     ),
     "geneval": Preset(
         "image",
         "GenEval. The script draws the long prompts (0.88); the original ones gave 0.82.",
         _PUBLISHED + "scripts/eval/run_geneval.sh, eval/gen/gen_images_mp.py",
-        _BENCHMARK | _TEXT_TO_IMAGE | {"cfg_interval": (0.0, 1.0)},
+        _DRAWING | _TEXT_TO_IMAGE | _FLOAT32 | {"cfg_interval": (0.0, 1.0)},
     ),
     "wise": Preset(
         "image",
         "WISE with thinking; guidance compares with an empty context. Without thinking: think=False.",
         _PUBLISHED + "scripts/eval/run_wise.sh, eval/gen/gen_images_mp_wise.py",
-        _BENCHMARK | _TEXT_TO_IMAGE | {"think": True, "empty_no_text": True},
+        _DRAWING | _TEXT_TO_IMAGE | _FLOAT32 | _SAMPLED_PLAN | {"think": True, "empty_no_text": True},
     ),
     "dpg": Preset(
         "image",
         "DPG-Bench as RecA runs it for BAGEL, whose publisher does not; its prompts begin with 'Generate an image: '.",
         "github.com/HorizonWind2004/reconstruction-alignment, BAGEL/scripts/eval/run_dpg.sh, eval/gen/gen_images_dpg.py",
-        _BENCHMARK | _TEXT_TO_IMAGE | {"guidance_scale": 3.0, "cfg_interval": (0.0, 1.0)},
+        _DRAWING | _TEXT_TO_IMAGE | {"guidance_scale": 3.0, "cfg_interval": (0.0, 1.0)},
     ),
     "gedit": Preset(
         "image",
@@ -219,13 +221,13 @@ PRESETS = {
         "image",
         "Drawing as in VLMEvalKit, without renormalisation.",
         "github.com/open-compass/VLMEvalKit, vlmeval/vlm/bagel_umm.py",
-        _DEMO | _TEXT_TO_IMAGE | {"cfg_renorm_min": 1.0, "max_think_tokens": 1000},
+        _DRAWING | _TEXT_TO_IMAGE | {"cfg_renorm_min": 1.0, "max_think_tokens": 1000},
     ),
     "vlmevalkit_edit": Preset(
         "image",
         "Editing as in VLMEvalKit.",
         "github.com/open-compass/VLMEvalKit, vlmeval/vlm/bagel_umm.py",
-        _DEMO | _EDITING | {"max_think_tokens": 1000},
+        _NOTEBOOK | _EDITING,
     ),
     "ask": Preset(
         "text",

@@ -19,6 +19,7 @@ from transformers_bagel.original_config import is_original_config
 from .answering import SessionEvent
 from .caching import TaylorSeerConfig
 from .guidance import BagelGuidance
+from .inferencer import InterleaveInferencer
 from .loading import VAE_FILES
 from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
@@ -125,6 +126,7 @@ __all__ = [
     "BagelPipelineOutput",
     "BagelReply",
     "BagelSession",
+    "InterleaveInferencer",
     "InterleaveProtocol",
     "Preset",
     "SessionEvent",

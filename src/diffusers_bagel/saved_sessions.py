@@ -299,11 +299,11 @@ def _text(record: dict[str, Any], pipe: Any) -> SaidText:
 
 
 def _image(place: Path, record: dict[str, Any], pipe: Any) -> SaidImage:
-    file = place / record["picture"]
+    file, images_kwargs = place / record["picture"], record.get("images_kwargs", {})
     picture = _read(file)
     try:
-        check_images_kwargs(record.get("images_kwargs", {}))
-        vae, vit = encode_image(pipe, picture, record["is_resized"], record.get("images_kwargs", {}))
+        check_images_kwargs(images_kwargs)
+        vae, vit = encode_image(pipe, picture, record["is_resized"], images_kwargs)
     except ValueError as error:
         raise ValueError(f"'{file}' does not fit the pipeline: {error}") from error
     grids = [list(vae.grid), list(vit.grid)]  # type: ignore[arg-type]  # an image has them
@@ -317,11 +317,7 @@ def _image(place: Path, record: dict[str, Any], pipe: Any) -> SaidImage:
     elif pipe.vae is not None:
         # It was said where nothing could be drawn.
         vae = replace(vae, latents=pipe.encode_image(vae.pixels, vae_sample_mode="argmax"))
-    update, encoders, images_kwargs = (
-        Update(**record["update"]),
-        tuple(record["encoders"]),
-        record.get("images_kwargs", {}),
-    )
+    update, encoders = Update(**record["update"]), tuple(record["encoders"])
     return SaidImage(vae, vit, update, encoders, record["is_given"], record["is_resized"], images_kwargs)
 
 

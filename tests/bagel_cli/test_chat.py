@@ -203,7 +203,10 @@ def test_a_line_says_what_its_answer_is_made_of(options, line, output, talk, mon
 
 def test_the_command_line_knows_the_names_of_the_library():
     assert tuple(PROTOCOLS) == arguments.PROTOCOLS and arguments.OUTPUTS == OUTPUTS
-    assert tuple(PRESETS) == arguments.PRESETS
+    named = {
+        output: [name for name, preset in PRESETS.items() if preset.output == output] for output in ("image", "text")
+    }
+    assert list(arguments.DRAWING_PRESETS) == named["image"] and list(arguments.ANSWER_PRESETS) == named["text"]
 
 
 def test_settings_are_changed_by_their_names_on_the_command_line(talk, asked):
