@@ -206,7 +206,7 @@ def _parser() -> _Parser:
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
         (
             "bench",
-            [benchmark, model, place, _common(), _bench(), _pictures()],
+            [benchmark, model, place, _common(DRAWING_PRESETS), _bench(), _pictures()],
             "Draw the pictures that a benchmark scores.",
         ),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
