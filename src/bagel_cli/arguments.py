@@ -220,6 +220,8 @@ def _demo() -> _Parser:
 def _bench() -> _Parser:
     whole = _number(int, 1, math.inf)
     bench = _group()
+    bench.set_defaults(low_memory=False)
+    bench.add_argument("benchmark", choices=BENCHMARKS, help="whose pictures are drawn")
     bench.add_argument("--prompts", required=True, metavar="FILE", help="the prompts, as the benchmark publishes them")
     bench.add_argument("--out", required=True, metavar="DIR", help="where the run is written, and goes on")
     bench.add_argument("--images", dest="image_folder", metavar="DIR", help="pictures to edit (default: beside FILE)")
@@ -239,7 +241,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
     commands = parser.add_subparsers(dest="command", required=True)
-    model, place, memory, output, benchmark = (_group() for _ in range(5))
+    model, place, memory, output = (_group() for _ in range(4))
     model.add_argument(
         "--model",
         default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
@@ -250,7 +252,6 @@ def _parser() -> _Parser:
     memory.add_argument(
         "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
     )
-    benchmark.add_argument("benchmark", choices=BENCHMARKS, help="whose pictures are drawn")
     output.add_argument(
         "-o", "--output", default="out.png", help="picture to write, in a chat with a number (default: out.png)"
     )
@@ -263,11 +264,7 @@ def _parser() -> _Parser:
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
         ("serve", [model, place, memory, _serve()], "Answer requests by OpenAI's interfaces."),
         ("demo", [model, place, memory, _demo()], "Show a page in the browser, on this machine alone."),
-        (
-            "bench",
-            [benchmark, model, place, _common(DRAWING_PRESETS), _bench(), _pictures()],
-            "Draw the pictures that a benchmark scores.",
-        ),
+        ("bench", [_bench(), model, place, _common(DRAWING_PRESETS), _pictures()], "Draw what a benchmark scores."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)
@@ -276,8 +273,6 @@ def _parser() -> _Parser:
             command.add_argument("images", nargs="+", metavar="IMAGE", help="picture file")
         if name in ("draw", "edit", "ask"):
             command.add_argument("prompt", metavar="TEXT", help="what to draw, change or answer")
-        if name == "bench":
-            command.set_defaults(low_memory=False)
         if name == "info":
             command.add_argument("model", metavar="REPO", help="folder or Hub id of the checkpoint")
     return parser

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from bagel_bench import read_pictures
@@ -17,6 +19,7 @@ from tests.bagel_bench.conftest import (
     write_json,
     write_lines,
 )
+from tests.processes import ROOT
 
 
 def geneval(folder: Path) -> Path:
@@ -159,3 +162,25 @@ def test_pictures_to_edit_may_lie_in_another_folder(tmp_path):
     pictures, broken = read_pictures("imgedit", moved, tmp_path / "data")
     assert not broken and pictures[0].images == (tmp_path / "data" / "animal" / "000342021.jpg",)
     assert len(read_pictures("imgedit", moved)[1]) == 2
+
+
+def test_gedit_bench_is_written_from_its_data_set(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    import gedit_prompts
+
+    source = Image.open(write_image(tmp_path / "in.png"))
+    columns = {"key": ["1f3c", "9a"], "task_type": ["color_alter"] * 2, "instruction": ["变红", "make it red"]}
+    columns |= {"instruction_language": ["cn", "en"], "input_image": [source] * 2, "Intersection_exist": [True] * 2}
+    features = Features(
+        {name: Value("bool" if name[0] == "I" else "string") for name in columns} | {"input_image": ImageFeature()}
+    )
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    gedit_prompts.main([str(tmp_path / "gedit"), "--dataset", str(tmp_path / "set")])
+    pictures, broken = read_pictures("gedit", tmp_path / "gedit" / "prompts.jsonl")
+    assert not broken
+    assert [picture.prompt for picture in pictures] == columns["instruction"]
+    assert [picture.file for picture in pictures] == [
+        f"fullset/color_alter/{name}.png" for name in ("cn/1f3c", "en/9a")
+    ]
+    assert Image.open(pictures[0].images[0]).tobytes() == source.tobytes()

@@ -117,7 +117,7 @@ def test_what_is_no_prompt_file_is_refused(name, content, sentence, bench, tmp_p
     [
         (["bench", "coco"], "invalid choice: 'coco' (choose from 'geneval', 'wise'"),
         (["--preset", "geneva"], "argument --preset: invalid choice: 'geneva' (choose from"),
-        (["--preset", "vqa"], "--preset must be one that draws (demo, "),
+        (["--preset", "vqa"], "argument --preset: invalid choice: 'vqa' (choose from"),
         (["--batch-size", "0"], "argument --batch-size: must be a whole number from 1, got '0'"),
         (["--samples", "none"], "argument --samples: must be a whole number from 1, got 'none'"),
         (["--on-error", "ask"], "argument --on-error: invalid choice: 'ask'"),
