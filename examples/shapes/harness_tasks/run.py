@@ -115,9 +115,9 @@ def lmms_eval(task: str, count: int) -> Run:
 
 
 def lm_eval(task: str, count: int) -> Run:
-    """`lm_eval --model hf-multimodal`, which writes, and does not think before."""
+    """`python -m bagel_harnesses.lm_eval run --model hf-multimodal`, which writes, and does not think before."""
     took = _command(
-        "lm_eval.__main__:cli_evaluate",
+        "bagel_harnesses.lm_eval:cli_evaluate",
         *(
             "run",
             "--model",
