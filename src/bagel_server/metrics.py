@@ -47,7 +47,7 @@ class Metrics:
         )
         self.first_piece = Histogram(
             "bagel_first_piece_seconds",
-            "From a request to the first word or step.",
+            "From when a request was read to the first word or step.",
             buckets=_SECONDS,
             registry=self.registry,
         )
