@@ -20,7 +20,7 @@ from accelerate.logging import get_logger
 from bagel_training.arguments import add_shared_arguments, check_shared_arguments
 from bagel_training.data import TrainingSamples, load_samples
 from bagel_training.ema import ShardedEma
-from bagel_training.loop import Training, end_training, make_accelerator, make_loader, make_optimizer
+from bagel_training.loop import Training, end_training, make_accelerator, make_collator, make_loader, make_optimizer
 from bagel_training.models import load_pipeline
 from bagel_training.output import discard_replaced
 from bagel_training.parallel import shard_model
@@ -80,7 +80,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, samples: TrainingS
     base = fingerprint(accelerator, transformer)
     transformer.freeze(*args.freeze)
     logger.info(f"Training on {len(samples)} samples: {samples.task}")
-    loader = make_loader(args, accelerator, samples, pipe)
+    loader = make_loader(args, accelerator, samples, make_collator(args, pipe))
     flops = StepFlops(transformer)
 
     model: torch.nn.Module = transformer

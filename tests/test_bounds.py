@@ -32,8 +32,8 @@ PINS = {
     )
     if version and not name.startswith("#")
 }
-# diffusers asks for it where it is there; it comes with the machine.
-OPTIONAL = {"torch_xla"}
+# diffusers asks for the first where it is there; it comes with the machine. The others ask for us.
+OPTIONAL = {"torch_xla", "lm_eval", "lmms_eval", "vlmeval"}
 
 
 def imported_modules() -> set[str]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The arguments of both scripts, under the names that diffusers' training scripts gave them."""
+"""The arguments of all scripts, under the names that diffusers' training scripts gave them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ COUNTS = (
     "validation_inference_steps",
     "num_validation_images",
     "rank",
+    "num_inference_steps",
+    "teacher_steps",
 )
 # Other numbers, by what they must be. Comparisons leave out NaN.
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -59,7 +61,10 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
         ),
         (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
     ),
-    **dict.fromkeys(("logit_mean", "guidance_scale"), (math.isfinite, "finite")),
+    **dict.fromkeys(
+        ("logit_mean", "guidance_scale", "teacher_guidance_scale", "teacher_image_guidance_scale"),
+        (math.isfinite, "finite"),
+    ),
     "max_grad_norm": (lambda value: value > 0, "above 0 (inf for no clipping)"),
 }
 SCHEDULERS = (
@@ -215,16 +220,17 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_shared_arguments(args: argparse.Namespace) -> None:
     """
-    Refuse arguments of either script that cannot work.
+    Refuse arguments of any script that cannot work.
 
     Raises:
         ValueError, OSError: for arguments that cannot work, before anything is loaded.
     """
-    sources = [name for name in ("dataset_name", "train_data_file", "instance_data_dir") if getattr(args, name)]
+    known = [name for name in ("dataset_name", "train_data_file", "instance_data_dir", "prompt_file") if name in args]
+    sources = [name for name in known if getattr(args, name)]
     if len(sources) != 1:
+        choices = ", ".join(f"--{name}" for name in known[:-1])
         raise ValueError(
-            "Pass one of --dataset_name, --train_data_file and --instance_data_dir, got "
-            f"{' and '.join('--' + name for name in sources) or 'none'}."
+            f"Pass one of {choices} and --{known[-1]}, got {' and '.join('--' + name for name in sources) or 'none'}."
         )
     if args.max_tokens is not None and args.max_train_steps is None:
         raise ValueError("--max_tokens packs a varying number of samples a step: pass --max_train_steps too.")

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from datasets import Dataset, Image, List, load_dataset
 from datasets.exceptions import DatasetsError
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# A model whose tables of positions end before gets smaller pictures.
+LARGEST = 1024
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -114,6 +117,37 @@ class TrainingSamples:
         if name is None and isinstance(image, dict):
             name = image.get("path")
         return {} if name is None else {"id": name}
+
+
+class PromptSamples:
+    """
+    Samples of prompts alone, the lines of `--prompt_file`: the picture that each ends in is empty, and gives the size.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it has no line.
+    """
+
+    task = "text-to-image"
+
+    def __init__(self, args: argparse.Namespace):
+        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        self.prompts = [line.strip() for line in lines if line.strip()]
+        if not self.prompts:
+            raise ValueError(f"--prompt_file: '{args.prompt_file}' holds no prompt.")
+        self.prompts = self.prompts[: args.max_train_samples]
+        side = args.resolution or LARGEST
+        self.picture = PIL.Image.new("RGB", (side, side))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turns = (
+            ("user", [{"type": "text", "text": self.prompts[index]}]),
+            ("assistant", [{"type": "image", "image": self.picture}]),
+        )
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def load_samples(args: argparse.Namespace) -> TrainingSamples:

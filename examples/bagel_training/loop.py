@@ -34,7 +34,6 @@ from transformers_bagel.errors import some
 from transformers_bagel.training.losses import loss_totals
 
 from .checkpoints import checkpoint_to_resume, delete_oldest, load_checkpoint, save_checkpoint
-from .data import TrainingSamples
 from .ema import ShardedEma
 from .models import training_processor
 from .muon import MuonWithAdamW, split_parameters
@@ -90,29 +89,40 @@ def end_training(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def make_loader(
-    args: argparse.Namespace, accelerator: Accelerator, samples: TrainingSamples, pipe: BagelPipeline
-) -> BagelDataLoader:
-    """This rank's batches."""
+def make_collator(args: argparse.Namespace, pipe: BagelPipeline) -> BagelDataCollator:
+    """What learns the samples as they are."""
     timestep_shift = pipe.transformer.config.timestep_shift if args.timestep_shift is None else args.timestep_shift
-    collator = BagelDataCollator(
-        training_processor(pipe, args.resolution),
+    return BagelDataCollator(
         vae=pipe.vae,
         text_dropout=args.text_dropout,
         vit_dropout=args.vit_dropout,
         vae_dropout=args.vae_dropout,
-        max_tokens=args.max_tokens,
         timestep_shift=timestep_shift,
         timestep_law="logit_normal" if args.weighting_scheme == "logit_normal" else "uniform",
         logit_mean=args.logit_mean,
         logit_std=args.logit_std,
         noised_copies=args.noised_copies,
-        cache_dir=Path(args.output_dir) / "latents" if args.cache_latents else None,
-        on_error=args.on_error,
-        return_layout=True,
-        max_positions=max_positions(pipe.transformer.config),
         next_action=args.next_action,
+        **collator_settings(args, pipe),
     )
+
+
+def collator_settings(args: argparse.Namespace, pipe: BagelPipeline) -> dict[str, Any]:
+    """Arguments of every collator."""
+    return {
+        "processor": training_processor(pipe, args.resolution),
+        "max_tokens": args.max_tokens,
+        "cache_dir": Path(args.output_dir) / "latents" if args.cache_latents else None,
+        "on_error": args.on_error,
+        "return_layout": True,
+        "max_positions": max_positions(pipe.transformer.config),
+    }
+
+
+def make_loader(
+    args: argparse.Namespace, accelerator: Accelerator, samples: Any, collator: BagelDataCollator
+) -> BagelDataLoader:
+    """This rank's batches."""
     batch_size = args.train_batch_size
     if batch_size is None and args.max_tokens is None:
         batch_size = 1

@@ -28,6 +28,7 @@ FIXED = {
     "lora_alpha": "its weights would count for more or less than they were trained to",
     "lora_targets": "weights would be dropped, or start anew",
     "lora_layers": "weights would be dropped, or start anew",
+    "num_inference_steps": "its adapter learns another number of steps",
     "optimizer": "its moments are those of another optimizer",
     "use_8bit_adam": "its moments are those of another optimizer",
     "ema": "it holds no average of the weights, or one that would be dropped",
@@ -49,7 +50,9 @@ def settings_of(args: argparse.Namespace, mixed_precision: str) -> dict[str, Any
         mixed_precision (`str`): The accelerator's.
     """
     settings = {name: value for name, value in vars(args).items() if name not in LEFT_OUT}
-    settings["script"] = "train_lora" if "rank" in settings else "train_full"
+    settings["script"] = (
+        "train_few_steps" if "teacher_steps" in settings else "train_lora" if "rank" in settings else "train_full"
+    )
     settings["mixed_precision"] = mixed_precision
     settings["train_batch_size"] = args.train_batch_size or (1 if args.max_tokens is None else None)
     if "rank" in settings:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from asking import BATCH_SIZE, DRAWING, EDITING, MAX_TOKENS, STEPS
 from judge import (
     PROMPTS,
     AskCase,
@@ -33,7 +34,7 @@ from judge import (
     steps_cases,
     unseen_scene,
 )
-from language import DESCRIBE, EDITS, QUESTIONS, question
+from language import DESCRIBE, QUESTIONS, question
 from parts import CHECKPOINT
 from PIL import Image
 from reader import read
@@ -42,14 +43,6 @@ from tqdm.auto import tqdm
 from world import Scene, random_scene, render
 
 from diffusers_bagel import BagelPipeline, BagelReply, BagelSession, send_all
-
-
-BATCH_SIZE = 25
-# What all rows use but those about one of them.
-STEPS = 25
-DRAWING = {"guidance_scale": 3.0}
-EDITING = {"guidance_scale": 3.0, "image_guidance_scale": 1.5}
-MAX_TOKENS = 64
 
 
 class Evaluation:
@@ -70,20 +63,28 @@ class Evaluation:
 
     def draw(self, cases: Sequence[DrawCase], **settings: Any) -> float:
         """Share of prompts whose picture shows what was asked for."""
+        return float(np.mean(self.drawn(cases, **settings)))
+
+    def drawn(self, cases: Sequence[DrawCase], **settings: Any) -> list[bool]:
+        """Whether each picture shows what was asked for."""
         settings = {"num_inference_steps": STEPS, "max_think_tokens": MAX_TOKENS} | DRAWING | settings
-        right = 0
+        right: list[bool] = []
         for start in range(0, len(cases), BATCH_SIZE):
             batch = cases[start : start + BATCH_SIZE]
             pictures = self.pipe(
                 prompt=[case.prompt for case in batch], generator=_generators(start, len(batch)), **settings
             ).images
-            right += sum(is_drawn(picture, case) for picture, case in zip(pictures, batch, strict=True))
-        return right / len(cases)
+            right += [is_drawn(picture, case) for picture, case in zip(pictures, batch, strict=True)]
+        return right
 
     def edit(self, cases: Sequence[EditCase], **settings: Any) -> dict[str, float]:
         """Share of instructions whose picture is as it should become, of each kind and of all."""
+        return _shares([case.kind for case in cases], self.edited(cases, **settings))
+
+    def edited(self, cases: Sequence[EditCase], **settings: Any) -> list[bool]:
+        """Whether each picture is as it should become."""
         settings = {"num_inference_steps": STEPS} | EDITING | settings
-        right: dict[str, list[bool]] = {kind: [] for kind in EDITS}
+        right: list[bool] = []
         for start in range(0, len(cases), BATCH_SIZE):
             batch = cases[start : start + BATCH_SIZE]
             pictures = self.pipe(
@@ -92,17 +93,17 @@ class Evaluation:
                 generator=_generators(start, len(batch)),
                 **settings,
             ).images
-            for picture, case in zip(pictures, batch, strict=True):
-                right[case.kind].append(is_edited(picture, case.target))
-        return _shares(right)
+            right += [is_edited(picture, case.target) for picture, case in zip(pictures, batch, strict=True)]
+        return right
 
     def answers(self, cases: Sequence[AskCase], think: bool = False) -> dict[str, float]:
         """Share of questions that are answered word for word, of each kind and of all."""
-        right: dict[str, list[bool]] = {}
+        return _shares([case.kind for case in cases], self.answered(cases, think))
+
+    def answered(self, cases: Sequence[AskCase], think: bool = False) -> list[bool]:
+        """Whether each question is answered word for word."""
         said = answer(self.pipe, [render(case.scene) for case in cases], [case.question for case in cases], think)
-        for case, words in zip(cases, said, strict=True):
-            right.setdefault(case.kind, []).append(words == case.answer)
-        return _shares(right)
+        return [words == case.answer for case, words in zip(cases, said, strict=True)]
 
     def decide(self, cases: Sequence[DecideCase]) -> float:
         """Share of requests that are answered with words and pictures in the right order."""
@@ -113,8 +114,12 @@ class Evaluation:
 
     def show_steps(self, cases: Sequence[StepsCase]) -> float:
         """Share of requests for steps of which every picture is right."""
+        return float(np.mean(self.showed_steps(cases)))
+
+    def showed_steps(self, cases: Sequence[StepsCase]) -> list[bool]:
+        """Whether every picture of each answer is right."""
         replies = self.converse([BagelSession(self.pipe) for _ in cases], [[case.request] for case in cases])
-        return float(np.mean([are_steps(reply.images, case) for reply, case in zip(replies, cases, strict=True)]))
+        return [are_steps(reply.images, case) for reply, case in zip(replies, cases, strict=True)]
 
     def look_again(self, cases: Sequence[DrawCase]) -> float:
         """Share of drawings about which a question is answered word for word, as the judge sees them."""
@@ -205,11 +210,11 @@ def _generators(start: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(start + index) for index in range(count)]
 
 
-def _shares(right: dict[str, list[bool]]) -> dict[str, float]:
-    everything = [value for values in right.values() for value in values]
-    return {kind: float(np.mean(values)) for kind, values in right.items() if values} | {
-        "all": float(np.mean(everything))
-    }
+def _shares(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
+    of_kinds: dict[str, list[bool]] = {}
+    for kind, value in zip(kinds, right, strict=True):
+        of_kinds.setdefault(kind, []).append(value)
+    return {kind: float(np.mean(values)) for kind, values in of_kinds.items()} | {"all": float(np.mean(right))}
 
 
 def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""The command line: `bagel draw|edit|ask|chat|demo|info`. No library is imported before the arguments and the files are known to be
+"""The command line: `bagel draw|edit|ask|chat|serve|demo|bench|info`. No library is imported before the arguments and the files are known to be
 right, so that a mistake is told at once."""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Sequence
 
 from .arguments import parse
-from .files import CommandError, check_model, check_output, check_session, check_text, open_picture
+from .files import CommandError, check_model, check_output, check_session, check_text, open_picture, read_benchmark
 
 
-OWN_LOGGERS = ("transformers_bagel", "diffusers_bagel", "bagel_cli")
+OWN_LOGGERS = ("transformers_bagel", "diffusers_bagel", "bagel_bench", "bagel_cli", "bagel_server", "uvicorn")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_model(options.model)
         if "prompt" in options:
             check_text(options.prompt)
+        if options.command == "bench":
+            options.pictures, options.broken = read_benchmark(options)
         options.images = [open_picture(path) for path in options.images]
         _silence_libraries()
         from . import commands

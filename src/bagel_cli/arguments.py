@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from bagel_bench import BENCHMARKS
+
 from .files import CommandError
 
 
@@ -158,17 +160,86 @@ def _chat() -> _Parser:
     return chat
 
 
+def _serve() -> _Parser:
+    count, seconds = _number(int, 1, math.inf), _number(float, 0.001, math.inf)
+    serve = _group()
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+    )
+    serve.add_argument(
+        "--port", type=_number(int, 0, 65535), default=8000, help="default: %(default)s; 0 takes a free one"
+    )
+    serve.add_argument(
+        "--api-key",
+        default=os.environ.get("BAGEL_API_KEY"),
+        help="what requests must bear (default: $BAGEL_API_KEY, or none)",
+    )
+    serve.add_argument("--name", help="what requests call the model (default: what --model says)")
+    serve.add_argument("--allow-image-urls", action="store_true", help="fetch images from URLs of the public internet")
+    serve.add_argument(
+        "--raw-tokens", action="store_true", help="read <|im_end|> and the like as tokens (default: as words)"
+    )
+    serve.add_argument("--protocol", choices=PROTOCOLS, help="how a fine-tune answers in texts and pictures")
+    serve.add_argument("--max-running", type=count, default=32, help="answers made at a time (default: %(default)s)")
+    serve.add_argument(
+        "--max-waiting", type=count, default=64, help="answers that wait for that (default: %(default)s)"
+    )
+    for name, kind, what in (
+        ("timeout", seconds, "seconds from a request to the end of its answer"),
+        ("body-timeout", seconds, "seconds in which a request must arrive"),
+        ("max-requests", count, "requests that are read or answered at a time"),
+        ("max-body-bytes", count, "of a request"),
+        ("max-messages", count, "in a conversation"),
+        ("max-characters", count, "of all texts of a request"),
+        ("max-context-tokens", count, "of all that was said, before an answer"),
+        ("max-new-tokens", count, "of each text of an answer"),
+        ("max-images", count, "in a request"),
+        ("max-image-pixels", count, "of each image"),
+        ("max-drawn", count, "pictures of an answer"),
+        ("max-choices", count, "answers to a request"),
+        ("max-steps", count, "denoising steps of a picture"),
+        ("max-cache-bytes", _number(int, 0, math.inf), "of conversations that are kept in case they go on"),
+    ):
+        serve.add_argument(f"--{name}", type=kind, help=f"{what} (default: that of ServerSettings)")
+    serve.add_argument(
+        "--ray", action="store_true", help="on Ray Serve, on the cluster of $RAY_ADDRESS or on this machine"
+    )
+    serve.add_argument(
+        "--replicas", type=count, default=1, help="processes with --ray, at least (default: %(default)s)"
+    )
+    serve.add_argument("--max-replicas", type=count, help="processes with --ray, at most (default: as --replicas)")
+    return serve
+
+
 def _demo() -> _Parser:
     demo = _group()
     demo.add_argument("--port", type=_number(int, 1, 65535), default=7860, help="of the page (default: %(default)s)")
     return demo
 
 
+def _bench() -> _Parser:
+    whole = _number(int, 1, math.inf)
+    bench = _group()
+    bench.add_argument("--prompts", required=True, metavar="FILE", help="the prompts, as the benchmark publishes them")
+    bench.add_argument("--out", required=True, metavar="DIR", help="where the run is written, and goes on")
+    bench.add_argument("--images", dest="image_folder", metavar="DIR", help="pictures to edit (default: beside FILE)")
+    bench.add_argument("--samples", type=whole, help="drawings of a prompt (default: the benchmark's number)")
+    bench.add_argument("--batch-size", type=whole, default=1, help="pictures drawn at the same time (default: 1)")
+    bench.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what is done about a broken row, a missing picture, a double id (default: stop)",
+    )
+    bench.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16, whatever fits better")
+    return bench
+
+
 def _parser() -> _Parser:
     parser = _Parser(prog="bagel", description="Draw, edit, see and talk with BAGEL.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of it and of its libraries")
     commands = parser.add_subparsers(dest="command", required=True)
-    model, place, memory, output = (_group() for _ in range(4))
+    model, place, memory, output, benchmark = (_group() for _ in range(5))
     model.add_argument(
         "--model",
         default=os.environ.get("BAGEL_MODEL", DEFAULT_MODEL),
@@ -179,6 +250,7 @@ def _parser() -> _Parser:
     memory.add_argument(
         "--low-memory", action="store_true", help="leave most weights on the disk: slow, and 5 GB are enough"
     )
+    benchmark.add_argument("benchmark", choices=BENCHMARKS, help="whose pictures are drawn")
     output.add_argument(
         "-o", "--output", default="out.png", help="picture to write, in a chat with a number (default: out.png)"
     )
@@ -189,7 +261,13 @@ def _parser() -> _Parser:
         ("edit", drawing, "Change one or several pictures as told."),
         ("ask", [model, place, _common(ANSWER_PRESETS), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
+        ("serve", [model, place, memory, _serve()], "Answer requests by OpenAI's interfaces."),
         ("demo", [model, place, memory, _demo()], "Show a page in the browser, on this machine alone."),
+        (
+            "bench",
+            [benchmark, model, place, _common(DRAWING_PRESETS), _bench(), _pictures()],
+            "Draw the pictures that a benchmark scores.",
+        ),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):
         command = commands.add_parser(name, parents=parts, help=summary, description=summary)
@@ -198,6 +276,8 @@ def _parser() -> _Parser:
             command.add_argument("images", nargs="+", metavar="IMAGE", help="picture file")
         if name in ("draw", "edit", "ask"):
             command.add_argument("prompt", metavar="TEXT", help="what to draw, change or answer")
+        if name == "bench":
+            command.set_defaults(low_memory=False)
         if name == "info":
             command.add_argument("model", metavar="REPO", help="folder or Hub id of the checkpoint")
     return parser

@@ -8,7 +8,9 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +21,10 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from diffusers_bagel import BagelPipeline, BagelSession
+from bagel_bench import BENCHMARKS
+from bagel_bench.folder import REPORT, RunFolder
+from bagel_bench.running import Run, checkpoint_hash, summary, versions
+from diffusers_bagel import PRESETS, BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 
 from .chat import NOT_ANSWERED, Chat, upright
@@ -35,9 +40,7 @@ NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPE
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
     images = [upright(image) for image in options.images]
-    names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think")
-    settings = {name: getattr(options, name) for name in names} | {"num_inference_steps": options.steps}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = _drawing_settings(options)
     with _loaded(options) as pipe:
         try:
             out = pipe(
@@ -81,6 +84,29 @@ def chat(options: argparse.Namespace) -> None:
         Chat(session, options).run()
 
 
+def serve(options: argparse.Namespace) -> None:
+    """Answer requests by OpenAI's interfaces, until somebody ends the process."""
+    if options.ray:
+        return _serve_on_ray(options)
+    try:
+        from . import serving
+    except ImportError as error:
+        raise CommandError(
+            f"'bagel serve' needs the extra: pip install 'transformers-bagel[serve]' ({error})"
+        ) from error
+    settings = serving.settings_of(options)
+    with closing(serving.bound_socket(options)) as bound, _loaded(options) as pipe:
+        serving.serve(pipe, options, settings, bound)
+
+
+def _serve_on_ray(options: argparse.Namespace) -> None:
+    try:
+        from . import serving_on_ray
+    except ImportError as error:
+        raise CommandError(f"'--ray' needs the extra: pip install 'transformers-bagel[ray]' ({error})") from error
+    serving_on_ray.serve(partial(_loaded, options), options)
+
+
 def demo(options: argparse.Namespace) -> None:
     """Show a page in the browser, until somebody ends the process."""
     try:
@@ -92,6 +118,62 @@ def demo(options: argparse.Namespace) -> None:
     showing.check_port(options.port)
     with _loaded(options) as pipe:
         showing.show(pipe, options.port)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Draw the pictures that a benchmark scores: those of this process, if `accelerate launch` or `torchrun` began several."""
+    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if options.device is None and torch.cuda.is_available():
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    preset = options.preset or options.benchmark
+    if PRESETS[preset].output != "image":
+        drawing = ", ".join(name for name, known in PRESETS.items() if known.output == "image")
+        raise CommandError(f"--preset must be one that draws ({drawing}), got '{preset}'.")
+    given = _drawing_settings(options) | {"preset": preset}
+    with _told(options):
+        checkpoint = _checkpoint(options)
+    settings = {
+        "benchmark": options.benchmark,
+        "settings": dict(PRESETS[preset].settings) | given,
+        "samples": options.samples or BENCHMARKS[options.benchmark].samples,
+        "seed": options.seed,
+        "checkpoint": checkpoint,
+        "dtype": options.dtype,
+        "device": find_device(options.device).type,
+        "versions": versions(),
+    }
+    folder = RunFolder(Path(os.path.expanduser(options.out)), rank)
+    try:
+        with folder.opened(settings):
+            folder.check_pictures({picture.file: picture.prompt for picture in options.pictures})
+            with _loaded(options) as pipe:
+                pipe.set_progress_bar_config(disable=True)
+                run = Run(pipe, folder, given, options.seed, options.on_error == "skip")
+                run.draw(options.pictures[rank::count], options.batch_size)
+            # The last process to end sees that all is there.
+            report = summary(folder, settings, options.pictures, options.broken)
+            if report is not None:
+                folder.report(report)
+                skipped = f", {len(report['skipped'])} left out" if report["skipped"] else ""
+                print(f"{folder.pictures}: {report['pictures']} pictures{skipped}; see {REPORT}")
+    except (OSError, *NOT_ANSWERED) as error:
+        raise CommandError(sentence(error)) from error
+
+
+def _drawing_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, by the names of the pipeline's call."""
+    names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think")
+    settings = {name: getattr(options, name) for name in names} | {"num_inference_steps": options.steps}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _checkpoint(options: argparse.Namespace) -> str:
+    """The name of a checkpoint, and the commit of a Hub repository or a hash of a folder."""
+    name = Path(os.path.expanduser(options.model))
+    if name.is_dir():
+        return f"{name.resolve().name}@{checkpoint_hash(name)}"
+    found = cached_file(options.model, "model_index.json", _raise_exceptions_for_missing_entries=False)
+    return f"{options.model}@{Path(found or cached_file(options.model, 'config.json')).parent.name}"
 
 
 def info(options: argparse.Namespace) -> None:

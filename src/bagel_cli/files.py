@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -16,6 +17,8 @@ from typing import Any
 
 import PIL.Image
 from PIL.PngImagePlugin import PngInfo
+
+from bagel_bench import Picture, read_pictures
 
 
 class CommandError(Exception):
@@ -194,3 +197,25 @@ def save_picture(image: PIL.Image.Image, output: Path, pnginfo: PngInfo | None =
         raise CommandError(f"'{output}' could not be written ({error}); the picture is in '{kept.name}'.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_benchmark(options: argparse.Namespace) -> tuple[list[Picture], dict[str, str]]:
+    """
+    What a benchmark asks for, and what is wrong with its other rows, by where they stand.
+
+    Raises:
+        CommandError: if the prompts cannot be read, or not all of them and none is to be skipped.
+    """
+    prompts = Path(os.path.expanduser(options.prompts))
+    images = None if options.image_folder is None else Path(os.path.expanduser(options.image_folder))
+    try:
+        pictures, broken = read_pictures(options.benchmark, prompts, images, options.samples)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--prompts cannot be read: {error}") from error
+    if broken and options.on_error == "stop":
+        where, reason = next(iter(broken.items()))
+        more = f" So are {len(broken) - 1} more." if len(broken) > 1 else ""
+        raise CommandError(f"'{prompts}', {where}, is broken: {reason}{more} '--on-error skip' leaves them out.")
+    if not pictures:
+        raise CommandError(f"'{prompts}' holds no row that could be drawn.")
+    return pictures, broken

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from threading import Condition
 
 from diffusers_bagel import BagelReply, SessionEvent
@@ -132,7 +132,7 @@ class EngineAnswer:
             outbox.cancel()
         outbox.check()
 
-    async def __aiter__(self) -> AsyncIterator[SessionEvent]:
+    async def __aiter__(self) -> AsyncGenerator[SessionEvent, None]:
         """The same in an event loop, which no thread waits for."""
         outbox, loop, came = self._outbox, asyncio.get_running_loop(), asyncio.Event()
         outbox.listen(lambda: loop.call_soon_threadsafe(came.set))

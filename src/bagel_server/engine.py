@@ -160,6 +160,11 @@ class Engine:
         self._is_over = True
         self._thread.join()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing new is taken."""
+        return self._is_closed
+
     def stats(self) -> EngineStats:
         """What is done, and was done so far."""
         with self._changed:

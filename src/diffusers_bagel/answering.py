@@ -54,8 +54,9 @@ _GUIDANCE = {
     "cfg_renorm_min": "renorm_min",
 }
 # Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
-_PLAN = Update("keep", "read later")
-_PLAN_IN_NO_IMAGE = Update("keep", "read")
+PLAN = Update("keep", "read later")
+PLAN_IN_NO_IMAGE = Update("keep", "read")
+REFLECTION = Update("after", "read")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class SessionEvent:
         steps (`int`, *optional*): Of progress, how many the picture takes.
         reply (`BagelReply`, *optional*): The whole answer, when it is done.
         is_whole (`bool`): Whether a text ends here, maybe without another word, or a picture is no preview.
+        is_cut (`bool`): Whether a text that ends was cut off before its end.
+        tokens (`int`, *optional*): Of a text that ends, how many were written.
     """
 
     type: str
@@ -80,6 +83,8 @@ class SessionEvent:
     steps: int | None = None
     reply: Any = None
     is_whole: bool = False
+    is_cut: bool = False
+    tokens: int | None = None
 
 
 # What an answer does: it gives out events, asks for work, of which it is sent the result, and returns something.
@@ -167,20 +172,33 @@ class Answer:
         Raises:
             ValueError: if the protocol takes no image, or if the first part of the answer cannot be made.
         """
+        self.output = output
+        self.listen(message, output == "image")
+        if output == "image":
+            self._check_noise(self._grid())
+        if output != "image" or self.settings.think:
+            self._check_positions_of_text()
+        else:
+            self._check_positions_of_picture()
+
+    def listen(self, message: dict[str, Any], draws: bool) -> None:
+        """What the user says, whatever is made of it; `draws` says for what thinking is asked, if it is.
+
+        Raises:
+            ValueError: if the protocol takes no image.
+        """
         protocol = self.protocol
         if not protocol.takes_images and any(part["type"] == "image" for part in content_parts(message)):
             raise ValueError(
                 f"`content` holds an image, and the protocol '{protocol.name}' begins with a text alone. Leave it out, or "
                 "choose another `protocol`."
             )
-        self.message, self.output = message, output
+        self.message = message
         self.said = self.said.at_next_turn()
         opening = protocol.system_prompt
         if self.settings.think:
             own = None if protocol.think_prompt is None and protocol.system_prompt else THINK_PROMPTS
-            opening = protocol.think_prompt or (
-                opening if own is None else own["image" if output == "image" else "text"]
-            )
+            opening = protocol.think_prompt or (opening if own is None else own["image" if draws else "text"])
         # Once said, it holds.
         said = [segment.segment.content for segment in self.said.drawn_from.full if segment.grid is None]
         if opening is not None and opening not in said:
@@ -190,21 +208,17 @@ class Answer:
                 self._say(part["text"], protocol.given_text, is_given=True)
             else:
                 self.said = self.said.with_image(self._shown_as(part["image"], is_given=True))
-        if output == "image":
-            self._check_noise(self._grid())
-        if output != "image" or self.settings.think:
-            self._check_positions_of_text()
-        else:
-            self._check_positions_of_picture()
 
     def look(self) -> Steps[None]:
-        """What the VAE makes of the images that the user shows."""
-        said = self.session._said.at_next_turn()
-        for item in self.said.turns[-1]:
-            if isinstance(item, SaidImage):
-                said = said.with_image((yield from self._encoded(item)))
-            else:
-                said = said.with_text(item)
+        """What the VAE makes of the images that the user shows, and of those of turns that were recalled."""
+        said = Conversation()
+        for turn in self.said.turns:
+            said = said.at_next_turn()
+            for item in turn:
+                if isinstance(item, SaidText):
+                    said = said.with_text(item)
+                else:
+                    said = said.with_image(item if item.vae.latents is not None else (yield from self._encoded(item)))
         self.said = said
 
     def steps(self) -> Steps[None]:
@@ -214,7 +228,7 @@ class Answer:
         elif self.output == "image":
             if self.settings.think:
                 is_in_no_image = self.settings.drawing.get("plan_in_no_image", False)
-                yield from self._write(self.said.drawn_from, _PLAN_IN_NO_IMAGE if is_in_no_image else _PLAN)
+                yield from self._write(self.said.drawn_from, PLAN_IN_NO_IMAGE if is_in_no_image else PLAN)
             yield from self._draw("")
         else:
             yield from self._in_turn()
@@ -347,7 +361,8 @@ class Answer:
                 next_token = yield from self._predicted(context, [])
         shown = protocol.clean_last(text) if protocol.clean_last and protocol.stops(text) else text
         self._finish(type="text", text=shown)
-        yield SessionEvent("text", text="" if self.settings.streams else shown, is_whole=True)
+        words = "" if self.settings.streams else shown
+        yield SessionEvent("text", text=words, is_whole=True, is_cut=is_cut, tokens=len(written.tokens))
         return text, next_token
 
     def _written(self, context: BagelContext, scores: torch.Tensor, settings: TextSettings) -> Steps[Written]:
@@ -414,7 +429,7 @@ class Answer:
         self._check_interrupted()
         self.said = self.said.with_image((yield from self._encoded(self._shown_as(image))))
         if protocol.reflection is not None:
-            self._say(protocol.reflection, Update("after", "read"))
+            self._say(protocol.reflection, REFLECTION)
         self._finish(type="image", image=image)
         yield SessionEvent("image", image=image, is_whole=True)
         if protocol.reflection is not None:

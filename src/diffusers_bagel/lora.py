@@ -27,6 +27,7 @@ from transformers_bagel.files import HUB_ARGUMENTS
 from transformers_bagel.weights import check_no_model
 
 from .adapter_scale import lora_layers
+from .few_steps import FewSteps, without_few_steps
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,18 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
     transformer_name = "transformer"
 
     transformer: Any
+    # By the name of the adapter. The pipeline makes one for itself.
+    _few_steps: dict[str, FewSteps]
+    _fused_few_steps: FewSteps | None = None
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """How the active adapter wants to be drawn with, or one that is fused, if it was made for few steps."""
+        if self._fused_few_steps is not None or not self._few_steps:
+            return self._fused_few_steps
+        layers = (layer for layer in lora_layers(self.transformer) if not layer.disable_adapters)
+        active = getattr(next(layers, None), "active_adapters", [])
+        return next((self._few_steps[name] for name in active if name in self._few_steps), None)
 
     @classmethod
     def lora_state_dict(
@@ -144,16 +157,24 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
+        few_steps = FewSteps.from_metadata(metadata)
+        before = set(getattr(self.transformer, "peft_config", {}))
         self.load_lora_into_transformer(
             state_dict,
             self.transformer,
             adapter_name=adapter_name,
-            metadata=metadata,
+            metadata=without_few_steps(metadata),
             _pipeline=self,
             low_cpu_mem_usage=low_cpu_mem_usage,
             hotswap=hotswap,
             allow_missing_layers=allow_missing_layers,
         )
+        # Another than the one that was asked for only where none was.
+        name = str(next(iter(set(self.transformer.peft_config) - before), adapter_name))
+        self._few_steps.pop(name, None)
+        if few_steps is not None:
+            few_steps.introduce(name, self)
+            self._few_steps[name] = few_steps
 
     @classmethod
     def load_lora_into_transformer(
@@ -205,6 +226,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         save_function: Callable | None = None,
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        few_steps: FewSteps | None = None,
     ) -> None:
         """
         Write LoRA weights in diffusers' file format.
@@ -217,6 +239,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             is_main_process, safe_serialization: As in diffusers.
             transformer_lora_adapter_metadata (`dict`, *optional*):
                 `LoraConfig.to_dict()`. Without it the file does not hold alpha, and readers take the rank for it.
+            few_steps ([`FewSteps`], *optional*): How the adapter wants to be drawn with.
 
         Raises:
             OSError: if the folder is a file, or cannot be written to.
@@ -232,7 +255,11 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 "Without `transformer_lora_adapter_metadata` the file does not say alpha: it will be read as the rank. "
                 "Pass `pipe.transformer.peft_config[adapter_name].to_dict()`."
             )
-        metadata = transformer_lora_adapter_metadata or {}
+        metadata = {
+            f"{DIFFUSERS_PREFIX}{key}": value for key, value in (transformer_lora_adapter_metadata or {}).items()
+        }
+        if few_steps is not None:
+            metadata |= few_steps.metadata()
         cls.write_lora_layers(
             state_dict=cls.pack_weights(transformer_lora_layers, cls.transformer_name),
             save_directory=destination(save_directory, "`save_directory`"),
@@ -240,7 +267,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
             weight_name=weight_name,
             save_function=save_function,
             safe_serialization=safe_serialization,
-            lora_adapter_metadata={f"{DIFFUSERS_PREFIX}{key}": value for key, value in metadata.items()} or None,
+            lora_adapter_metadata=metadata or None,
         )
 
     def fuse_lora(self, components: list[str] = ["transformer"], *args: Any, **kwargs: Any) -> None:  # noqa: B006
@@ -249,11 +276,13 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         scalings = {layer: dict(layer.scaling) for layer in lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
+        self._fused_few_steps = self.few_steps
         super().fuse_lora(components, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
         _check_is_model(self.transformer)
+        self._fused_few_steps = None
         super().unfuse_lora(components, **kwargs)
         for layer, scaling in self.__dict__.pop("_unfused_scalings", {}).items():
             layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
@@ -263,11 +292,14 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         _check_is_model(self.transformer)
         self.__dict__.pop("_unfused_scalings", None)
         super().unload_lora_weights()
+        self._few_steps.clear()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """See [`~loaders.LoraBaseMixin.delete_adapters`]. The last one leaves plain layers."""
         _check_is_model(self.transformer)
         self.transformer.delete_adapter(adapter_names)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._few_steps.pop(name, None)
 
     def enable_lora_hotswap(self, **kwargs: Any) -> None:
         """Prepare for adapters up to a rank of `target_rank` (128), and for a compiled transformer, before the first load.

@@ -58,7 +58,7 @@ from .loading import CheckedDownloadMixin, load_original_components, name_own_mo
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
-from .presets import Preset, with_preset
+from .presets import Preset, with_defaults
 from .randomness import draw_seed
 
 
@@ -128,6 +128,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, resample="bicubic")
         self._taylorseer: TaylorSeerConfig | None = None
         self._split_group: torch.distributed.ProcessGroup | None = None
+        self._few_steps = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BagelPipeline":
@@ -454,7 +455,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         return guidance_contexts(reader, prompts, full, guidance, plan_in_no_image, empty_no_text), plans
 
     @torch.no_grad()
-    @with_preset
+    @with_defaults
     @with_plain_numbers
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(

@@ -100,17 +100,19 @@ def merged(settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return settings | given
 
 
-def with_preset(method: Callable) -> Callable:
-    """Let a pipeline's `__call__` take what the caller leaves out, or `None`, from its `preset`."""
+def with_defaults(method: Callable) -> Callable:
+    """Let a pipeline's `__call__` take what the caller leaves out, or `None`, from a few-step adapter, else from `preset`."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("preset") is None:
+        few_steps = self.few_steps
+        if kwargs.get("preset") is None and few_steps is None:
             return method(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
-        preset = find_preset(given.pop("preset"))
-        return method(**merged(preset.of_pipeline(self.transformer.config), given))
+        preset = given.pop("preset", None)
+        settings = {} if preset is None else find_preset(preset).of_pipeline(self.transformer.config)
+        return method(**merged(settings if few_steps is None else few_steps.over(settings, given), given))
 
     return called
 

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from transformers import DynamicCache
 
 from transformers_bagel import fork_cache
@@ -81,6 +82,15 @@ class ReadContexts:
                 context = context.behind(longest)
             kept.append(context.cut())
         self._contexts = kept[::-1]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All keys and values that are kept, some of them more than once."""
+        for context in self._contexts:
+            each: BagelContext | None = context
+            while each is not None:
+                for layer in () if each.cache is None else each.cache.layers:
+                    yield from (layer.keys, layer.values)
+                each = each.prefix
 
     def keep(self, context: BagelContext) -> None:
         """Remember a context, and none that it begins with: its cache has their tokens."""

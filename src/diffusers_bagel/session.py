@@ -25,6 +25,7 @@ from .inputs import check_flag, check_guidance, check_whole_number, with_residua
 from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
+from .recalling import recall, turns_of
 from .saved_sessions import read_description, restored, save_session, saved_protocol
 from .streamers import AnswerStreamer, ended, is_streamer
 from .work import at_once
@@ -195,6 +196,25 @@ class BagelSession:
             del self.messages[count:], self._turns[-turns:]
         self._read.forget_all_but(self._said.segment_lists())
 
+    def recall(self, messages: Sequence[dict[str, Any]], sanitize_control_tokens: bool = False) -> None:
+        """
+        Take over messages of a conversation that was led elsewhere, behind what was said here.
+
+        The next answer is what it would be if they had been said and answered here. No model is asked before that.
+
+        Args:
+            messages (`Sequence[dict]`):
+                Of users and of the assistant. What others than the assistant say before an answer is one turn. Thoughts are
+                within the texts of an answer, between `<think>` and `</think>`.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `False`):
+                Whether special tokens in what was said are words like others.
+
+        Raises:
+            TypeError, ValueError: if they are no messages, or if the protocol does not take them.
+        """
+        self._check_idle()
+        recall(self, turns_of(messages), sanitize_control_tokens)
+
     def interrupt(self) -> None:
         """End the answer that is being made, from another thread or between two events: its last whole part stays."""
         self._interrupted_at = time.monotonic()
@@ -299,7 +319,7 @@ class BagelSession:
         self._began_at = time.monotonic()
         if output not in OUTPUTS:
             raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
-        output, settings = self._with_preset(output, settings)
+        output, settings = self._with_defaults(output, settings)
         if output != "text" and not self.pipe.transformer.config.visual_gen:
             raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
         message = {"role": "user", "content": _parts(content)}
@@ -312,16 +332,16 @@ class BagelSession:
         answer.hear(message, output)
         return answer
 
-    def _with_preset(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """What an answer is made of, and its settings; those of a preset stand behind what the caller gave."""
-        given = dict(given)
-        if (name := given.pop("preset", None)) is None:
-            return output, given
-        preset = find_preset(name)
-        return (
-            preset.output if output == "auto" else output,
-            merged(preset.of_session(self.pipe.transformer.config), given),
-        )
+    def _with_defaults(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What an answer is made of, and its settings: the caller's, else a few-step adapter's, else the preset's."""
+        given, settings = dict(given), {}
+        if (name := given.pop("preset", None)) is not None:
+            preset = find_preset(name)
+            output = preset.output if output == "auto" else output
+            settings = preset.of_session(self.pipe.transformer.config)
+        if (few_steps := self.pipe.few_steps) is not None and output != "text":
+            settings = few_steps.over(settings, given)
+        return output, merged(settings, given)
 
     def _settings(self, given: dict[str, Any]) -> AnswerSettings:
         """Settings of an answer: the caller's, else the protocol's, else those of every session."""

@@ -16,6 +16,9 @@ from huggingface_hub.utils import get_session, httpx
 
 # A part of IPv6 whose addresses end in one of IPv4 (RFC 6052).
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Addresses of IPv4 in a form of before (RFC 4291), and those that a site translates for itself (RFC 8215); the library takes
+# both for public ones.
+_LOCAL = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b:1::/48")]
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def is_public(address: str) -> bool:
     wrapped = [getattr(ip, kind, None) for kind in ("ipv4_mapped", "sixtofour")]
     if ip in _NAT64:
         wrapped.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    if any(ip in network for network in _LOCAL):
+        return False
     return all(part.is_global and not part.is_multicast for part in (ip, *filter(None, wrapped)))
 
 

@@ -221,6 +221,9 @@ class TestNames:
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
         ("64:ff9b::808:808", True),
+        ("64:ff9b:1::808:808", False),
+        ("::127.0.0.1", False),
+        ("::10.0.0.1", False),
     ],
 )
 def test_public_addresses(address, expected):

@@ -1,0 +1,138 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""The folder of a run: of which settings it is, what is drawn, and how long it took. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+PICTURES, SETTINGS, REPORT, RECORDS = "images", "settings.json", "report.json", "records"
+PARTIAL, LOCK = ".partial", ".lock"
+
+
+class RunFolder:
+    """
+    Where the processes of a run write.
+
+    Args:
+        path (`Path`): The folder, which need not be there yet.
+        rank (`int`, *optional*, defaults to 0): Number of this process.
+    """
+
+    def __init__(self, path: Path, rank: int = 0):
+        self.path = path
+        self.pictures = path / PICTURES
+        self.rank = rank
+        self._recording = threading.Lock()
+
+    @contextmanager
+    def opened(self, settings: dict[str, Any]) -> Iterator[None]:
+        """
+        Begin or resume a run, which no other process of this number does at the same time.
+
+        Raises:
+            ValueError: if another run is going on there, or the folder is of other settings, which are named, or of
+                something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"'{self.path}' is a file: name a folder.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self._is_of_a_run():
+            raise ValueError(f"'{self.path}' holds no run, but other files: name a new folder.")
+        (self.path / PARTIAL).mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / f"{LOCK}-{self.rank}", timeout=0):
+                self._claim(settings)
+                self.pictures.mkdir(exist_ok=True)
+                yield
+        except Timeout as error:
+            raise ValueError(f"'{self.path}' is being written by another run: wait for it, or end it.") from error
+
+    def _is_of_a_run(self) -> bool:
+        return (self.path / SETTINGS).is_file() or (self.path / PARTIAL).is_dir()
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        """The first process to come says of which settings the folder is; the others, and later runs, must agree."""
+        file = self.path / SETTINGS
+        with FileLock(self.path / f"{LOCK}-settings"):
+            if not file.exists() or not any(self.path.glob(f"{RECORDS}-*")):
+                # Nothing was drawn with them.
+                self._write_json(file, settings)
+        found = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
+        if found:
+            raise ValueError(f"'{self.path}' is of a run with other settings: {'; '.join(found)}.")
+
+    def check_pictures(self, prompts: dict[str, str]) -> None:
+        """
+        Refuse to go on where other prompts were drawn.
+
+        Args:
+            prompts (`dict[str, str]`): Of each picture file of this run.
+
+        Raises:
+            ValueError: naming a picture and both of its prompts.
+        """
+        for record in self.records():
+            file, prompt = record["file"], record["prompt"]
+            if file not in prompts and (self.pictures / file).exists():
+                raise ValueError(f"'{self.path}' has the picture '{file}', which these prompts do not ask for.")
+            if prompts.get(file, prompt) != prompt:
+                raise ValueError(f"'{self.path}': '{file}' was drawn of {prompt!r}, not of {prompts[file]!r}.")
+
+    def write(self, file: str, save: Callable[[Path], Any]) -> None:
+        """Let a function write a picture or text file, which then appears at once."""
+        target, partial = self.pictures / file, self._partial(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save(partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _partial(self, file: str) -> Path:
+        return self.path / PARTIAL / f"{self.rank}-{threading.get_ident()}{Path(file).suffix}"
+
+    def record(self, **values: Any) -> None:
+        """Add a line about a picture."""
+        line = json.dumps(values, ensure_ascii=False) + "\n"
+        with self._recording, (self.path / f"{RECORDS}-{self.rank}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of all processes; one that a crash cut off is left out."""
+        found = []
+        for file in sorted(self.path.glob(f"{RECORDS}-*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return found
+
+    def report(self, report: dict[str, Any]) -> None:
+        """Write what the run was."""
+        self._write_json(self.path / REPORT, report)
+
+    def _write_json(self, file: Path, values: dict[str, Any]) -> None:
+        partial = self._partial(file.name)
+        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], name: str = "") -> list[str]:
+    """What two settings differ in, each as `name is 25, not 49`: there, not here."""
+    found = []
+    for key in [*there, *(key for key in here if key not in there)]:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{name}{key}.")
+        elif old != new:
+            found.append(f"`{name}{key}` is {old!r} there, and {new!r} here")
+    return found

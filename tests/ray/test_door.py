@@ -1,0 +1,148 @@
+"""What clients see while replicas die or are full: the door, before replicas that are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from .conftest import NO_RAY
+
+
+pytest.importorskip("ray", reason=NO_RAY)
+
+import httpx  # noqa: E402
+from ray.exceptions import ActorDiedError  # noqa: E402
+
+from bagel_server import ServerSettings  # noqa: E402
+from bagel_server.on_ray import Door  # noqa: E402
+
+
+def response(status: int, body: bytes, kind: str = "application/json") -> list:
+    start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode())]}
+    return [start, {"type": "http.response.body", "body": body, "more_body": False}]
+
+
+class Parts:
+    """A `DeploymentResponseGenerator`: parts of an answer, or the error behind them."""
+
+    def __init__(self, parts: list):
+        self.parts = list(parts)
+        self.is_cancelled = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if not self.parts:
+            raise StopAsyncIteration
+        part = self.parts.pop(0)
+        if isinstance(part, Exception):
+            raise part
+        return [part]
+
+    def cancel(self):
+        self.is_cancelled = True
+
+
+class Replicas:
+    """A `DeploymentHandle` that answers one call after the other with what it was given."""
+
+    def __init__(self, *answers: list):
+        self.left = [Parts(answer) for answer in answers]
+        self.given = list(self.left)
+        self.keys: list[str] = []
+        self.answer = self
+
+    def options(self, stream: bool, session_id: str):
+        self.keys.append(session_id)
+        return self
+
+    def remote(self, request):
+        return self.left.pop(0)
+
+
+DEAD = ActorDiedError()
+FULL = response(429, b'{"error": {}}')
+RIGHT = response(200, b'{"choices": []}')
+STREAM = response(200, b"data: 1\n\n", "text/event-stream; charset=utf-8")
+
+
+async def ask(replicas: Replicas, path: str = "/v1/chat/completions", **settings) -> httpx.Response:
+    door = Door(replicas, ServerSettings(**settings))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://door") as client:
+        return await client.post(path, json={"messages": [{"role": "user", "content": "a red circle"}]})
+
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def test_an_answer_is_handed_on():
+    replicas = Replicas(RIGHT)
+    answer = await ask(replicas)
+    assert (answer.status_code, answer.json()) == (200, {"choices": []})
+
+
+@pytest.mark.parametrize(
+    "died", [[DEAD], [RIGHT[0], DEAD], [STREAM[0] | {"headers": []}, DEAD]], ids=["at_once", "within", "early"]
+)
+async def test_another_replica_answers_for_one_that_died(died):
+    replicas = Replicas(died, RIGHT)
+    answer = await ask(replicas)
+    assert (answer.status_code, answer.json()) == (200, {"choices": []})
+    assert replicas.keys[0] == replicas.keys[1] != ""
+
+
+async def test_the_second_death_is_told_as_503():
+    answer = await ask(Replicas([DEAD], [RIGHT[0], DEAD]))
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"] == {
+        "message": "The replica that was answering has died. Ask again.",
+        "type": "server_error",
+        "param": None,
+        "code": "replica_died",
+    }
+
+
+async def test_a_conversation_whose_replica_is_full_goes_to_any():
+    replicas = Replicas(FULL, RIGHT)
+    assert (await ask(replicas)).status_code == 200
+    assert replicas.keys[0] != "" and replicas.keys[1] == ""
+
+
+async def test_when_all_are_full_it_is_said():
+    assert (await ask(Replicas(FULL, FULL))).status_code == 429
+
+
+async def test_a_stream_that_was_seen_ends_with_an_error():
+    begun = [STREAM[0], STREAM[1] | {"more_body": True}]
+    first, second, last = (await ask(Replicas([*begun, DEAD]))).text.strip().split("\n\n")
+    assert (first, last) == ("data: 1", "data: [DONE]")
+    assert json.loads(second.removeprefix("data: "))["error"]["code"] == "replica_died"
+
+
+async def test_a_stream_of_named_events_ends_with_one():
+    begun = [STREAM[0], STREAM[1] | {"more_body": True}]
+    last = (await ask(Replicas([*begun, DEAD]), "/v1/images/generations")).text.strip().split("\n\n")[-1]
+    name, data = last.split("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["type"] == "error"
+
+
+async def test_what_is_too_large_reaches_no_replica():
+    replicas = Replicas()
+    answer = await ask(replicas, max_body_bytes=10)
+    assert answer.status_code == 413
+    assert replicas.keys == []
+
+
+async def test_nothing_goes_on_behind_an_answer():
+    replicas = Replicas(FULL, RIGHT)
+    await ask(replicas)
+    assert all(parts.is_cancelled for parts in replicas.given)

@@ -1,0 +1,100 @@
+"""`/v1/images/generations` and `/v1/images/edits`, by the official client."""
+
+from __future__ import annotations
+
+import numpy as np
+import openai
+import pytest
+import torch
+
+from tests.conftest import golden_image
+
+from .conftest import SMALL, picture, png, session_of, wide
+
+
+def drawn(pipe, content, seed: int, **settings):
+    return (
+        session_of(pipe)
+        .send(
+            content,
+            output="image",
+            generator=torch.Generator().manual_seed(seed),
+            sanitize_control_tokens=True,
+            vae_sample_mode="argmax",
+            **settings,
+        )
+        .images[0]
+    )
+
+
+def test_pictures_are_what_sessions_draw(client, pipe):
+    answer = client.images.generate(
+        prompt="a red circle", n=2, size="64x48", extra_body={"num_inference_steps": 3, "seed": 7}
+    )
+    assert answer.size == "64x48" and answer.output_format == "png"
+    for image, seed in zip(answer.data, (7, 8), strict=True):
+        # Both are drawn in one loop, whose other shapes round otherwise.
+        expected = np.asarray(drawn(pipe, "a red circle", seed, **SMALL), int)
+        assert np.abs(np.asarray(picture(image.b64_json), int) - expected).max() <= 1
+        assert image.seed == seed
+    assert answer.usage.output_tokens == answer.usage.output_tokens_details.image_tokens == 24
+    assert answer.usage.input_tokens == answer.usage.input_tokens_details.text_tokens
+
+
+def test_several_images_are_edited_in_their_order(client, pipe):
+    square = golden_image("square").convert("RGB")
+    files = [("wide.png", png(wide())), ("square.png", png(square))]
+    settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    answer = client.images.edit(image=files, prompt="join them", extra_body=settings | {"seed": 3})
+    expected = drawn(pipe, [wide(), square, "join them"], 3, **settings)
+    assert picture(answer.data[0].b64_json).tobytes() == expected.tobytes()
+    assert answer.usage.input_tokens_details.image_tokens > 0
+    one = client.images.edit(image=files[0], prompt="x", size="64x48", extra_body={"num_inference_steps": 2})
+    assert picture(one.data[0].b64_json).size == (64, 48)
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_pictures_come_in_other_formats(output_format, client):
+    answer = client.images.generate(prompt="x", output_format=output_format, output_compression=50, extra_body=SMALL)
+    assert picture(answer.data[0].b64_json).format == output_format.upper()
+
+
+@pytest.mark.parametrize("kind", ["image_generation", "image_edit"])
+def test_partial_images_are_streamed_before_the_picture(kind, client):
+    settings = {"prompt": "x", "partial_images": 2, "size": "64x48", "stream": True}
+    settings["extra_body"] = {"num_inference_steps": 6, "seed": 1}
+    if kind == "image_edit":
+        events = list(client.images.edit(image=("wide.png", png(wide())), **settings))
+    else:
+        events = list(client.images.generate(**settings))
+    partial = [event for event in events if event.type == f"{kind}.partial_image"]
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    assert all(picture(event.b64_json).size == (64, 48) for event in partial)
+    progress = [event for event in events if event.type == f"{kind}.progress"]
+    assert [(event.step, event.steps) for event in progress] == [(step, 6) for step in range(6)]
+    last = events[-1]
+    assert last.type == f"{kind}.completed" and last.size == "64x48" and last.usage.output_tokens == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"mask": png(wide())}, "mask"),
+        ({"size": "1x1"}, "size"),
+        ({"n": 100}, "n"),
+        ({"response_format": "url"}, "response_format"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"background": "transparent"}, "background"),
+        ({"prompt": ""}, "prompt"),
+        ({"model": "dall-e-2"}, "model"),
+        ({"image": ("x.png", b"no picture")}, "image"),
+        ({"image": [("x.png", png(wide()))] * 17}, "image"),
+        ({"extra_body": {"foo": 1}}, "foo"),
+        ({"extra_body": {"num_inference_steps": "many"}}, "num_inference_steps"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(settings, param, client):
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.images.edit(**({"image": ("wide.png", png(wide())), "prompt": "x"} | settings))
+    assert raised.value.status_code == (404 if param == "model" else 400)
+    assert raised.value.body["param"] == param
