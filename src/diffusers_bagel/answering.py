@@ -44,6 +44,10 @@ class Interrupted(Exception):
     """An answer that somebody ended."""
 
 
+class ContextLengthError(ValueError):
+    """A conversation that leaves no positions for its answer."""
+
+
 Result = TypeVar("Result")
 CONTEXTS = ("full", "no_text", "no_image")
 _GUIDANCE = {
@@ -543,7 +547,7 @@ class Answer:
         limit = self.pipe.transformer.config.text_config.max_position_embeddings
         used = sum(segment.num_positions for segment in self.said.drawn_from.full)
         if used + needed > limit:
-            raise ValueError(
+            raise ContextLengthError(
                 f"{part} takes {needed} rope positions, but the model knows {limit}, of which the conversation takes {used}: "
                 f"{max(limit - used, 0)} are left. Say less, ask for less, or go `back()`."
             )
