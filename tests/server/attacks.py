@@ -372,6 +372,13 @@ def wrong_fields() -> Iterator[Attack]:
             rest = {key: value for key, value in BASE[path].items() if key != name}
             yield Attack(f"{path} without {name}", path, encoded(rest), name)
     both = BASE[CHAT] | {"max_tokens": 1, "max_completion_tokens": 1}
+    # More than the model has positions for.
+    long = "a" * 5000
+    yield Attack(
+        "long messages", CHAT, encoded(BASE[CHAT] | {"messages": said({"type": "text", "text": long})}), "messages"
+    )
+    yield Attack("a long prompt", DRAW, encoded(BASE[DRAW] | {"prompt": long}), "prompt")
+    yield Attack("a long input", RESPOND, encoded(BASE[RESPOND] | {"input": long}), "input")
     yield Attack("two lengths", CHAT, encoded(both), "max_tokens")
     yield Attack("two sizes", DRAW, encoded(BASE[DRAW] | {"size": "64x64", "height": 64}), "size")
     yield Attack("a field twice", DRAW, b'{"prompt": "a", "n": 1, "n": "a"}', "n")

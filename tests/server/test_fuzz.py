@@ -360,6 +360,49 @@ def test_a_full_server_says_when_to_come_again(target):
             assert int(answer.headers["retry-after"]) >= 1
 
 
+STRANGE = (
+    *(
+        "\0",
+        "\n",
+        " ",
+        "\u202e",
+        "\ufeff",
+        "\uffff",
+        "\U0010ffff",
+        "\x1b[31m",
+        "\r\n\r\nHTTP/1.1 200",
+        "🥯" * 50,
+        "a\u0300" * 99,
+    ),
+    *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|endoftext|>", "<think></think>", "</think>", "<think>"),
+    *("{{ 7 * 7 }}", "{% for %}", "%s%n", "../../etc/passwd", "<script>", "'; DROP TABLE", "$(id)"),
+)
+
+
+def test_strange_words_are_words(target):
+    """Whatever somebody says is said, and drawn."""
+    asked = [
+        *(
+            Attack(f"says {w!r:.30}", CHAT, encoded(BASE[CHAT] | {"messages": said({"type": "text", "text": w})}))
+            for w in STRANGE
+        ),
+        *(Attack(f"draws {w!r:.30}", DRAW, encoded(BASE[DRAW] | {"prompt": w})) for w in STRANGE),
+        *(
+            Attack(
+                f"responds {w!r:.30}",
+                RESPOND,
+                encoded(BASE[RESPOND] | {"input": w, "instructions": w, "max_output_tokens": 1}),
+            )
+            for w in STRANGE
+        ),
+    ]
+
+    def answered(attack: Attack, answer: Answer | None) -> str | None:
+        return None if answer is not None and answer.status == 200 else str(answer)
+
+    assert faults(target, asked, answered) == []
+
+
 def test_an_image_of_many_is_named(target):
     """By its place, so that somebody can find it."""
     messages = said(
