@@ -17,7 +17,7 @@ from .errors import ApiError
 from .generation import Answers, Asked, Choice, Generation, Piece, Usage
 from .images import data_url
 from .messages import Reader
-from .requests import Sampling, at_most, refuse
+from .requests import Sampling, lengths, refuse
 from .settings import ServerSettings
 from .sse import Events
 
@@ -131,9 +131,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
     longest = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
     tokens = getattr(body, longest)
     chosen = body.drawing() | body.sampling()
-    chosen["max_new_tokens"] = min(1024, settings.max_new_tokens) if tokens is None else tokens
-    at_most(longest, tokens, settings.max_new_tokens)
-    chosen["max_images"] = at_most("max_images", body.max_images, settings.max_drawn)
+    chosen |= lengths(settings, body.max_images, **{longest: tokens})
     if body.reasoning_effort is not None and body.think is None:
         chosen["think"] = body.reasoning_effort not in ("none", "minimal")
     stops = stops_of(body.stop)

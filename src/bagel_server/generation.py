@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import Request
@@ -141,7 +142,7 @@ class Generation:
         Raises:
             ApiError: naming the field that is wrong.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._readers, asked_by, *body, self.settings)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(asked_by, *body, self.settings))
 
     @asynccontextmanager
     async def answers(self, request: Request, asked: Asked) -> AsyncIterator[Answers]:
@@ -177,6 +178,7 @@ class Generation:
         if session is None:
             session = BagelSession(self.engine.pipe, self.settings.protocol)
         cached = count_tokens(session, asked.output)
+        most = min(session.protocol.max_images or self.settings.max_drawn, self.settings.max_drawn)
         own = {"sanitize_control_tokens": not self.settings.raw_tokens}
         if missing := earlier[known:]:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
@@ -195,7 +197,7 @@ class Generation:
                     **own,
                     # Drawn, latents would depend on whether the conversation was cached.
                     vae_sample_mode="argmax",
-                    **asked.settings,
+                    **({"max_images": most} | dict(asked.settings)),
                 )
                 answers.choices.append(Choice(index, seed + index, answer, fork))
         except Exception:

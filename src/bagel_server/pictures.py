@@ -18,13 +18,12 @@ from .errors import ApiError
 from .generation import Answers, Asked, Generation, Piece, Usage
 from .images import in_base64
 from .messages import Reader
-from .requests import Fields, preview_every, refuse
+from .requests import Fields, lengths, preview_every, refuse
 from .settings import ServerSettings
 from .sse import Events
 
 
 router = APIRouter()
-_MAX_TOKENS_OF_THOUGHTS = 1024
 
 
 class PictureRequest(Fields):
@@ -101,7 +100,7 @@ def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSetting
     if not body.prompt:
         raise ApiError("`prompt` is empty. Say what to draw.", "prompt")
     parts.append(reader.text(body.prompt, "prompt"))
-    chosen = body.drawing() | {"max_new_tokens": min(_MAX_TOKENS_OF_THOUGHTS, settings.max_new_tokens)}
+    chosen = body.drawing() | lengths(settings)
     if body.stream:
         chosen["progress"] = True
     if body.partial_images:

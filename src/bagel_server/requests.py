@@ -17,8 +17,8 @@ from .settings import ServerSettings
 Output = Literal["auto", "text", "image", "interleaved"]
 # Under this, the likeliest token is as good as certain, and dividing by it overflows.
 _LEAST_TEMPERATURE = 0.01
-# Of a pipeline that is told no number.
-_DEFAULT_STEPS = 49
+# Of a pipeline, and of a session, that is told no number.
+_DEFAULT_STEPS, _DEFAULT_TOKENS = 49, 1024
 
 
 class Fields(BaseModel):
@@ -105,17 +105,30 @@ def _sides(size: str | None) -> tuple[int, int]:
 
 def _at_most(name: str, value: int | None, limit: int) -> None:
     if value is not None and value > limit:
-        raise ApiError(f"`{name}` must be at most {limit} on this server, got {str(value)[:32]}.", name)
+        message = f"`{name}` must be at most {limit} on this server, got {str(value)[:32]}."
+        raise ApiError(message, name, code="invalid_value")
 
 
-def at_most(name: str, value: int | None, limit: int) -> int:
-    """A number of a request within the server's limit, which holds for one that says nothing.
+def lengths(settings: ServerSettings, max_images: int | None = None, **tokens: int | None) -> dict[str, int]:
+    """
+    How long an answer may become. What a request does not say, a preset or protocol may, or else the session.
+
+    Args:
+        settings ([`ServerSettings`])
+        max_images (`int`, *optional*): Of the request.
+        tokens (`int`, *optional*): Of the request, under the name of its field.
 
     Raises:
-        ApiError: naming the field.
+        ApiError: naming the field that is above the limit.
     """
-    _at_most(name, value, limit)
-    return limit if value is None else value
+    _at_most("max_images", max_images, settings.max_drawn)
+    for name, value in tokens.items():
+        _at_most(name, value, settings.max_new_tokens)
+    (longest,) = tokens.values() or (None,)
+    if longest is None and settings.max_new_tokens < _DEFAULT_TOKENS:
+        longest = settings.max_new_tokens
+    chosen = {"max_new_tokens": longest, "max_images": max_images}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def preview_every(steps: int | None, count: int) -> int:

@@ -14,7 +14,7 @@ from .bodies import read_json, validated
 from .errors import ApiError
 from .generation import Answers, Asked, Generation
 from .messages import Reader
-from .requests import Sampling, at_most, preview_every, refuse
+from .requests import Sampling, lengths, preview_every, refuse
 from .response_events import ResponseEvents
 from .settings import ServerSettings
 from .sse import Events
@@ -148,10 +148,7 @@ def asked_by(body: ResponseRequest, settings: ServerSettings) -> Asked:
                 setattr(body, name, getattr(tool, name))
         body.check(settings)
     chosen = body.drawing() | body.sampling()
-    tokens = body.max_output_tokens
-    chosen["max_new_tokens"] = min(1024, settings.max_new_tokens) if tokens is None else tokens
-    at_most("max_output_tokens", tokens, settings.max_new_tokens)
-    chosen["max_images"] = at_most("max_images", body.max_images, settings.max_drawn)
+    chosen |= lengths(settings, body.max_images, max_output_tokens=body.max_output_tokens)
     if body.reasoning is not None and body.reasoning.effort is not None and body.think is None:
         chosen["think"] = body.reasoning.effort not in ("none", "minimal")
     if body.stream:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from bagel_server import Engine
 from diffusers_bagel import PRESETS, BagelGuidance, BagelPipeline, BagelSession, Preset, send_all
 from tests.conftest import CHECKPOINT, DEVICE, golden_image, load_processor
 from tests.diffusers_bagel.conftest import seeded
@@ -307,12 +308,18 @@ def test_what_the_caller_passes_wins(full_size, monkeypatch):
 
 def test_a_preset_says_what_an_answer_is_made_of_unless_the_caller_does(pipe):
     image = golden_image("wide")
-    short = {"num_inference_steps": 2, "max_new_tokens": 3}
+    short: dict = {"num_inference_steps": 2, "max_new_tokens": 3}
     assert BagelSession(pipe).send([image, "a"], preset="gedit", **short).images
     assert not BagelSession(pipe).send([image, "a"], "text", preset="gedit", **short).images
     assert not BagelSession(pipe).send([image, "a"], preset="vqa", max_new_tokens=3).images
     replies = send_all([(BagelSession(pipe), [image, "a"]) for _ in range(2)], preset="imgedit", **short)
     assert all(reply.images for reply in replies)
+    engine = Engine(pipe)
+    try:
+        answers = [engine.submit(BagelSession(pipe), [image, "a"], preset=name, **short) for name in ("gedit", "vqa")]
+        assert [bool(answer.result(60).images) for answer in answers] == [True, False]
+    finally:
+        engine.close()
 
 
 def test_a_preset_of_ones_own(pipe):

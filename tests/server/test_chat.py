@@ -179,6 +179,22 @@ def test_an_answer_without_a_seed_tells_its_own(client):
     assert again.choices[0].message.content == first.choices[0].message.content
 
 
+def test_a_preset_is_what_it_is_in_a_session(client, pipe):
+    asked = {"model": MODEL, "messages": [user(wide(), "make it red")], "modalities": ["image"], "seed": 7}
+    answer = client.chat.completions.create(**asked, extra_body=SMALL | {"preset": "gedit"})
+    reply = session_of(pipe).send(
+        [wide(), "make it red"],
+        output="image",
+        preset="gedit",
+        generator=seeded(7),
+        sanitize_control_tokens=True,
+        vae_sample_mode="argmax",
+        **SMALL,
+    )
+    message = answer.choices[0].message
+    assert picture(message.images[0]["image_url"]["url"]).tobytes() == reply.images[0].tobytes()
+
+
 def test_a_stop_is_no_part_of_the_answer(client):
     asked = {"model": MODEL, "messages": [user("tell me more")], "max_tokens": 12}
     whole = client.chat.completions.create(**asked).choices[0].message.content
@@ -219,6 +235,7 @@ REFUSED = {
     "size": [("big", "size"), ("17x16", "size")],
     "num_inference_steps": [(0, "num_inference_steps"), (10**6, "num_inference_steps")],
     "guidance_scale": [(-1, "guidance_scale")],
+    "preset": [("nothing", "preset")],
     "foo": [(1, "foo")],
 }
 

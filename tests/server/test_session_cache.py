@@ -33,11 +33,13 @@ def converse(client, *settings: dict) -> list:
 
 TEXT, PICTURE = {}, {"modalities": ["image"], "extra_body": SMALL}
 BOTH = {"modalities": ["text", "image"], "extra_body": SMALL | {"max_images": 1}}
+# Which sees images in its own size.
+PRESET = {"modalities": ["image"], "extra_body": SMALL | {"preset": "gedit"}}
 PLANNED = {"modalities": ["image"], "extra_body": SMALL | {"think": True}}
 
 
 @pytest.mark.parametrize(
-    "turns", [[TEXT, TEXT, PICTURE], [PICTURE, TEXT, PICTURE], [BOTH, TEXT], [PLANNED, PICTURE, TEXT]]
+    "turns", [[TEXT, TEXT, PICTURE], [PICTURE, TEXT, PICTURE], [BOTH, TEXT], [PLANNED, PICTURE, TEXT], [PRESET, TEXT]]
 )
 def test_a_conversation_goes_on_alike_from_the_cache_and_from_nothing(turns, engine):
     with served(engine) as cached, served(engine, max_cache_bytes=0) as plain:
