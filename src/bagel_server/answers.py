@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -35,11 +36,13 @@ class Outbox:
     Attributes:
         is_cancelled (`bool`): Whether nobody wants more.
         has_ended (`bool`): Whether no more comes.
+        pictures (`int`): Whole ones that came.
     """
 
     def __init__(self) -> None:
         self.is_cancelled = False
         self.has_ended = False
+        self.pictures = 0
         self._events: deque[SessionEvent] = deque()
         self._reply: BagelReply | None = None
         self._error: BaseException | None = None
@@ -51,10 +54,14 @@ class Outbox:
         with self._changed:
             self._events.append(event)
             self._reply = event.reply
+            self.pictures += event.type == "image"
         self._tell()
 
     def end(self, error: BaseException | None = None) -> None:
         """No more comes."""
+        if error is not None:
+            # What the forward that failed had made would be kept as long as the error is.
+            traceback.clear_frames(error.__traceback__)
         with self._changed:
             self._error = error
             self.has_ended = True

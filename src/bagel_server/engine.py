@@ -235,7 +235,7 @@ class Engine:
                 else:
                     self._waiting.remove(job)
                 self._answers += 1
-                self._pictures += job.pictures
+                self._pictures += job.outbox.pictures
                 self._errors += job.error is not None
                 self._cancelled += job.was_cancelled
         for job in ended:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from diffusers_bagel import SessionEvent
 from diffusers_bagel.answering import Interrupted, Steps
 from diffusers_bagel.work import Decoding, Drawing, Encoding, Reading, Running, Work, Writing, results
 
@@ -29,21 +28,15 @@ class Job(Running):
     Attributes:
         outbox (`Outbox`): Gets its events.
         began_at (`float`): When its making began.
-        pictures (`int`): That are whole.
         has_ended (`bool`)
         was_cancelled (`bool`): Whether that is because nobody wanted more.
     """
 
     def __init__(self, steps: Steps[None], deadline: float):
         self.outbox = Outbox()
-        super().__init__(steps, self._put)
+        super().__init__(steps, self.outbox.put)
         self.deadline, self.began_at = deadline, 0.0
-        self.pictures = 0
         self.has_ended = self.was_cancelled = False
-
-    def _put(self, event: SessionEvent) -> None:
-        self.pictures += event.type == "image"
-        self.outbox.put(event)
 
     def begin(self) -> None:
         """Go on to the first piece of work."""

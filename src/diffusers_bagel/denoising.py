@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from .guidance import BagelGuidance
 # its caches (docs/images.md, "Batches"); elsewhere memory sets the bound.
 MAX_STEP_TOKENS_CPU = 1536
 MAX_STEP_TOKENS = 32768
+# Of denoisers, none of which is told of another by itself: it would keep what that one holds.
+_numbers = itertools.count()
 
 
 @dataclass
@@ -77,7 +80,8 @@ class Denoiser:
         self.adapters = AdapterScale(transformer, attention_kwargs)
         self.drawings: list[Drawing] = []
         self._owners: list[int] = []
-        self._selected: dict[tuple[tuple[Denoiser, int], ...], PrefixCache] = {}
+        self._selected: dict[tuple[tuple[int, int], ...], PrefixCache] = {}
+        self._number = next(_numbers)
         views, positions = self._add_branches(contexts, grids, guidance)
         lengths = [self.drawings[owner].num_tokens for owner in self._owners]
         self.prefix: Any = PrefixCache(views) if group is None else SplitPrefixCache(views, lengths, group)
@@ -172,15 +176,15 @@ class Denoiser:
 
     def selected(self, branches: Sequence[tuple[Denoiser, int]]) -> PrefixCache:
         """What the blocks of a forward attend to: the same object at each step, which keeps what the steps share."""
-        key = tuple(branches)
+        key = tuple((denoiser._number, branch) for denoiser, branch in branches)
         if key not in self._selected:
-            present = {denoiser for denoiser, _ in key}
+            present = {number for number, _ in key}
             # Nothing is kept of those that are no longer drawn.
             self._selected = {
                 other: cache for other, cache in self._selected.items() if present.issuperset(own for own, _ in other)
             }
-            views = [denoiser.prefix.views[branch] for denoiser, branch in key]
-            lengths = [denoiser.num_tokens(branch) for denoiser, branch in key]
+            views = [denoiser.prefix.views[branch] for denoiser, branch in branches]
+            lengths = [denoiser.num_tokens(branch) for denoiser, branch in branches]
             is_split = isinstance(self.prefix, SplitPrefixCache)
             self._selected[key] = (
                 SplitPrefixCache(views, lengths, self.prefix.group) if is_split else PrefixCache(views)

@@ -34,6 +34,7 @@ class Text:
         self.tokens: list[int] = []
         self.has_ended = False
         self.batch: _Batch | None = None
+        self.place = 0
         stops = reader.transformer.generation_config.eos_token_id
         self._stops = set(stops if isinstance(stops, list) else [stops])
         self._ids = context.token_ids.to(reader.device)
@@ -110,38 +111,48 @@ class Text:
     @property
     def written(self) -> Written:
         """The text, with a cache that holds nothing of others."""
-        is_alone = self.batch is None or len(self.batch.texts) == 1
+        is_alone = self.batch is None or self.batch.size == 1
         return Written(self.tokens, self.cache if is_alone else copy_cache(self.cache))
 
 
 class _Batch:
-    """Texts that are written together as long as none joins and none leaves. Then another one is made of their caches."""
+    """
+    Texts that are written together as long as none joins and none leaves. Then another one is made of their caches.
+
+    It goes with the last of its texts, each of which knows it, and it none of them.
+
+    Attributes:
+        size (`int`): Texts.
+    """
 
     def __init__(self, texts: Sequence[Text]):
         caches = [text.cache for text in texts]
         longest = max(text.length for text in texts)
-        self.texts = list(texts)
+        self.size = len(texts)
         self._padding = [longest - text.length for text in texts]
         # A single one grows as it is.
         self._cache = caches[0] if len(texts) == 1 else join_caches(caches)
-        for text in texts:
-            text.batch = self
+        for place, text in enumerate(texts):
+            text.batch, text.place = self, place
+
+    def holds(self, texts: Sequence[Text]) -> bool:
+        """Whether it is of these texts and no others."""
+        return len(texts) == self.size and all(text.batch is self for text in texts)
 
     def cache_of(self, text: Text) -> DynamicCache:
         """A view of what is a text's own."""
-        if len(self.texts) == 1:
+        if self.size == 1:
             return self._cache
-        place = next(place for place, other in enumerate(self.texts) if other is text)
-        return cut_cache(self._cache, place, self._padding[place], text.length)
+        return cut_cache(self._cache, text.place, self._padding[text.place], text.length)
 
-    def scores(self) -> torch.Tensor:
-        """Feed the last token of each; the scores of the next ones, `(texts, vocabulary)`."""
-        reader = self.texts[0].reader
-        ids = torch.tensor([text.tokens[-1:] for text in self.texts])
-        positions = torch.tensor([[text.context.next_position + len(text.tokens) - 1] for text in self.texts])
+    def scores(self, texts: Sequence[Text]) -> torch.Tensor:
+        """Feed the last token of each text, in their places; the scores of the next ones, `(texts, vocabulary)`."""
+        reader = texts[0].reader
+        ids = torch.tensor([text.tokens[-1:] for text in texts])
+        positions = torch.tensor([[text.context.next_position + len(text.tokens) - 1] for text in texts])
         mask = None
         if any(self._padding):
-            places = torch.arange(self._padding[0] + self.texts[0].length + 1)
+            places = torch.arange(self._padding[0] + texts[0].length + 1)
             mask = (places >= torch.tensor(self._padding)[:, None]).long().to(reader.device, non_blocking=True)
         with kept_whole(self._cache), reader.adapters.applied():
             outputs = reader.transformer(
@@ -173,8 +184,9 @@ def write_together(texts: Sequence[Text]) -> list[torch.Tensor]:
     for places in bucket_by_length(lengths, MAX_JOINED_TOKENS):
         own = [texts[place] for place in places]
         batch = own[0].batch
-        if batch is None or {id(text) for text in batch.texts} != {id(text) for text in own}:
+        if batch is None or not batch.holds(own):
             batch = _Batch(own)
-        scores = batch.scores()
-        found |= {id(text): scores[row : row + 1] for row, text in enumerate(batch.texts)}
+        own.sort(key=lambda text: text.place)
+        scores = batch.scores(own)
+        found |= {id(text): scores[text.place : text.place + 1] for text in own}
     return [found[id(text)] for text in texts]

@@ -14,9 +14,13 @@ import pytest
 import torch
 
 from bagel_server import Engine, EngineClosed, EngineFull
+from bagel_server.rounds import Job
 from diffusers_bagel import BagelPipeline, BagelReply, BagelSession
+from diffusers_bagel.denoising import Denoiser
+from diffusers_bagel.writing import _Batch
 from tests.conftest import golden_image, load_processor
 from tests.diffusers_bagel.conftest import seeded
+from transformers_bagel import PrefixBuffer
 
 
 DRAW = {"height": 48, "width": 64, "num_inference_steps": 3, "vae_sample_mode": "argmax"}
@@ -556,3 +560,43 @@ def test_stats_count_what_was_done(engine, pipe):
     assert (stats.tokens, stats.steps, stats.pictures) == (5 + 2, 3, 1)
     # Prompts that share a forward make it fewer.
     assert 4 + 1 + 3 + 2 <= stats.forwards <= 4 + 1 + 3 + 3
+
+
+@pytest.mark.parametrize("way", ["end", "cancel", "fail"])
+def test_nothing_is_kept_of_what_has_ended(way, engine, pipe):
+    """Not even until garbage is collected, which on a GPU may be late."""
+
+    def fails(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if way == "fail" and ids.shape[1] > 8:
+            raise ValueError("mine")
+        return never_ends(ids, scores)
+
+    def held_by_answers() -> list[str]:
+        return [
+            type(item).__name__ for item in gc.get_objects() if type(item) in (_Batch, Denoiser, PrefixBuffer, Job)
+        ]
+
+    gc.collect()
+    # Of answers of other tests, whose errors somebody may hold.
+    before = held_by_answers()
+    gc.disable()
+    try:
+        count = 10 if way == "end" else 200
+        with held(engine):
+            answers = [
+                engine.submit(BagelSession(pipe), "a", "text", max_new_tokens=count, logits_processor=[fails])
+                for _ in range(3)
+            ] + [
+                engine.submit(BagelSession(pipe), "a", "image", **DRAW | {"num_inference_steps": count})
+                for _ in range(2)
+            ]
+        if way != "end":
+            until(lambda: engine.stats().steps >= 4)
+            for answer in answers:
+                answer.cancel()
+        for answer in answers[3:]:
+            answer.result(60)
+        until(lambda: engine.stats().running == 0)
+        until(lambda: held_by_answers() == before)
+    finally:
+        gc.enable()
