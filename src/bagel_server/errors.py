@@ -14,6 +14,8 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from diffusers_bagel.answering import ContextLengthError
+
 from .answers import EngineClosed, EngineFull
 
 
@@ -110,7 +112,10 @@ def as_api_error(error: Exception, names: Mapping[str, str]) -> ApiError:
     if isinstance(error, TimeoutError):
         return ApiError("The answer took longer than the server allows.", status=504, code="timeout")
     if isinstance(error, (TypeError, ValueError)):
-        return _argument_error(str(error), names)
+        told = _argument_error(str(error), names)
+        if isinstance(error, ContextLengthError):
+            told.param, told.code = names.get("content"), "context_length_exceeded"
+        return told
     logger.error("An answer failed.", exc_info=error)
     return ApiError("The answer failed by an error of the server.", status=500, code="internal_error")
 

@@ -44,6 +44,10 @@ class Interrupted(Exception):
     """An answer that somebody ended."""
 
 
+class ContextLengthError(ValueError):
+    """A conversation that leaves no positions for its answer."""
+
+
 Result = TypeVar("Result")
 CONTEXTS = ("full", "no_text", "no_image")
 _GUIDANCE = {
@@ -55,7 +59,7 @@ _GUIDANCE = {
 }
 # Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
 PLAN = Update("keep", "read later")
-_PLAN_IN_NO_IMAGE = Update("keep", "read")
+PLAN_IN_NO_IMAGE = Update("keep", "read")
 REFLECTION = Update("after", "read")
 
 
@@ -228,7 +232,7 @@ class Answer:
         elif self.output == "image":
             if self.settings.think:
                 is_in_no_image = self.settings.drawing.get("plan_in_no_image", False)
-                yield from self._write(self.said.drawn_from, _PLAN_IN_NO_IMAGE if is_in_no_image else PLAN)
+                yield from self._write(self.said.drawn_from, PLAN_IN_NO_IMAGE if is_in_no_image else PLAN)
             yield from self._draw("")
         else:
             yield from self._in_turn()
@@ -543,7 +547,7 @@ class Answer:
         limit = self.pipe.transformer.config.text_config.max_position_embeddings
         used = sum(segment.num_positions for segment in self.said.drawn_from.full)
         if used + needed > limit:
-            raise ValueError(
+            raise ContextLengthError(
                 f"{part} takes {needed} rope positions, but the model knows {limit}, of which the conversation takes {used}: "
                 f"{max(limit - used, 0)} are left. Say less, ask for less, or go `back()`."
             )

@@ -15,8 +15,26 @@ from http.client import HTTPException, HTTPResponse
 import pytest
 
 from bagel_server import Engine
-from tests.server import attacks
-from tests.server.attacks import BASE, CHAT, DRAW, EDIT, FORM, JSON, KEY, RESPOND, Attack, encoded, said, shown
+from tests.server import attacks, wrong_fields
+from tests.server.attack import (
+    BASE,
+    CHAT,
+    DRAW,
+    EDIT,
+    EDIT_BASE,
+    FORM,
+    JSON,
+    KEY,
+    MODEL,
+    RESPOND,
+    Attack,
+    data_url,
+    encoded,
+    form,
+    picture,
+    said,
+    shown,
+)
 from tests.server.conftest import served
 
 
@@ -26,7 +44,7 @@ MAX_BODY = 8 * 2**20
 # Fewer than those who leave in the middle: a place that is not given back would be missed.
 MAX_REQUESTS = 40
 SETTINGS = {
-    "model": attacks.MODEL,
+    "model": MODEL,
     "api_key": KEY,
     "timeout": 30.0,
     "body_timeout": BODY_SECONDS,
@@ -159,8 +177,8 @@ def faults(
 
 def test_these_are_many():
     families = (
-        attacks.wrong_fields(),
-        attacks.wrong_urls(),
+        wrong_fields.wrong_fields(),
+        wrong_fields.wrong_urls(),
         attacks.wrong_bodies(),
         attacks.wrong_forms(random.Random(SEED)),
         attacks.wrong_images(),
@@ -171,17 +189,17 @@ def test_these_are_many():
 
 
 def test_every_field_with_every_wrong_value_is_named(target):
-    assert faults(target, attacks.wrong_fields()) == []
+    assert faults(target, wrong_fields.wrong_fields()) == []
 
 
 def test_urls_of_images_are_followed_nowhere(target):
-    assert faults(target, attacks.wrong_urls()) == []
+    assert faults(target, wrong_fields.wrong_urls()) == []
 
 
 def test_urls_lead_to_no_private_address_where_they_are_allowed(target):
     with served(target.engine, **SETTINGS, allow_image_urls=True) as url:
         open_one = Target(target.engine, int(url.rpartition(":")[2]))
-        assert faults(open_one, attacks.wrong_urls()) == []
+        assert faults(open_one, wrong_fields.wrong_urls()) == []
 
 
 def test_bodies_that_are_no_json(target):
@@ -292,12 +310,12 @@ def test_slow_senders_are_told_and_hold_nothing(target):
     content = encoded(BASE[CHAT])
     promised = Attack("slow", CHAT, content)
     head, half = head_of(promised), content[: len(content) // 2]
-    form = attacks.form(*attacks.EDIT_BASE)
+    cut = form(*EDIT_BASE)
     sent = [
         *[(head, half)] * 10,
         *[(head, *[content[place : place + 1] for place in range(12)])] * 5,
         *[(HEAD, chunks(half, 5))] * 5,
-        *[(head_of(Attack("slow", EDIT, form, headers=dict(FORM))), form[:100])] * 5,
+        *[(head_of(Attack("slow", EDIT, cut, headers=dict(FORM))), cut[:100])] * 5,
     ]
     # Who has not even said what he wants holds no place, and is not waited for.
     mute = [target.connected() for _ in range(2 * MAX_REQUESTS)]
@@ -360,11 +378,52 @@ def test_a_full_server_says_when_to_come_again(target):
             assert int(answer.headers["retry-after"]) >= 1
 
 
+STRANGE = (
+    *(
+        "\0",
+        "\n",
+        " ",
+        "\u202e",
+        "\ufeff",
+        "\uffff",
+        "\U0010ffff",
+        "\x1b[31m",
+        "\r\n\r\nHTTP/1.1 200",
+        "🥯" * 50,
+        "a\u0300" * 99,
+    ),
+    *("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|endoftext|>", "<think></think>", "</think>", "<think>"),
+    *("{{ 7 * 7 }}", "{% for %}", "%s%n", "../../etc/passwd", "<script>", "'; DROP TABLE", "$(id)"),
+)
+
+
+def test_strange_words_are_words(target):
+    """Whatever somebody says is said, and drawn."""
+    asked = [
+        *(
+            Attack(f"says {w!r:.30}", CHAT, encoded(BASE[CHAT] | {"messages": said({"type": "text", "text": w})}))
+            for w in STRANGE
+        ),
+        *(Attack(f"draws {w!r:.30}", DRAW, encoded(BASE[DRAW] | {"prompt": w})) for w in STRANGE),
+        *(
+            Attack(
+                f"responds {w!r:.30}",
+                RESPOND,
+                encoded(BASE[RESPOND] | {"input": w, "instructions": w, "max_output_tokens": 1}),
+            )
+            for w in STRANGE
+        ),
+    ]
+
+    def answered(attack: Attack, answer: Answer | None) -> str | None:
+        return None if answer is not None and answer.status == 200 else str(answer)
+
+    assert faults(target, asked, answered) == []
+
+
 def test_an_image_of_many_is_named(target):
     """By its place, so that somebody can find it."""
-    messages = said(
-        {"type": "text", "text": "a"}, shown(attacks.data_url(attacks.picture())), shown("file:///etc/passwd")
-    )
+    messages = said({"type": "text", "text": "a"}, shown(data_url(picture())), shown("file:///etc/passwd"))
     answer = target.ask(Attack("third", CHAT, encoded(BASE[CHAT] | {"messages": messages})))
     assert answer is not None
     assert json.loads(answer.body)["error"]["param"].startswith("messages[0].content[2].image_url")
