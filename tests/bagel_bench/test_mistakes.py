@@ -6,6 +6,7 @@ import json
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 
 from bagel_bench import read_pictures
 from bagel_bench.folder import RunFolder, differences
@@ -219,3 +220,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with folder.opened({}), pytest.raises(OSError, match="No space"):
         folder.write("1.png", fail)
     assert pictures_of(tmp_path / "out") == {} and not any((tmp_path / "out" / ".partial").iterdir())
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_half_of_a_picture(bench, tmp_path, monkeypatch):
+    def fail(self, file, *args, **kwargs):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    prompts = write_lines(tmp_path / "prompts.jsonl", GENEVAL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fail)
+        code, _, told = bench("geneval", prompts, "out", "--samples", "1", "--on-error", "skip")
+    assert code == 2 and "No space left on device" in told
+    assert not [name for name in pictures_of(tmp_path / "out") if name.endswith(".png")]
+    assert bench("geneval", prompts, "out", "--samples", "1")[0] == 0

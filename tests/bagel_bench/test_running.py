@@ -205,3 +205,12 @@ def test_checkpoints_differ_by_their_weights_and_not_by_their_place(tmp_path):
     weights[-1] ^= 1
     (moved / "ema.safetensors").write_bytes(weights)
     assert running.checkpoint_hash(moved) != same
+
+
+def test_what_a_run_costs_beside_its_calls_is_measured(saved, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_overhead
+
+    bench_overhead.main(["--model", saved, "--steps", "2", "--num", "2", "--repeats", "1"])
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("calls ") and last.startswith("median +")
