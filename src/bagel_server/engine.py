@@ -121,13 +121,12 @@ class Engine:
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         with self._changed:
             self._check_room()
-        answer = session._heard(content, output, settings, streams=True, shows_bar=False)
-        job = Job(session, answer, deadline, settings.get("streamer"))
+        job = Job(session._steps(content, output, settings, streams=True, shows_bar=False), deadline)
         with self._changed:
             try:
                 self._check_room()
             except (EngineClosed, EngineFull):
-                job.refuse()
+                job.steps.close()
                 raise
             self._waiting.append(job)
             self._changed.notify_all()
@@ -233,6 +232,6 @@ class Engine:
                 self._answers += 1
                 self._pictures += job.pictures
                 self._errors += job.error is not None
-                self._cancelled += job.outbox.is_cancelled
+                self._cancelled += job.was_cancelled
         for job in ended:
             job.outbox.end(job.error)

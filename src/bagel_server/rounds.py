@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
 import torch
 
-from diffusers_bagel import BagelReply, BagelSession, SessionEvent
-from diffusers_bagel.answering import Answer, Interrupted
-from diffusers_bagel.streamers import ended
+from diffusers_bagel import SessionEvent
+from diffusers_bagel.answering import Interrupted, Steps
 from diffusers_bagel.work import Decoding, Drawing, Encoding, Reading, Running, Work, Writing, results
 
 from .answers import Outbox
@@ -24,24 +23,23 @@ class Job(Running):
     An answer that somebody waits for.
 
     Args:
-        session ([`BagelSession`])
-        answer (`Answer`): What it has heard.
+        steps (`Generator`): What it does.
         deadline (`float`): When its time is over.
-        streamer (`BaseStreamer`, *optional*): Is ended with it.
 
     Attributes:
         outbox (`Outbox`): Gets its events.
         began_at (`float`): When its making began.
         pictures (`int`): That are whole.
+        has_ended (`bool`)
+        was_cancelled (`bool`): Whether that is because nobody wanted more.
     """
 
-    def __init__(self, session: BagelSession, answer: Answer, deadline: float, streamer: Any):
+    def __init__(self, steps: Steps[None], deadline: float):
         self.outbox = Outbox()
-        super().__init__(_steps(session, answer, streamer), self._put)
+        super().__init__(steps, self._put)
         self.deadline, self.began_at = deadline, 0.0
         self.pictures = 0
-        self.has_ended = False
-        next(self.steps)
+        self.has_ended = self.was_cancelled = False
 
     def _put(self, event: SessionEvent) -> None:
         self.pictures += event.type == "image"
@@ -58,44 +56,25 @@ class Job(Running):
 
     def is_over(self, now: float) -> bool:
         """Whether it is to end now: nobody wants it, or its time is over."""
-        return self.outbox.is_cancelled or now > self.deadline
+        return not self.has_ended and (self.outbox.is_cancelled or now > self.deadline)
 
     def give_up(self) -> None:
         """End it, since it is over."""
-        cancelled = self.outbox.is_cancelled
-        self.break_off(Interrupted() if cancelled else TimeoutError("The time for the answer is over."))
+        self.was_cancelled = self.outbox.is_cancelled
+        self.break_off(Interrupted() if self.was_cancelled else TimeoutError("The time for the answer is over."))
 
     def break_off(self, error: Exception) -> None:
         """End it by an error."""
         if not self.has_ended:
             self.go_on(error)
 
-    def refuse(self) -> None:
-        """End it before it has begun."""
-        self.break_off(Interrupted())
-
-
-def _steps(session: BagelSession, answer: Answer, streamer: Any) -> Generator[Any, Any, None]:
-    """What an answer does, once its turn has come. It waits for that at the first `yield`."""
-    with ended(streamer):
-        try:
-            yield
-        except Interrupted:
-            session._leave()
-            yield SessionEvent("done", reply=BagelReply([]))
-            return
-        except BaseException:
-            session._leave()
-            raise
-        yield from session._steps(answer)
-
 
 class Rounds:
     """
     What is done for the answers that run, piece by piece.
 
-    In each round every kind of work has its turn: an image is encoded, a group of texts or an image is read, a picture or
-    some are decoded, pictures take a step, and texts get a token, or as many as fit into the time that the step took.
+    In each round every kind of work has its turn: some images are encoded, some are read, or texts, some pictures are decoded,
+    some take a step, and all texts get a token, or as many as fit into the time that the step took.
 
     Args:
         pipe ([`BagelPipeline`]): Of all sessions.

@@ -503,8 +503,8 @@ class Answer:
         self._check_noise(grid)
         given = self.settings.latents
         if given is None:
-            return self.pipe.prepare_latents([grid], [self.settings.generator])
-        return self.pipe.prepare_latents([grid], [None], given.pop(0)[None])
+            return self.pipe.prepare_latents([grid], [self.settings.generator], device=self.reader.device)
+        return self.pipe.prepare_latents([grid], [None], given.pop(0)[None], self.reader.device)
 
     def _check_noise(self, grid: tuple[int, int]) -> None:
         """Refuse to draw one more picture, if the caller passed other noise, or too little."""

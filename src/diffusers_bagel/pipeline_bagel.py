@@ -360,9 +360,23 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         Returns:
             `torch.Tensor` of shape `(tokens, latent_dim)`, float32.
         """
-        posterior = encode_posterior(self.vae, pixels, self._execution_device)
-        latents = posterior.sample(generator) if VAE_SAMPLE_MODES[vae_sample_mode] == "sample" else posterior.mode()
-        return patchify(scale_latents(latents, self.vae.config)[0], self.latent_patch_size)
+        return self.encode_images([pixels], [generator], [vae_sample_mode])[0]
+
+    @torch.no_grad()
+    def encode_images(
+        self,
+        pixels: Sequence[torch.Tensor],
+        generators: Sequence[torch.Generator | None],
+        vae_sample_modes: Sequence[str],
+    ) -> list[torch.Tensor]:
+        """Packed latents of several images of one size. The arguments are those of `encode_image`, of each."""
+        together = encode_posterior(self.vae, torch.stack(list(pixels)), self._execution_device)
+        latents = []
+        for own, generator, mode in zip(together.parameters.split(1), generators, vae_sample_modes, strict=True):
+            posterior = type(together)(own)
+            sample = posterior.sample(generator) if VAE_SAMPLE_MODES[mode] == "sample" else posterior.mode()
+            latents.append(patchify(scale_latents(sample, self.vae.config)[0], self.latent_patch_size))
+        return latents
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int], output_type: str = "pil") -> Any:
@@ -386,6 +400,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         grids: Sequence[tuple[int, int]],
         generators: Sequence[torch.Generator | None],
         latents: torch.Tensor | None = None,
+        device: torch.device | None = None,
     ) -> torch.Tensor:
         """
         Initial noise, `(batch, tokens, latent_dim)` in float32, zero behind the tokens of the smaller images.
@@ -394,14 +409,14 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         21): each image of a batch starts from the noise that it has alone.
         """
         if latents is not None:
-            return latents.to(self._execution_device).clone()
+            return latents.to(device or self._execution_device).clone()
         counts = [rows * columns for rows, columns in grids]
         noise = torch.zeros(len(grids), max(counts), self.latent_dim)
         for index, (count, generator) in enumerate(zip(counts, generators, strict=True)):
-            device = torch.device("cpu") if generator is None else generator.device
+            own = torch.device("cpu") if generator is None else generator.device
             shape = (count, self.latent_dim)
-            noise[index, :count] = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        return noise.to(self._execution_device)
+            noise[index, :count] = randn_tensor(shape, generator=generator, device=own, dtype=torch.float32)
+        return noise.to(device or self._execution_device)
 
     @torch.no_grad()
     def prepare_contexts(
@@ -705,7 +720,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         sigmas: Sequence[float] | None,
     ) -> DenoisingLoop:
         """The steps of a call, which end when it is interrupted, or this pipeline is."""
-        timesteps, levels = call._prepare_timesteps(num_inference_steps, sigmas)
+        timesteps, levels = call._prepare_timesteps(num_inference_steps, sigmas, latents.device)
         return DenoisingLoop(
             call,
             denoiser,
@@ -716,14 +731,14 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         )
 
     def _prepare_timesteps(
-        self, num_inference_steps: int, sigmas: Sequence[float] | None
+        self, num_inference_steps: int, sigmas: Sequence[float] | None, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Timesteps of the scheduler, and the sigma in [0, 1] of each, on the CPU; exact where it knows them."""
         levels = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else torch.as_tensor(sigmas)
         if takes_sigmas(self.scheduler):
-            self.scheduler.set_timesteps(sigmas=levels.float().numpy(), device=self._execution_device)
+            self.scheduler.set_timesteps(sigmas=levels.float().numpy(), device=device)
         else:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         if hasattr(self.scheduler, "set_begin_index"):

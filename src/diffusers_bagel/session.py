@@ -242,38 +242,62 @@ class BagelSession:
 
     @torch.no_grad()
     def _answered(self, content: Any, output: str, settings: dict[str, Any], streams: bool) -> Iterator[SessionEvent]:
-        with ended(settings.get("streamer")):
-            answer = self._heard(content, output, settings, streams)
-            try:
-                yield from at_once(self._steps(answer))
-            finally:
-                self.pipe.maybe_free_model_hooks()
-
-    def _heard(
-        self, content: Any, output: str, settings: dict[str, Any], streams: bool = False, shows_bar: bool = True
-    ) -> Answer:
-        """An answer to something, which is not yet said. No model is asked, and no other answer begins until it is left."""
-        with self._changing:
-            self._check_idle()
-            self._is_answering = True
+        steps = self._steps(content, output, settings, streams)
         try:
-            self._began_at = time.monotonic()
-            if output not in OUTPUTS:
-                raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
-            output, settings = self._with_preset(output, settings)
-            if output != "text" and not self.pipe.transformer.config.visual_gen:
-                raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
-            message = {"role": "user", "content": _parts(content)}
-            check_conversation([message], "content")
-            if not (message["content"] or self._turns):
-                raise ValueError(
-                    "`content` is empty, and nothing was said before. Pass a text, an image, or a list of them."
-                )
-            answer = Answer(self, replace(self._settings(settings), streams=streams, shows_bar=shows_bar))
-            answer.hear(message, output)
-        except BaseException:
-            self._leave()
-            raise
+            yield from at_once(steps)
+        finally:
+            self.pipe.maybe_free_model_hooks()
+
+    def _steps(
+        self, content: Any, output: str, settings: dict[str, Any], streams: bool = False, shows_bar: bool = True
+    ) -> Steps[None]:
+        """
+        What an answer does. No model is asked before it goes on, and nothing else may be said before it ends or is closed.
+
+        Raises:
+            TypeError, ValueError: for arguments that cannot work.
+        """
+        steps = self._answering(content, output, settings, streams, shows_bar)
+        # Whatever becomes of it from now on, it leaves the session by itself.
+        next(steps)
+        return steps
+
+    def _answering(
+        self, content: Any, output: str, settings: dict[str, Any], streams: bool, shows_bar: bool
+    ) -> Steps[None]:
+        with ended(settings.get("streamer")):
+            with self._changing:
+                self._check_idle()
+                self._is_answering = True
+            try:
+                answer = self._heard(content, output, settings, streams, shows_bar)
+                yield SessionEvent("heard")
+                yield from answer.look()
+                self._begin_turn(answer.message, answer.said)
+                yield from answer.steps()
+            except Interrupted:
+                pass
+            finally:
+                self._read.forget_all_but(self._said.segment_lists())
+                self._is_answering = False
+            yield SessionEvent("done", reply=BagelReply(answer.content))
+
+    def _heard(self, content: Any, output: str, settings: dict[str, Any], streams: bool, shows_bar: bool) -> Answer:
+        """An answer to something, which is not yet said."""
+        self._began_at = time.monotonic()
+        if output not in OUTPUTS:
+            raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
+        output, settings = self._with_preset(output, settings)
+        if output != "text" and not self.pipe.transformer.config.visual_gen:
+            raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
+        message = {"role": "user", "content": _parts(content)}
+        check_conversation([message], "content")
+        if not (message["content"] or self._turns):
+            raise ValueError(
+                "`content` is empty, and nothing was said before. Pass a text, an image, or a list of them."
+            )
+        answer = Answer(self, replace(self._settings(settings), streams=streams, shows_bar=shows_bar))
+        answer.hear(message, output)
         return answer
 
     def _with_preset(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -286,23 +310,6 @@ class BagelSession:
             preset.output if output == "auto" else output,
             merged(preset.of_session(self.pipe.transformer.config), given),
         )
-
-    def _leave(self) -> None:
-        """Nothing is answered any longer."""
-        self._is_answering = False
-
-    def _steps(self, answer: Answer) -> Steps[None]:
-        """What an answer does; what was asked is said now."""
-        try:
-            yield from answer.look()
-            self._begin_turn(answer.message, answer.said)
-            yield from answer.steps()
-        except Interrupted:
-            pass
-        finally:
-            self._read.forget_all_but(self._said.segment_lists())
-            self._leave()
-        yield SessionEvent("done", reply=BagelReply(answer.content))
 
     def _settings(self, given: dict[str, Any]) -> AnswerSettings:
         """Settings of an answer: the caller's, else the protocol's, else those of every session."""

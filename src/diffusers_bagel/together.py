@@ -55,9 +55,8 @@ def _sent(
     replies: list[BagelReply | None] = [None] * len(turns)
     try:
         for place, ((session, content), chosen, given) in enumerate(zip(turns, outputs, own, strict=True)):
-            answer = session._heard(content, chosen, given, shows_bar=not place)
-            hand_out = functools.partial(_keep_reply, replies, place)
-            running.append(Running(session._steps(answer), hand_out))
+            steps = session._steps(content, chosen, given, shows_bar=not place)
+            running.append(Running(steps, functools.partial(_keep_reply, replies, place)))
         for each in running:
             each.go_on()
         while waiting := [(each, each.work) for each in running if each.work is not None]:
@@ -67,9 +66,8 @@ def _sent(
             for (each, _), result in zip(group, results([work for _, work in group]), strict=True):
                 each.go_on(result)
     finally:
-        for each, (session, _) in zip(running, turns, strict=False):
+        for each in running:
             each.steps.close()
-            session._leave()
         turns[0][0].pipe.maybe_free_model_hooks()
     for place, each in enumerate(running):
         if each.error is not None:

@@ -18,8 +18,8 @@ from .denoising import DenoisingStep, step_limit, velocities
 from .writing import Text, write_together
 
 
-# Most latent tokens that the VAE decodes at a time, as many as a picture of 1024 px has: what it needs beside is large.
-MAX_DECODED_TOKENS = 4096
+# Most latent tokens of pictures that the VAE encodes or decodes at a time, as many as a picture of 1024 px has: what it needs beside is large.
+MAX_VAE_TOKENS = 4096
 
 
 class Work(ABC):
@@ -151,12 +151,21 @@ class Encoding(Work):
     generator: torch.Generator | None
     mode: str
 
+    @property
+    def size(self) -> int:
+        return self.pixels[0].numel() // self.pipe.vae_scale_factor**2
+
+    @property
+    def room(self) -> int:
+        return MAX_VAE_TOKENS
+
     def goes_with(self, other: Encoding) -> bool:
-        return self is other
+        return self.pixels.shape == other.pixels.shape
 
     @staticmethod
     def together(works: Sequence[Encoding]) -> list[torch.Tensor]:
-        return [work.pipe.encode_image(work.pixels, work.generator, work.mode) for work in works]
+        names = ("pixels", "generator", "mode")
+        return works[0].pipe.encode_images(*([getattr(work, name) for work in works] for name in names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +189,7 @@ class Decoding(Work):
 
     @property
     def room(self) -> int:
-        return MAX_DECODED_TOKENS
+        return MAX_VAE_TOKENS
 
     def goes_with(self, other: Decoding) -> bool:
         return self.grid == other.grid

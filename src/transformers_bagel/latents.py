@@ -22,15 +22,15 @@ def scale_latents(latents: torch.Tensor, vae_config: Any) -> torch.Tensor:
 
 def encode_posterior(vae: Any, pixels: torch.Tensor, device: torch.device | None = None) -> Any:
     """
-    What the VAE makes of one image, not yet scaled.
+    What the VAE makes of one image, or of several of one size, not yet scaled.
 
     Args:
         vae (`AutoencoderKL`): The VAE; see [`upcast_vae`] for one in float16.
-        pixels (`torch.Tensor` of shape `(3, height, width)`): In [-1, 1].
+        pixels (`torch.Tensor` of shape `(3, height, width)` or `(batch, 3, height, width)`): In [-1, 1].
         device (`torch.device`, *optional*): Where the VAE runs, if it is offloaded; by default where it is.
 
     Returns:
-        `DiagonalGaussianDistribution`: In float32 and of shape `(1, channels, height, width)`, whatever the VAE's dtype.
+        `DiagonalGaussianDistribution`: In float32 and of shape `(batch, channels, height, width)`, whatever the VAE's dtype.
 
     Raises:
         ValueError: if there is no VAE, or if a pixel, or a number of the posterior, is not finite.
@@ -40,7 +40,8 @@ def encode_posterior(vae: Any, pixels: torch.Tensor, device: torch.device | None
     if not pixels.isfinite().all():
         raise ValueError("The pixels of an image hold NaN or infinity.")
     upcast_vae(vae)
-    posterior = vae.encode(pixels.unsqueeze(0).to(device or vae.device, vae.dtype)).latent_dist
+    batch = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+    posterior = vae.encode(batch.to(device or vae.device, vae.dtype)).latent_dist
     parameters = posterior.parameters.float()
     if not parameters.isfinite().all():
         raise ValueError(

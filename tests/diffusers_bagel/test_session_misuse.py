@@ -64,13 +64,13 @@ def test_an_answer_that_nobody_takes_to_its_end_is_over(session):
 
 def test_interrupted_while_an_image_is_read(session, monkeypatch):
     """The VAE encodes what the user shows before anything is said."""
-    encode = BagelPipeline.encode_image
+    encode = BagelPipeline.encode_images
 
     def interrupting(pipe, *args, **kwargs):
         session.interrupt()
         return encode(pipe, *args, **kwargs)
 
-    monkeypatch.setattr(BagelPipeline, "encode_image", interrupting)
+    monkeypatch.setattr(BagelPipeline, "encode_images", interrupting)
     assert session.send([golden_image("wide"), "what is it?"], **SHORT).content == []
     monkeypatch.undo()
     assert session.send("and now?", **SHORT).content
