@@ -91,8 +91,9 @@ class Served:
 
 def _is_replica(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[:1] == [REPLICA]
-    except psutil.Error:
+        # Behind it stands what the process is doing.
+        return process.cmdline()[0].startswith(REPLICA)
+    except (psutil.Error, IndexError):
         return False
 
 

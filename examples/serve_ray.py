@@ -2,7 +2,7 @@
 """The server on Ray Serve, as a builder that Ray's own commands and config files take.
 
     python examples/serve_ray.py model=examples/shapes/checkpoint dtype=float32 max_replicas=2
-    serve run --app-dir examples serve_ray:build model=ByteDance-Seed/BAGEL-7B-MoT num_gpus=1 min_replicas=2 max_replicas=8
+    PYTHONPATH=examples serve run serve_ray:build model=ByteDance-Seed/BAGEL-7B-MoT num_gpus=1 min_replicas=2 max_replicas=8
 
 In a config file of `serve deploy`, or of KubeRay, the second is `import_path: serve_ray:build` with these names under `args`.
 `bagel serve --ray` does the same from the command line. Copy this file to load the model otherwise: with adapters, quantised, on
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -27,7 +28,7 @@ from diffusers_bagel import BagelPipeline
 
 
 class Arguments(BaseModel):
-    """What is written behind `serve_ray:build`, or as `args` of a config file."""
+    """Of [`build`], by name. The last two are those of `python examples/serve_ray.py`; Ray's commands have their own."""
 
     model: str = "ByteDance-Seed/BAGEL-7B-MoT"
     name: str = "bagel"
@@ -40,7 +41,6 @@ class Arguments(BaseModel):
     target_ongoing_requests: float = 16
     upscale_delay_s: float = 30
     look_back_period_s: float = 30
-    # For `python examples/serve_ray.py`; Ray's commands have their own.
     host: str = "127.0.0.1"
     port: int = 8000
 
@@ -57,7 +57,9 @@ def engine(args: Arguments) -> Iterator[Engine]:
         running.close()
 
 
-def build(args: Arguments) -> serve.Application:
+def build(given: dict[str, Any]) -> serve.Application:
+    """The application, by what is written behind `serve_ray:build`, or under `args` in a config file."""
+    args = Arguments.model_validate(given)
     replicas = AutoscalingConfig(
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas,
@@ -70,6 +72,7 @@ def build(args: Arguments) -> serve.Application:
 
 
 if __name__ == "__main__":
-    arguments = Arguments.model_validate(dict(pair.split("=", 1) for pair in sys.argv[1:]))
+    words = dict(word.split("=", 1) for word in sys.argv[1:])
+    arguments = Arguments.model_validate(words)
     with cluster(max(2, arguments.max_replicas)):
-        run(build(arguments), arguments.host, arguments.port)
+        run(build(words), arguments.host, arguments.port)
