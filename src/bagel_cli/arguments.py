@@ -17,6 +17,11 @@ DEFAULT_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 DTYPES = ("float32", "bfloat16", "float16")
 # Of `diffusers_bagel`, which is not imported yet.
 PROTOCOLS = ("plain", "thinkmorph", "zebra", "sot", "canvas", "twiff", "cooper")
+DRAWING_PRESETS = (
+    *("demo", "notebook", "geneval", "wise", "dpg", "gedit", "imgedit", "kris", "rise"),
+    *("vlmevalkit_generate", "vlmevalkit_edit"),
+)
+ANSWER_PRESETS = ("ask", "vqa", "docvqa", "mme", "mmbench", "mmvp", "pope", "mmvet", "mathvista", "mmmu", "mmmu_cot")
 OUTPUTS = ("auto", "text", "image", "interleaved")
 PACKAGES = ("transformers", "diffusers", "torch")
 
@@ -80,7 +85,7 @@ def _group() -> _Parser:
     return _Parser(add_help=False)
 
 
-def _common() -> _Parser:
+def _common(presets: Sequence[str]) -> _Parser:
     common = _group()
     common.add_argument(
         "--seed",
@@ -89,8 +94,12 @@ def _common() -> _Parser:
         help="seed of the noise or of sampled text (default: 0)",
     )
     common.add_argument(
-        "--steps", type=_number(int, 1, math.inf), default=49, help="denoising steps of a drawing (default: 49)"
+        "--preset",
+        choices=presets,
+        metavar="NAME",
+        help=f"published settings for all that is not asked for: {', '.join(presets)}",
     )
+    common.add_argument("--steps", type=_number(int, 1, math.inf), help="denoising steps of a drawing (default: 49)")
     common.add_argument(
         "--think", action=argparse.BooleanOptionalAction, help="let the model think first, and show what it thought"
     )
@@ -129,7 +138,7 @@ def _chat_settings() -> list[_Parser]:
         help="of what an answer is made: auto leaves it to a model that was trained to decide (default: text, or auto if "
         "there is a protocol)",
     )
-    return [_common(), _pictures(), _speech(), own]
+    return [_common(DRAWING_PRESETS + ANSWER_PRESETS), _pictures(), _speech(), own]
 
 
 def _chat() -> _Parser:
@@ -168,11 +177,11 @@ def _parser() -> _Parser:
         "-o", "--output", default="out.png", help="picture to write, in a chat with a number (default: out.png)"
     )
 
-    drawing = [model, place, _common(), memory, output, _pictures()]
+    drawing = [model, place, _common(DRAWING_PRESETS), memory, output, _pictures()]
     for name, parts, summary in (
         ("draw", drawing, "Draw a picture of a text."),
         ("edit", drawing, "Change one or several pictures as told."),
-        ("ask", [model, place, _common(), memory, _speech()], "Answer a question about pictures."),
+        ("ask", [model, place, _common(ANSWER_PRESETS), memory, _speech()], "Answer a question about pictures."),
         ("chat", [model, place, memory, _chat(), output, *_chat_settings()], "Talk, look and draw, line by line."),
         ("info", [place], "Tell what a repository holds, and what of it would fit into this machine."),
     ):

@@ -35,18 +35,14 @@ NOT_LOADED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, HTTPE
 def draw(options: argparse.Namespace) -> None:
     """Draw a picture of a text, or change pictures as told."""
     images = [upright(image) for image in options.images]
-    settings = {
-        name: getattr(options, name)
-        for name in ("height", "width", "guidance_scale", "image_guidance_scale")
-        if getattr(options, name) is not None
-    }
+    names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think")
+    settings = {name: getattr(options, name) for name in names} | {"num_inference_steps": options.steps}
+    settings = {name: value for name, value in settings.items() if value is not None}
     with _loaded(options) as pipe:
         try:
             out = pipe(
                 prompt=options.prompt,
                 image=images or None,
-                num_inference_steps=options.steps,
-                think=bool(options.think),
                 generator=torch.Generator("cpu").manual_seed(options.seed),
                 **settings,
             )

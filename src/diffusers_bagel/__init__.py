@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "PRESETS",
     "PROTOCOLS",
     "BagelGuidance",
     "BagelLoraLoaderMixin",
@@ -15,7 +16,9 @@ __all__ = [
     "BagelPipelineOutput",
     "BagelReply",
     "BagelSession",
+    "InterleaveInferencer",
     "InterleaveProtocol",
+    "Preset",
     "SessionEvent",
     "TaylorSeerConfig",
     "send_all",
@@ -24,6 +27,7 @@ __all__ = [
 # The command line reads its arguments before it imports a library, and `python -m` imports this before the command line.
 if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
     from .registration import (
+        PRESETS,
         PROTOCOLS,
         BagelGuidance,
         BagelLoraLoaderMixin,
@@ -31,7 +35,9 @@ if TYPE_CHECKING or ("-m", "diffusers_bagel") not in pairwise(sys.orig_argv):
         BagelPipelineOutput,
         BagelReply,
         BagelSession,
+        InterleaveInferencer,
         InterleaveProtocol,
+        Preset,
         SessionEvent,
         TaylorSeerConfig,
         send_all,

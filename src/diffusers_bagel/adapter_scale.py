@@ -48,11 +48,13 @@ class AdapterScale:
 
     Attributes:
         attention_kwargs (`dict`): What is left for the model.
+        residual_dtype (`torch.dtype`, *optional*): The part of it that is for texts, too.
     """
 
     def __init__(self, model: torch.nn.Module, attention_kwargs: dict[str, Any] | None):
         self.attention_kwargs = dict(attention_kwargs or {})
         self.scale = self.attention_kwargs.pop("scale", 1.0)
+        self.residual_dtype = self.attention_kwargs.get("residual_dtype")
         self._model = model
         self._layers = lora_layers(model) if self.scale != 1 else []
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from concurrent.futures import wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from transformers_bagel.segments import (
     END,
@@ -26,12 +26,14 @@ from transformers_bagel.segments import (
 
 from .contexts import BagelContext, TextSettings, Written
 from .conversation import Conversation, SaidImage, SaidText, Track, Update
+from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import check_latents
 from .protocols import ENCODERS, InterleaveProtocol
 from .randomness import draw_seed, seeded
-from .streamers import AnswerStreamer, Streamers, in_writer
-from .work import Drawing, Reading, Work, Writing
+from .streamers import AnswerStreamer, Streamers, Words
+from .work import Decoding, Drawing, Encoding, Reading, Work, Writing
+from .writing import Text
 
 
 if TYPE_CHECKING:
@@ -51,8 +53,9 @@ _GUIDANCE = {
     "cfg_renorm_type": "renorm_type",
     "cfg_renorm_min": "renorm_min",
 }
-# Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan.
+# Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
 _PLAN = Update("keep", "read later")
+_PLAN_IN_NO_IMAGE = Update("keep", "read")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,11 @@ class SessionEvent:
     Something that happened while a session answered.
 
     Attributes:
-        type (`str`): `"text"`, `"preview"`, `"image"` or `"done"`.
+        type (`str`): `"text"`, `"progress"`, `"preview"`, `"image"` or `"done"`.
         text (`str`, *optional*): New words.
         image (`PIL.Image.Image`, *optional*): A picture, or what it will be like.
-        step (`int`, *optional*): Of a preview.
+        step (`int`, *optional*): Of progress or a preview, which step of the picture is done, the first being 0.
+        steps (`int`, *optional*): Of progress, how many the picture takes.
         reply (`BagelReply`, *optional*): The whole answer, when it is done.
         is_whole (`bool`): Whether a text ends here, maybe without another word, or a picture is no preview.
     """
@@ -73,6 +77,7 @@ class SessionEvent:
     text: str | None = None
     image: Image.Image | None = None
     step: int | None = None
+    steps: int | None = None
     reply: Any = None
     is_whole: bool = False
 
@@ -87,10 +92,11 @@ class AnswerSettings:
     How a session answers, see [`BagelSession.stream`].
 
     Attributes:
-        think, max_images, max_new_tokens, do_sample, temperature, sanitize_control_tokens: As there.
-        logits_processor, stopping_criteria, generator, latents, preview_every: As there.
+        think, max_images, max_new_tokens, do_sample, temperature, temperature_only, sanitize_control_tokens: As there.
+        logits_processor, stopping_criteria, generator, latents, preview_every, progress, images_kwargs: As there.
         streamer ([`AnswerStreamer`], *optional*): For the tokens of all texts.
         streams (`bool`): Whether words are given out as they come.
+        shows_bar (`bool`): Whether the pipeline's progress bar is shown.
         drawing (`dict`): Settings of the pipeline's `__call__`.
     """
 
@@ -99,6 +105,7 @@ class AnswerSettings:
     max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 0.3
+    temperature_only: bool = False
     sanitize_control_tokens: bool = False
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
@@ -106,24 +113,30 @@ class AnswerSettings:
     generator: torch.Generator | None = None
     latents: list[torch.Tensor] | None = None
     preview_every: int | None = None
+    progress: bool = False
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
     streams: bool = False
+    shows_bar: bool = True
     drawing: dict[str, Any] = field(default_factory=dict)
 
 
-def encode_image(pipe: Any, image: Any, is_resized: bool) -> tuple[EncodedSegment, EncodedSegment]:
+def encode_image(
+    pipe: Any, image: Any, is_resized: bool, images_kwargs: dict[str, Any]
+) -> tuple[EncodedSegment, EncodedSegment]:
     """
     An image as the VAE gets it, its latents left out, and as the ViT sees it.
 
     Args:
         pipe ([`BagelPipeline`])
         image (`Any`): As a message holds it. What it is now is kept, whatever becomes of its file or array.
-        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
+        is_resized (`bool`): Whether the ViT sees it as the VAE does, resized, if the settings do not say otherwise.
+        images_kwargs (`dict`): Settings of the image processor other than its own.
     """
     image = read_image(image)
-    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)])
+    vae, vit = pipe._encode_segments([Segment("vae_image", image), Segment("vit_image", image)], **images_kwargs)
     if not is_resized:
-        own_size = {"shortest_edge": min(image.size), "longest_edge": max(image.size)}
-        (vit,) = pipe._encode_segments([Segment("vit_image", image)], vae_size=own_size)
+        own = images_kwargs | {"resize_before_vit": False}
+        (vit,) = pipe._encode_segments([Segment("vit_image", image)], **own)
     return vae, vit
 
 
@@ -144,12 +157,12 @@ class Answer:
         self.said: Conversation = session._said
         self.reader = session._reader(settings.drawing.get("attention_kwargs"))
         self.message: dict[str, Any] = {}
+        self.output = "auto"
         self.content: list[dict[str, Any]] = []
-        self._is_left = False
 
     def hear(self, message: dict[str, Any], output: str) -> None:
         """
-        What the user says, behind the words that the protocol, or thinking, puts before it.
+        What the user says, behind the words that the protocol, or thinking, puts before it. No model is asked.
 
         Raises:
             ValueError: if the protocol takes no image, or if the first part of the answer cannot be made.
@@ -160,7 +173,7 @@ class Answer:
                 f"`content` holds an image, and the protocol '{protocol.name}' begins with a text alone. Leave it out, or "
                 "choose another `protocol`."
             )
-        self.message = message
+        self.message, self.output = message, output
         self.said = self.said.at_next_turn()
         opening = protocol.system_prompt
         if self.settings.think:
@@ -176,7 +189,7 @@ class Answer:
             if part["type"] == "text":
                 self._say(part["text"], protocol.given_text, is_given=True)
             else:
-                self._show(part["image"], is_given=True)
+                self.said = self.said.with_image(self._shown_as(part["image"], is_given=True))
         if output == "image":
             self._check_noise(self._grid())
         if output != "image" or self.settings.think:
@@ -184,21 +197,32 @@ class Answer:
         else:
             self._check_positions_of_picture()
 
-    def steps(self, output: str) -> Steps[None]:
+    def look(self) -> Steps[None]:
+        """What the VAE makes of the images that the user shows."""
+        said = self.session._said.at_next_turn()
+        for item in self.said.turns[-1]:
+            if isinstance(item, SaidImage):
+                said = said.with_image((yield from self._encoded(item)))
+            else:
+                said = said.with_text(item)
+        self.said = said
+
+    def steps(self) -> Steps[None]:
         """What is done for a text, a picture, or both in turn."""
-        if output == "text":
+        if self.output == "text":
             yield from self._write(self.said.seen)
-        elif output == "image":
+        elif self.output == "image":
             if self.settings.think:
-                yield from self._write(self.said.drawn_from, _PLAN)
+                is_in_no_image = self.settings.drawing.get("plan_in_no_image", False)
+                yield from self._write(self.said.drawn_from, _PLAN_IN_NO_IMAGE if is_in_no_image else _PLAN)
             yield from self._draw("")
         else:
-            yield from self._in_turn(output)
+            yield from self._in_turn()
 
-    def _in_turn(self, output: str) -> Steps[None]:
+    def _in_turn(self) -> Steps[None]:
         """Texts and pictures, until the protocol says that it is enough."""
         protocol, images, texts = self.protocol, 0, 0
-        draws = output == "auto" and protocol.begins_with == "token"
+        draws = self.output == "auto" and protocol.begins_with == "token"
         if draws:
             draws = (yield from self._next_token()) == self._id(VISION_START)
         text = ""
@@ -243,17 +267,23 @@ class Answer:
         self.said = self.said.with_text(SaidText(segment, update, without, is_written))
         return segment
 
-    def _show(self, image: Any, is_given: bool = False) -> None:
-        """Add an image to what was said: one of the user's, or a picture that was drawn."""
+    def _shown_as(self, image: Any, is_given: bool = False) -> SaidImage:
+        """An image as a part of what was said, of the user's or a picture that was drawn; the VAE is yet to see it."""
         protocol = self.protocol
         is_resized = is_given or protocol.resizes_drawn
-        vae, vit = encode_image(self.pipe, image, is_resized)
-        # Without what draws, latents are never read.
-        if self.pipe.vae is not None:
-            mode = self.settings.drawing.get("vae_sample_mode", "sample")
-            vae = replace(vae, latents=self.pipe.encode_image(vae.pixels, self.settings.generator, mode))
+        images_kwargs = self.settings.images_kwargs
+        vae, vit = encode_image(self.pipe, image, is_resized, images_kwargs)
         update, encoders = (protocol.given_image, ENCODERS) if is_given else (protocol.drawn, protocol.drawn_as)
-        self.said = self.said.with_image(SaidImage(vae, vit, update, encoders, is_given, is_resized))
+        return SaidImage(vae, vit, update, encoders, is_given, is_resized, images_kwargs)
+
+    def _encoded(self, image: SaidImage) -> Steps[SaidImage]:
+        """The same with what the VAE makes of it."""
+        # Without what draws, latents are never read.
+        if self.pipe.vae is None:
+            return image
+        mode = self.settings.drawing.get("vae_sample_mode", "sample")
+        latents = yield Encoding(self.pipe, image.vae.pixels, self.settings.generator, mode)
+        return replace(image, vae=replace(image.vae, latents=latents))
 
     def _finish(self, **part: Any) -> None:
         """A part of the answer is whole: the session remembers it, whatever comes."""
@@ -293,14 +323,12 @@ class Answer:
         # The last texts are read in the same forward as the token that starts the answer.
         context = yield from self._context(track.full, but_texts=True)
         seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
-        settings = self._text_settings(seed)
-        if self.settings.streams:
-            written = yield from self._streamed(context, settings)
-        else:
-            written = yield Writing(self.reader, context, settings)
+        opened, scores = yield Reading(self.reader, context, [self.reader.opening], begins_text=True)
+        context = opened.first(len(context.segments))
+        read.keep(context)
+        written = yield from self._written(opened, scores, self._text_settings(seed))
         context = context.grown([], written.cache)
         read.keep(context)
-        self._check_interrupted()
         text, is_cut = self._text_of(written)
         in_turn = update is protocol.written
         decides = in_turn and protocol.trigger == "token" and not is_cut
@@ -322,39 +350,33 @@ class Answer:
         yield SessionEvent("text", text="" if self.settings.streams else shown, is_whole=True)
         return text, next_token
 
-    def _streamed(self, context: BagelContext, settings: TextSettings) -> Generator[SessionEvent, None, Written]:
-        """What is written behind a context, given out word by word."""
-        streamer = TextIteratorStreamer(self.pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        streamers = Streamers(*filter(None, (streamer, settings.streamer)))
-        own = replace(settings, streamer=streamers)
-        writing = in_writer(lambda: self.reader.write_on(context, own), self.reader.device.type)
-        writing.add_done_callback(lambda _: streamer.end())
-        try:
-            for words in streamer:
-                if words:
-                    yield SessionEvent("text", text=words)
-        except BaseException:
-            # Whoever stops listening ends the writing, too.
-            self._is_left = True
-            raise
-        finally:
-            wait([writing])
-        return writing.result()
-
-    def _is_stopped(self) -> bool:
-        return self._is_left or self.session._is_interrupted()
+    def _written(self, context: BagelContext, scores: torch.Tensor, settings: TextSettings) -> Steps[Written]:
+        """What is written behind a context, from the scores of the first token on, and given out word by word if so wanted."""
+        words = Words(self.pipe.processor.tokenizer)
+        if self.settings.streams:
+            settings = replace(settings, streamer=Streamers(*filter(None, (words, settings.streamer))))
+        text = Text(self.reader, context, settings)
+        while True:
+            text.take(scores)
+            if new := words.taken():
+                yield SessionEvent("text", text=new)
+            self._check_interrupted()
+            if text.has_ended:
+                return text.written
+            scores = yield Writing(text)
 
     def _text_settings(self, seed: int | None) -> TextSettings:
         own = self.settings
-        stopping = StoppingCriteriaList(
-            [
-                *own.stopping_criteria,
-                lambda ids, scores: ids.new_full(ids.shape[:1], self._is_stopped(), dtype=torch.bool),
-            ]
+        names = (
+            "max_new_tokens",
+            "do_sample",
+            "temperature",
+            "temperature_only",
+            "logits_processor",
+            "stopping_criteria",
         )
-        return TextSettings(
-            own.max_new_tokens, own.do_sample, own.temperature, seed, own.logits_processor, stopping, own.streamer
-        )
+        names = (*names, "streamer")
+        return TextSettings(seed=seed, **{name: getattr(own, name) for name in names})
 
     def _text_of(self, written: Written) -> tuple[str, bool]:
         """What was written as a text, and whether it was cut off before its end."""
@@ -392,15 +414,10 @@ class Answer:
         guidance = self._guidance(track)
         contexts = yield from self._contexts(track, guidance)
         grid = self._grid()
-        drawing = Drawing(
-            self.pipe, contexts, grid, guidance, self._noise(grid), self.settings.drawing, self.session._is_interrupted
-        )
-        every = self.settings.preview_every
-        latents = (yield drawing) if every is None else (yield from self._previewed(drawing, text, every))
+        latents = yield from self._drawn(self._loop(contexts, guidance, grid), grid, text)
+        image = yield from self._picture(latents, grid, text)
         self._check_interrupted()
-        image = self._picture(latents, grid, text)
-        self._check_interrupted()
-        self._show(image)
+        self.said = self.said.with_image((yield from self._encoded(self._shown_as(image))))
         if protocol.reflection is not None:
             self._say(protocol.reflection, Update("after", "read"))
         self._finish(type="image", image=image)
@@ -409,19 +426,51 @@ class Answer:
             self._finish(type="text", text=protocol.reflection)
             yield SessionEvent("text", text=protocol.reflection, is_whole=True)
 
-    def _previewed(self, drawing: Drawing, text: str, every: int) -> Generator[SessionEvent, None, torch.Tensor]:
-        """Latents of a picture, and what it will be like after each so many steps."""
-        loop = Drawing.loop([drawing])
-        for step in drawing.steps(loop):
-            if (step + 1) % every == 0 and step + 1 < len(loop):
-                yield SessionEvent("preview", image=self._picture(loop.clean_latents, drawing.grid, text), step=step)
+    def _loop(
+        self, contexts: dict[str, BagelContext], guidance: BagelGuidance, grid: tuple[int, int]
+    ) -> DenoisingLoop:
+        """The steps of a picture."""
+        pipe, drawing = self.pipe, self.settings.drawing
+        call = pipe._new_call(guidance.text_scale, drawing.get("attention_kwargs"), drawing.get("timestep_shift"))
+        denoiser = Denoiser(
+            pipe.transformer,
+            [contexts],
+            [grid],
+            [guidance],
+            pipe._taylorseer,
+            pipe._split_group,
+            drawing.get("attention_kwargs"),
+        )
+        return pipe._prepare_loop(
+            call, denoiser, self._noise(grid), drawing.get("num_inference_steps", 49), drawing.get("sigmas")
+        )
+
+    def _drawn(self, loop: DenoisingLoop, grid: tuple[int, int], text: str) -> Steps[torch.Tensor]:
+        """Latents of a picture; what it will be like, and how far it is, is given out as wanted."""
+        every, count = self.settings.preview_every, len(loop)
+        bar: Any = self.pipe.progress_bar(total=len(loop.levels)) if self.settings.shows_bar else nullcontext()
+        with bar:
+            for step in range(count):
+                if loop.is_interrupted():
+                    break
+                loop.take(step, (yield Drawing(loop.ask(step))))
+                loop.check(step)
+                if self.settings.shows_bar and loop.is_whole_step(step):
+                    bar.update()
+                if self.settings.progress:
+                    yield SessionEvent("progress", step=step, steps=count)
+                if every is not None and (step + 1) % every == 0 and step + 1 < count:
+                    image = yield from self._picture(loop.clean_latents, grid, text)
+                    yield SessionEvent("preview", image=image, step=step)
+                self._check_interrupted()
+        loop.check()
         return loop.latents
 
-    def _picture(self, latents: torch.Tensor, grid: tuple[int, int], text: str) -> Image.Image:
-        values = self.pipe.decode_latents(latents, grid, "np")
+    def _picture(self, latents: torch.Tensor, grid: tuple[int, int], text: str) -> Steps[Image.Image]:
+        values = yield Decoding(self.pipe, latents, grid)
         if self.protocol.finish is None:
             return self.pipe.image_processor.numpy_to_pil(values)[0]
-        return self.protocol.finish(values[0], text)
+        return self.protocol.finish(values, text)
 
     def _guidance(self, track: Track) -> BagelGuidance:
         preset = EDITING if any(segment.grid for segment in track.full) else TEXT_TO_IMAGE
@@ -434,16 +483,22 @@ class Answer:
             # The full context is read last, as the next turn goes on from it.
             needed = ["no_image", "full", "no_text"] if guidance.image_scale > 1 else ["full", "no_text"]
         read: dict[tuple[int, ...], BagelContext] = {}
-        keys = {name: tuple(map(id, track.segments_of(name))) for name in needed}
+        segments = {name: track.segments_of(name) for name in needed}
+        if self.settings.drawing.get("empty_no_text") and "no_text" in segments:
+            segments["no_text"] = ()
+        keys = {name: tuple(map(id, own)) for name, own in segments.items()}
         for name, key in keys.items():
             if key not in read:
-                read[key] = yield from self._context(track.segments_of(name))
+                read[key] = yield from self._context(segments[name])
         return {name: read[keys[name]] for name in CONTEXTS if name in keys}
 
     def _grid(self) -> tuple[int, int]:
         """Rows and columns of tokens of a picture: as asked for, else as the protocol says."""
         stride = self.pipe.vae_scale_factor
         like = self.said.given if self.protocol.size == "given" else self.said.last
+        if self.settings.drawing.get("size_like") == "first":
+            images = [said for turn in self.said.turns for said in turn if isinstance(said, SaidImage)]
+            like = images[0].vae.grid if images else None
         height, width = self.protocol.default_size or (self.pipe.default_sample_size,) * 2
         rows, columns = like or (height // stride, width // stride)
         height, width = (self.settings.drawing.get(name) for name in ("height", "width"))

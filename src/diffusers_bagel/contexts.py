@@ -26,6 +26,8 @@ FORWARD_COST = 32
 MAX_PREFILL_TOKENS = 1024
 # Most tokens, padding and new ones included, of contexts that grow together.
 MAX_JOINED_TOKENS = 32768
+# Of `generate`, for texts by the temperature alone: what a checkpoint's generation config says of these does not count.
+_NO_PENALTY, _ALL_TOKENS = {"repetition_penalty": 1.0}, {"top_k": 0, "top_p": 1.0}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class BagelContext:
         """Of everything, `(1, tokens)`."""
         return torch.cat([segment.token_ids for segment in self.segments])[None]
 
+    @property
+    def token_types(self) -> torch.Tensor:
+        """Of everything, `(1, tokens)`."""
+        return torch.cat([segment.token_types for segment in self.segments])[None]
+
     def first(self, num_segments: int) -> BagelContext:
         """The context of the first segments, in the same cache."""
         if self.prefix is not None and num_segments <= len(self.prefix.segments):
@@ -148,6 +155,7 @@ class TextSettings:
     Attributes:
         max_new_tokens (`int`)
         do_sample, temperature: Of its tokens.
+        temperature_only (`bool`): Whether nothing else counts, such as `top_k` of the generation config.
         seed (`int`, *optional*): Of sampling.
         logits_processor (`LogitsProcessorList`): Changes the scores from which tokens are chosen.
         stopping_criteria (`StoppingCriteriaList`): What else ends it.
@@ -157,15 +165,19 @@ class TextSettings:
     max_new_tokens: int = 1024
     do_sample: bool = False
     temperature: float = 1.0
+    temperature_only: bool = False
     seed: int | None = None
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping_criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
     streamer: Any = None
 
-    def of_generate(self) -> dict[str, Any]:
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `generate` is told of how tokens are chosen."""
         sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
-        names = ("max_new_tokens", "logits_processor", "stopping_criteria", "streamer")
-        return {name: getattr(self, name) for name in names} | sampling
+        if not self.temperature_only:
+            return sampling
+        return sampling | _NO_PENALTY | (_ALL_TOKENS if self.do_sample else {})
 
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
         """A token by its scores: the best one, or one that is drawn at the temperature."""
@@ -324,6 +336,7 @@ class ContextReader:
         do_sample: bool = False,
         temperature: float = 1.0,
         seeds: Sequence[int | None] | None = None,
+        temperature_only: bool = False,
     ) -> list[str]:
         """
         What the model writes behind each context; to remember it, read it.
@@ -336,8 +349,9 @@ class ContextReader:
             max_new_tokens (`int`): Most tokens of a text.
             do_sample, temperature: Of the text.
             seeds (`Sequence[int | None]`, *optional*): Of each sampled text; without one the global state is used.
+            temperature_only (`bool`): See [`TextSettings`].
         """
-        sampling = {"do_sample": True, "temperature": temperature} if do_sample else {"do_sample": False}
+        sampling = TextSettings(max_new_tokens, do_sample, temperature, temperature_only).sampling
         lengths = [context.length + max_new_tokens for context in contexts]
         batches = [[index] for index in range(len(contexts))]
         if not do_sample:
@@ -382,24 +396,21 @@ class ContextReader:
                 attention_mask=mask,
                 past_key_values=cache,
                 return_dict_in_generate=True,
+                residual_dtype=self.adapters.residual_dtype,
                 **settings,
             )
         return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values
-
-    def write_on(self, context: BagelContext, settings: TextSettings) -> Written:
-        """
-        What the model writes behind one context, which stays as it is.
-
-        The cache of what is written holds its tokens, too, so that it can be read without a second forward.
-        """
-        with seeded(settings.seed, self.device), kept_whole(context.cache):
-            (tokens,), cache = self.generate([context], context.own_cache, **settings.of_generate())
-        return Written(tokens, cache)
 
     def encode_text(self, text: str, sanitize_control_tokens: bool = False) -> list[EncodedSegment]:
         """A text as what a context reads; special tokens in it may be words like others."""
         segment = Segment("text", text, sanitize_control_tokens=sanitize_control_tokens)
         return self.processor.encode_segments([segment])
+
+    @property
+    def opening(self) -> EncodedSegment:
+        """What a text that is to be written begins with."""
+        start = self.processor.tokenizer.convert_tokens_to_ids(START)
+        return EncodedSegment(Segment("text", START), torch.tensor([start]))
 
 
 def bucket_by_length(lengths: Sequence[int], max_tokens: int, max_padding: float = float("inf")) -> list[list[int]]:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers_bagel.segments import EncodedSegment
 
@@ -121,6 +122,7 @@ class SaidImage:
         encoders (`tuple[str, ...]`): By which of them, `"vae"` and `"vit"`, pictures are drawn from it.
         is_given (`bool`): Whether the user showed it.
         is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
+        images_kwargs (`dict`): Settings of the image processor other than its own.
     """
 
     vae: EncodedSegment
@@ -129,6 +131,7 @@ class SaidImage:
     encoders: tuple[str, ...]
     is_given: bool
     is_resized: bool
+    images_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

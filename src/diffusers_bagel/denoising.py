@@ -77,10 +77,10 @@ class Denoiser:
         self.adapters = AdapterScale(transformer, attention_kwargs)
         self.drawings: list[Drawing] = []
         self._owners: list[int] = []
-        self._selected: dict[tuple[int, ...], PrefixCache] = {}
+        self._selected: dict[tuple[tuple[Denoiser, int], ...], PrefixCache] = {}
         views, positions = self._add_branches(contexts, grids, guidance)
         lengths = [self.drawings[owner].num_tokens for owner in self._owners]
-        self.prefix = PrefixCache(views) if group is None else SplitPrefixCache(views, lengths, group)
+        self.prefix: Any = PrefixCache(views) if group is None else SplitPrefixCache(views, lengths, group)
         self.positions = torch.tensor(positions)
         self.states = None if taylorseer is None else [TaylorSeerState(taylorseer) for _ in views]
 
@@ -143,6 +143,12 @@ class Denoiser:
         Returns:
             `torch.Tensor` of shape `(batch, tokens, latent_dim)`, float32, zero behind the tokens of smaller images.
         """
+        return velocities([self.step(latents, sigma, device_sigma, text_scale)])[0]
+
+    def step(
+        self, latents: torch.Tensor, sigma: torch.Tensor, device_sigma: torch.Tensor, text_scale: float
+    ) -> DenoisingStep:
+        """What the next velocity, for which [`velocities`] asks, takes. The arguments are those of `velocity`."""
         guidance = [drawing.guidance.with_changes(text_scale=text_scale) for drawing in self.drawings]
         needed = [
             {name: drawing.branches[name] for name in settings.branches(sigma) if name in drawing.branches}
@@ -154,44 +160,128 @@ class Denoiser:
             due = {branch: self.states[branch].advance() for branch in active}
             computed = [branch for branch in active if due[branch]]
             predicted = [branch for branch in active if not due[branch]]
+        return DenoisingStep(self, latents, device_sigma, guidance, needed, computed, predicted)
 
-        velocities: dict[int, torch.Tensor] = {}
-        limit = MAX_STEP_TOKENS_CPU if latents.device.type == "cpu" else MAX_STEP_TOKENS
-        for chunk in chunk_in_order([self.drawings[self._owners[branch]].num_tokens for branch in computed], limit):
-            velocities |= self._compute(latents, device_sigma, [computed[place] for place in chunk])
-        if predicted and self.states is not None:
-            features = [self.states[branch].predict() for branch in predicted]
-            outputs = self.transformer(latent_hidden_states=torch.cat(features))
-            velocities |= dict(zip(predicted, outputs.velocity.split([len(item) for item in features]), strict=True))
+    def num_tokens(self, branch: int) -> int:
+        """Latent tokens of a branch."""
+        return self.drawings[self._owners[branch]].num_tokens
 
-        velocity = torch.zeros_like(latents)
-        for index, (drawing, settings, branches) in enumerate(zip(self.drawings, guidance, needed, strict=True)):
-            velocity[index, : drawing.num_tokens] = settings(
+    def owner(self, branch: int) -> int:
+        """The image that a branch is of."""
+        return self._owners[branch]
+
+    def selected(self, branches: Sequence[tuple[Denoiser, int]]) -> PrefixCache:
+        """What the blocks of a forward attend to: the same object at each step, which keeps what the steps share."""
+        key = tuple(branches)
+        if key not in self._selected:
+            present = {denoiser for denoiser, _ in key}
+            # Nothing is kept of those that are no longer drawn.
+            self._selected = {
+                other: cache for other, cache in self._selected.items() if present.issuperset(own for own, _ in other)
+            }
+            views = [denoiser.prefix.views[branch] for denoiser, branch in key]
+            lengths = [denoiser.num_tokens(branch) for denoiser, branch in key]
+            is_split = isinstance(self.prefix, SplitPrefixCache)
+            self._selected[key] = (
+                SplitPrefixCache(views, lengths, self.prefix.group) if is_split else PrefixCache(views)
+            )
+        return self._selected[key]
+
+
+@dataclass(frozen=True, eq=False)
+class DenoisingStep:
+    """
+    What the velocity of a denoiser's images takes at one step.
+
+    Attributes:
+        denoiser (`Denoiser`)
+        latents (`torch.Tensor` of shape `(batch, tokens, latent_dim)`), sigma (`torch.Tensor` of shape `()`):
+            Where the model computes.
+        guidance (`list[BagelGuidance]`): Of each image.
+        needed (`list[dict[str, int]]`): The branches that it joins.
+        computed, predicted (`list[int]`): Branches that are computed now, and those that TaylorSeer predicts.
+    """
+
+    denoiser: Denoiser
+    latents: torch.Tensor
+    sigma: torch.Tensor
+    guidance: list[BagelGuidance]
+    needed: list[dict[str, int]]
+    computed: list[int]
+    predicted: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Latent tokens that are computed."""
+        return sum(map(self.denoiser.num_tokens, self.computed))
+
+    def joined(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The guided velocity, from that of each branch."""
+        velocity = torch.zeros_like(self.latents)
+        for index, (settings, branches) in enumerate(zip(self.guidance, self.needed, strict=True)):
+            velocity[index, : self.denoiser.drawings[index].num_tokens] = settings(
                 {name: velocities[branch] for name, branch in branches.items()}
             )
         return velocity
 
-    def _compute(self, latents: torch.Tensor, sigma: torch.Tensor, branches: list[int]) -> dict[int, torch.Tensor]:
-        """One forward: the velocity of each branch, `(tokens, latent_dim)`."""
-        key = tuple(branches)
-        if key not in self._selected:
-            # The same object at each step, which keeps what the steps share.
-            self._selected[key] = self.prefix.select(branches)
-        owners = [self._owners[branch] for branch in branches]
-        counts = [self.drawings[owner].num_tokens for owner in owners]
-        with self.adapters.applied():
-            outputs = self.transformer(
-                latents=torch.cat([latents[owner, :count] for owner, count in zip(owners, counts, strict=True)]),
-                latent_grid_hw=torch.tensor([self.drawings[owner].grid for owner in owners]),
-                timesteps=sigma.expand(len(branches)),
-                position_ids=self.positions[branches],
-                past_key_values=self._selected[key],
-                **self.adapters.attention_kwargs,
-            )
-        if self.states is not None:
-            for branch, features in zip(branches, outputs.latent_hidden_states.split(counts), strict=True):
-                self.states[branch].update(features)
-        return dict(zip(branches, outputs.velocity.split(counts), strict=True))
+
+def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
+    """
+    Guided velocities of several denoisers of one transformer, each at a noise level of its own, in forwards that they share.
+
+    If it fails, for want of memory, the same steps can be taken again.
+    """
+    limit = step_limit(steps[0].latents.device)
+    due = [(place, branch) for place, step in enumerate(steps) for branch in step.computed]
+    features: dict[tuple[int, int], torch.Tensor] = {}
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for chunk in chunk_in_order([steps[place].denoiser.num_tokens(branch) for place, branch in due], limit):
+        branches = [due[index] for index in chunk]
+        outputs = _forward(steps, branches)
+        counts = [steps[place].denoiser.num_tokens(branch) for place, branch in branches]
+        found |= dict(zip(branches, outputs.velocity.split(counts), strict=True))
+        if steps[0].denoiser.states is not None:
+            features |= dict(zip(branches, outputs.latent_hidden_states.split(counts), strict=True))
+    if predicted := [(place, branch) for place, step in enumerate(steps) for branch in step.predicted]:
+        states = [steps[place].denoiser.states for place, _ in predicted]
+        expected = [own[branch].predict() for own, (_, branch) in zip(states, predicted, strict=True) if own]
+        first = steps[0].denoiser
+        outputs = first.transformer(
+            latent_hidden_states=torch.cat(expected), residual_dtype=first.adapters.residual_dtype
+        )
+        found |= dict(zip(predicted, outputs.velocity.split([len(item) for item in expected]), strict=True))
+    joined = [
+        step.joined({branch: found[place, branch] for branch in (*step.computed, *step.predicted)})
+        for place, step in enumerate(steps)
+    ]
+    for (place, branch), own in features.items():
+        if (of_denoiser := steps[place].denoiser.states) is not None:
+            of_denoiser[branch].update(own)
+    return joined
+
+
+def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) -> Any:
+    """Velocities of branches, each named by the place of its step, in one forward."""
+    first = steps[branches[0][0]].denoiser
+    own = [(steps[place], branch) for place, branch in branches]
+    owners = [step.denoiser.owner(branch) for step, branch in own]
+    pairs = list(zip(own, owners, strict=True))
+    with first.adapters.applied():
+        return first.transformer(
+            latents=torch.cat(
+                [step.latents[owner, : step.denoiser.num_tokens(branch)] for (step, branch), owner in pairs]
+            ),
+            latent_grid_hw=torch.tensor([step.denoiser.drawings[owner].grid for (step, _), owner in pairs]),
+            timesteps=torch.stack([step.sigma for step, _ in own]),
+            position_ids=torch.stack([step.denoiser.positions[branch] for step, branch in own]),
+            past_key_values=first.selected([(step.denoiser, branch) for step, branch in own]),
+            **first.adapters.attention_kwargs,
+        )
+
+
+def step_limit(device: torch.device) -> int:
+    """Most latent tokens of a denoising forward of several images or branches."""
+    return MAX_STEP_TOKENS_CPU if device.type == "cpu" else MAX_STEP_TOKENS
 
 
 def guidance_contexts(
@@ -199,6 +289,8 @@ def guidance_contexts(
     prompts: Sequence[Sequence[EncodedSegment]],
     full: Sequence[BagelContext],
     guidance: Sequence[BagelGuidance],
+    plan_in_no_image: bool = False,
+    empty_no_text: bool = False,
 ) -> list[dict[str, BagelContext]]:
     """
     The contexts that guidance compares (original behaviour, points 14-16).
@@ -211,8 +303,10 @@ def guidance_contexts(
         prompts (`Sequence[Sequence[EncodedSegment]]`): What each image is drawn from, without the plan.
         full (`Sequence[BagelContext]`): The context of each prompt and its plan.
         guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
+        plan_in_no_image, empty_no_text: As in the pipeline's `__call__`.
     """
-    texts = [without_images(prompt) for prompt in prompts]
+    told = [context.segments for context in full] if plan_in_no_image else prompts
+    texts = [without_images(segments) for segments in told]
     compared = [
         index
         for index, settings in enumerate(guidance)
@@ -224,7 +318,7 @@ def guidance_contexts(
     for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
         branches = {"full": context}
         if settings.text_scale > 1:
-            kept = len(without_last_text(prompt))
+            kept = 0 if empty_no_text else len(without_last_text(prompt))
             branches["no_text"] = context if kept == len(context.segments) else context.first(kept)
             branches["no_image"] = no_image.get(index, context)
         contexts.append(branches)
@@ -264,28 +358,39 @@ class DenoisingLoop:
         self.denoiser = denoiser
         self.latents = latents
         self._step: tuple[torch.Tensor, ...] = ()
+        self._finite: list[torch.Tensor] = []
         self.timesteps = timesteps
         self.levels = levels
         self.is_interrupted = is_interrupted
         self.device_levels = levels.to(latents.device)
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
-        call: Any = self.call
-        finite: list[torch.Tensor] = []
         for step, timestep in enumerate(self.timesteps):
             if self.is_interrupted():
                 continue
-            call._current_timestep = timestep
-            level = self.device_levels[step]
-            velocity = self.denoiser.velocity(self.latents, self.levels[step], level, call.guidance_scale)
-            self._step = (self.latents, level, velocity)
-            self.latents = call.scheduler.step(velocity, timestep, self.latents, return_dict=False)[0]
+            (velocity,) = velocities([self.ask(step)])
+            self.take(step, velocity)
             yield step, timestep
-            finite.append(torch.isfinite(self.latents).all())
-            if self.latents.device.type == "cpu":
-                # Here an early stop costs nothing.
-                _check_finite(finite, self.levels)
-        _check_finite(finite, self.levels)
+            self.check(step)
+        self.check()
+
+    def ask(self, step: int) -> DenoisingStep:
+        """What the velocity of a step takes."""
+        self.call._current_timestep = self.timesteps[step]
+        return self.denoiser.step(self.latents, self.levels[step], self.device_levels[step], self.call.guidance_scale)
+
+    def take(self, step: int, velocity: torch.Tensor) -> None:
+        """Go on by a velocity."""
+        self._step = (self.latents, self.device_levels[step], velocity)
+        self.latents = self.call.scheduler.step(velocity, self.timesteps[step], self.latents, return_dict=False)[0]
+
+    def check(self, step: int | None = None) -> None:
+        """Raise a `ValueError` if latents were infinite or NaN, behind a step only where the host need not wait for that."""
+        if step is not None:
+            self._finite.append(torch.isfinite(self.latents).all())
+        # On a CPU an early stop costs nothing.
+        if step is None or self.latents.device.type == "cpu":
+            _check_finite(self._finite, self.levels)
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -20,6 +20,10 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Far above what makes sense, and far below what fills the memory before anything is drawn.
 MAX_STEPS = 10_000
 MAX_IMAGES_PER_PROMPT = 1_000
+# Place of the image whose size a drawing has.
+SIZE_RULES = {"first": 0, "last": -1}
+# Of `BagelImageProcessor`, what is not the model's.
+IMAGES_KWARGS = ("vae_size", "size", "resize_before_vit", "max_pixels")
 
 
 def with_plain_numbers(method: Callable) -> Callable:
@@ -190,6 +194,56 @@ def check_scheduler(scheduler: Any, sigmas: Any = None) -> None:
         )
     if sigmas is not None and not takes_sigmas(scheduler):
         raise ValueError(f"`sigmas` were passed, but {name} makes its own. Leave them out.")
+
+
+def check_timestep_shift(shift: Any, scheduler: Any) -> None:
+    """
+    Refuse a shift that is none, or that a scheduler cannot be given.
+
+    Raises:
+        TypeError, ValueError: naming it.
+    """
+    if shift is None:
+        return
+    check_number("timestep_shift", shift, 1e-6)
+    if not hasattr(scheduler, "set_shift"):
+        raise ValueError(
+            f"`timestep_shift` was passed, but {type(scheduler).__name__} takes none. Leave it out, or use a "
+            "FlowMatchEulerDiscreteScheduler."
+        )
+
+
+def with_residual_dtype(attention_kwargs: dict[str, Any] | None, dtype: Any) -> dict[str, Any] | None:
+    """
+    What the transformer is told in each forward, with the type of its hidden states.
+
+    Raises:
+        ValueError: if it is another type than float32: narrower ones only lose.
+    """
+    if dtype is None:
+        return attention_kwargs
+    if dtype not in ("float32", torch.float32):
+        raise ValueError(
+            f'`residual_dtype` must be "float32", or `None` for the type of the weights, got {shown(dtype)}.'
+        )
+    return (attention_kwargs or {}) | {"residual_dtype": torch.float32}
+
+
+def check_images_kwargs(images_kwargs: Any) -> None:
+    """
+    Refuse settings of images that are none; their values are refused by the image processor.
+
+    Raises:
+        TypeError: if it is no dict.
+        ValueError: if it names something else.
+    """
+    if images_kwargs is None:
+        return
+    if not isinstance(images_kwargs, dict):
+        raise TypeError(f"`images_kwargs` must be a dict, got {shown(images_kwargs)}.")
+    for name in images_kwargs:
+        if name not in IMAGES_KWARGS:
+            raise ValueError(f"`images_kwargs` must hold {', '.join(IMAGES_KWARGS)} only, got {shown(name)}.")
 
 
 def check_latents(latents: Any, grids: Sequence[tuple[int, int]], latent_dim: int) -> None:

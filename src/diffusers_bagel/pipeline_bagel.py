@@ -32,6 +32,7 @@ from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
     MAX_STEPS,
+    SIZE_RULES,
     as_conversations,
     as_generators,
     check_callback,
@@ -39,6 +40,7 @@ from .inputs import (
     check_choice,
     check_flag,
     check_guidance,
+    check_images_kwargs,
     check_latents,
     check_number,
     check_output_type,
@@ -46,14 +48,17 @@ from .inputs import (
     check_scheduler,
     check_sigmas,
     check_size,
+    check_timestep_shift,
     check_whole_number,
     takes_sigmas,
     with_plain_numbers,
+    with_residual_dtype,
 )
 from .loading import CheckedDownloadMixin, load_original_components, name_own_modules, settled
 from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
+from .presets import Preset, with_preset
 from .randomness import draw_seed
 
 
@@ -272,6 +277,9 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         attention_kwargs: Any = None,
         callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Any = ("latents",),
+        timestep_shift: Any = None,
+        images_kwargs: Any = None,
+        size_like: Any = "last",
     ) -> None:
         """
         Refuse arguments of a call that cannot work, before anything is computed.
@@ -296,19 +304,25 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             raise TypeError(f"`attention_kwargs` must be a dict, got {shown(attention_kwargs)}.")
         check_adapter_scale(self.transformer, attention_kwargs)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_timestep_shift(timestep_shift, self.scheduler)
+        check_images_kwargs(images_kwargs)
+        check_choice("size_like", size_like, SIZE_RULES)
 
-    def encode_conversation(self, messages: list[dict[str, Any]], think: bool = False) -> list[EncodedSegment]:
+    def encode_conversation(
+        self, messages: list[dict[str, Any]], think: bool = False, images_kwargs: dict[str, Any] | None = None
+    ) -> list[EncodedSegment]:
         """
         What an image is drawn from: the segments of a conversation, whose images are both latents and seen.
 
         Args:
             messages (`list[dict]`): Chat messages of one conversation.
             think (`bool`, *optional*, defaults to `False`): Whether a system segment asks for a plan.
+            images_kwargs (`dict`, *optional*): As in `__call__`.
 
         Raises:
             ValueError: if the model cannot see images, or if one is larger than its position tables.
         """
-        return self._encode_segments(chat_segments(messages, think, generation_mode="image"))
+        return self._encode_segments(chat_segments(messages, think, generation_mode="image"), **(images_kwargs or {}))
 
     def _encode_segments(self, segments: list[Segment], **image_settings: Any) -> list[EncodedSegment]:
         """Segments as tokens, see [`~segments.encode_segments`], if the model can take their images."""
@@ -400,6 +414,9 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         temperature: float = 0.3,
         generators: Sequence[torch.Generator | None] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        temperature_only: bool = False,
+        plan_in_no_image: bool = False,
+        empty_no_text: bool = False,
     ) -> tuple[list[dict[str, BagelContext]], list[str] | None]:
         """
         The contexts that guidance compares, and the plans, if the model is to think.
@@ -410,17 +427,19 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             think, max_think_tokens, do_sample, temperature: As in `__call__`.
             generators (`Sequence[torch.Generator | None]`, *optional*): Each gives the seed of a sampled plan.
             attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
+            temperature_only, plan_in_no_image, empty_no_text: As in `__call__`.
         """
         reader = ContextReader(self.transformer, self.processor, self._execution_device, attention_kwargs)
         full = reader.read([BagelContext()] * len(prompts), prompts)
         plans = None
         if think:
             seeds = [draw_seed(generator) for generator in generators or ()] if do_sample else None
-            plans = reader.write(full, max_think_tokens - 1, do_sample, temperature, seeds or None)
+            plans = reader.write(full, max_think_tokens - 1, do_sample, temperature, seeds or None, temperature_only)
             full = reader.read(full, [reader.encode_text(plan) for plan in plans])
-        return guidance_contexts(reader, prompts, full, guidance), plans
+        return guidance_contexts(reader, prompts, full, guidance, plan_in_no_image, empty_no_text), plans
 
     @torch.no_grad()
+    @with_preset
     @with_plain_numbers
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -453,6 +472,14 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  the library's signature
+        timestep_shift: float | None = None,
+        images_kwargs: dict[str, Any] | None = None,
+        size_like: str = "last",
+        temperature_only: bool = False,
+        plan_in_no_image: bool = False,
+        empty_no_text: bool = False,
+        residual_dtype: str | torch.dtype | None = None,
+        preset: str | Preset | None = None,
     ) -> BagelPipelineOutput | tuple:
         r"""
         Function invoked when calling the pipeline for generation.
@@ -514,6 +541,25 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 the tensors.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 Tensors that the callback gets.
+            timestep_shift (`float`, *optional*):
+                Shift of the sigmas in this call. By default the scheduler's, 3.0 in the original checkpoint.
+            images_kwargs (`dict`, *optional*):
+                How images given are resized in this call: `vae_size`, `size`, `resize_before_vit` and `max_pixels` of the
+                [`BagelImageProcessor`], those that are not to be its own.
+            size_like (`str`, *optional*, defaults to `"last"`):
+                Whether a drawing has the size of the `"first"` or the `"last"` of several images given.
+            temperature_only (`bool`, *optional*, defaults to `False`):
+                Whether plans go by the temperature alone, and not by `top_k`, `top_p` and `repetition_penalty` of the
+                transformer's generation config.
+            plan_in_no_image (`bool`, *optional*, defaults to `False`):
+                Whether the context without images, with which guidance compares, holds the plan.
+            empty_no_text (`bool`, *optional*, defaults to `False`):
+                Whether the one without the last text holds nothing, instead of all that precedes that text.
+            residual_dtype (`torch.dtype` or `str`, *optional*):
+                Of the hidden states from layer to layer, whose weights and whose own computation keep their type. Published
+                benchmarks of BAGEL ran with `"float32"`; by default it is the type of the weights.
+            preset (`str` or [`Preset`], *optional*):
+                Published settings, or their name in [`PRESETS`], for all that is not passed or is `None`.
 
         Examples:
 
@@ -544,8 +590,14 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             attention_kwargs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            timestep_shift,
+            images_kwargs,
+            size_like,
         )
-        for name, flag in (("think", think), ("do_sample", do_sample), ("return_dict", return_dict)):
+        told = with_residual_dtype(attention_kwargs, residual_dtype)
+        flags = {"think": think, "do_sample": do_sample, "return_dict": return_dict}
+        flags |= {"temperature_only": temperature_only, "plan_in_no_image": plan_in_no_image}
+        for name, flag in (flags | {"empty_no_text": empty_no_text}).items():
             check_flag(name, flag)
         check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
         conversations = as_conversations(prompt, image, messages)
@@ -554,13 +606,13 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             raise ValueError(
                 "A context split needs a `generator`, of the same seed in every process, or each would draw another image."
             )
-        prompts = [self.encode_conversation(conversation, think) for conversation in conversations]
-        sizes = [self._grid(segments, height, width) for segments in prompts]
+        prompts = [self.encode_conversation(conversation, think, images_kwargs) for conversation in conversations]
+        sizes = [self._grid(segments, height, width, size_like) for segments in prompts]
         grids = [grid for grid in sizes for _ in range(num_images_per_prompt)]
         check_latents(latents, grids, self.latent_dim)
         for segments in prompts:
             self._check_context(segments, max_think_tokens if think else 0)
-        call = self._new_call(guidance_scale, attention_kwargs)
+        call = self._new_call(guidance_scale, attention_kwargs, timestep_shift)
 
         try:
             # 2. Prepare the contexts, and then the noise: the generators are used in this order
@@ -580,7 +632,17 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 for segments in prompts
             ]
             contexts, plans = self.prepare_contexts(
-                prompts, guidance, think, max_think_tokens, do_sample, temperature, own_generators, attention_kwargs
+                prompts,
+                guidance,
+                think,
+                max_think_tokens,
+                do_sample,
+                temperature,
+                own_generators,
+                told,
+                temperature_only,
+                plan_in_no_image,
+                empty_no_text,
             )
             denoiser = Denoiser(
                 self.transformer,
@@ -589,7 +651,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 [own for own in guidance for _ in range(num_images_per_prompt)],
                 self._taylorseer,
                 self._split_group,
-                attention_kwargs,
+                told,
             )
             del contexts, prompts
             latents = self.prepare_latents(grids, generators, latents)
@@ -621,11 +683,15 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             return (images, texts)
         return BagelPipelineOutput(images=images, texts=texts)
 
-    def _new_call(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> "BagelPipeline":
+    def _new_call(
+        self, guidance_scale: float, attention_kwargs: dict[str, Any] | None, timestep_shift: float | None = None
+    ) -> "BagelPipeline":
         """A copy of the pipeline that holds what belongs to one call."""
         call = copy.copy(self)
         call._started_at = time.monotonic()
         call.scheduler = copy.deepcopy(self.scheduler)
+        if timestep_shift is not None:
+            call.scheduler.set_shift(timestep_shift)
         call._guidance_scale = guidance_scale
         call._attention_kwargs = attention_kwargs
         return call
@@ -685,12 +751,13 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             images.append(own if output_type == "latent" else self.decode_latents(own[None], grid, output_type)[0])
         return images
 
-    def _grid(self, segments: list[EncodedSegment], height: int | None, width: int | None) -> tuple[int, int]:
-        """Rows and columns of tokens of a drawing: as asked for, else like the last image, else the default size."""
+    def _grid(
+        self, segments: Sequence[EncodedSegment], height: int | None, width: int | None, size_like: str
+    ) -> tuple[int, int]:
+        """Rows and columns of tokens of a drawing: as asked for, else like an image, else the default size."""
         rows = columns = self.default_sample_size // self.vae_scale_factor
-        for segment in segments:
-            if segment.segment.type == "vae_image" and segment.grid is not None:
-                rows, columns = segment.grid
+        if grids := [segment.grid for segment in segments if segment.grid and segment.segment.type == "vae_image"]:
+            rows, columns = grids[SIZE_RULES[size_like]]
         stride = self.vae_scale_factor
         return height // stride if height else rows, width // stride if width else columns
 

@@ -19,10 +19,12 @@ from transformers_bagel.original_config import is_original_config
 from .answering import SessionEvent
 from .caching import TaylorSeerConfig
 from .guidance import BagelGuidance
+from .inferencer import InterleaveInferencer
 from .loading import VAE_FILES
 from .lora import BagelLoraLoaderMixin
 from .pipeline_bagel import BagelPipeline
 from .pipeline_output import BagelPipelineOutput
+from .presets import PRESETS, Preset
 from .protocols import PROTOCOLS, InterleaveProtocol
 from .session import BagelReply, BagelSession
 from .together import send_all
@@ -116,6 +118,7 @@ def _is_ours(path: str | os.PathLike, kwargs: dict[str, Any], runs_code: bool) -
 register_pipeline()
 
 __all__ = [
+    "PRESETS",
     "PROTOCOLS",
     "BagelGuidance",
     "BagelLoraLoaderMixin",
@@ -123,7 +126,9 @@ __all__ = [
     "BagelPipelineOutput",
     "BagelReply",
     "BagelSession",
+    "InterleaveInferencer",
     "InterleaveProtocol",
+    "Preset",
     "SessionEvent",
     "TaylorSeerConfig",
     "send_all",

@@ -28,6 +28,7 @@ from transformers_bagel.segments import EncodedSegment, Segment, check_conversat
 
 from .answering import encode_image
 from .conversation import Conversation, SaidImage, SaidText, Update
+from .inputs import check_images_kwargs
 from .protocols import PROTOCOLS, InterleaveProtocol
 
 
@@ -133,6 +134,8 @@ def _text_record(said: SaidText) -> dict[str, Any]:
 
 def _image_record(said: SaidImage, files: dict[str, str]) -> dict[str, Any]:
     how = {name: getattr(said, name) for name in ("encoders", "is_given", "is_resized")}
+    if said.images_kwargs:
+        how["images_kwargs"] = said.images_kwargs
     return files | {"grids": [said.vae.grid, said.vit.grid], "update": vars(said.update)} | how
 
 
@@ -296,10 +299,11 @@ def _text(record: dict[str, Any], pipe: Any) -> SaidText:
 
 
 def _image(place: Path, record: dict[str, Any], pipe: Any) -> SaidImage:
-    file = place / record["picture"]
+    file, images_kwargs = place / record["picture"], record.get("images_kwargs", {})
     picture = _read(file)
     try:
-        vae, vit = encode_image(pipe, picture, record["is_resized"])
+        check_images_kwargs(images_kwargs)
+        vae, vit = encode_image(pipe, picture, record["is_resized"], images_kwargs)
     except ValueError as error:
         raise ValueError(f"'{file}' does not fit the pipeline: {error}") from error
     grids = [list(vae.grid), list(vit.grid)]  # type: ignore[arg-type]  # an image has them
@@ -314,7 +318,7 @@ def _image(place: Path, record: dict[str, Any], pipe: Any) -> SaidImage:
         # It was said where nothing could be drawn.
         vae = replace(vae, latents=pipe.encode_image(vae.pixels, vae_sample_mode="argmax"))
     update, encoders = Update(**record["update"]), tuple(record["encoders"])
-    return SaidImage(vae, vit, update, encoders, record["is_given"], record["is_resized"])
+    return SaidImage(vae, vit, update, encoders, record["is_given"], record["is_resized"], images_kwargs)
 
 
 def _check_latents(file: Path, grid: Sequence[int], latent_dim: int) -> None:

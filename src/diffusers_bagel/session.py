@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from transformers_bagel.segments import check_conversation
 from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent, Steps
 from .contexts import BagelContext, ContextReader
 from .conversation import Conversation
-from .inputs import check_flag, check_guidance, check_whole_number
+from .inputs import check_flag, check_guidance, check_whole_number, with_residual_dtype
+from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
 from .saved_sessions import read_description, restored, save_session, saved_protocol
@@ -33,7 +34,8 @@ OUTPUTS = ("auto", "text", "image", "interleaved")
 # Of the pipeline's `__call__`, for each picture.
 _DRAWING = (
     *("height", "width", "num_inference_steps", "sigmas", "guidance_scale", "image_guidance_scale", "cfg_interval"),
-    *("cfg_renorm_type", "cfg_renorm_min", "vae_sample_mode", "attention_kwargs"),
+    *("cfg_renorm_type", "cfg_renorm_min", "vae_sample_mode", "attention_kwargs", "timestep_shift", "size_like"),
+    *("plan_in_no_image", "empty_no_text", "residual_dtype"),
 )
 
 
@@ -198,7 +200,7 @@ class BagelSession:
 
     def send(self, content: str | Sequence[Any], output: str = "auto", **settings: Any) -> BagelReply:
         """Say something and get the whole answer. The arguments are those of [`stream`]."""
-        *_, last = self._answered(content, output, False, settings)
+        *_, last = self._answered(content, output, settings, streams=False)
         return last.reply
 
     def stream(self, content: str | Sequence[Any], output: str = "auto", **settings: Any) -> Iterator[SessionEvent]:
@@ -209,11 +211,14 @@ class BagelSession:
             content (`str` or `Sequence`): A text, or texts, images and parts of messages.
             output (`str`, *optional*, defaults to `"auto"`):
                 `"text"` or `"image"` for one of them, `"interleaved"` for both in turn, as the protocol says; with `"auto"`
-                the model also decides what it begins with.
+                the model also decides what it begins with, or a preset does.
             think (`bool`, *optional*): Whether a system segment asks for thoughts first.
             max_images (`int`, *optional*): After how many pictures an answer ends.
             max_new_tokens (`int`, *optional*, defaults to 1024): Of each text.
-            do_sample, temperature: Of texts.
+            do_sample, temperature, temperature_only: Of texts, see [`BagelPipeline.__call__`].
+            images_kwargs (`dict`, *optional*): Of the images of this turn, see [`BagelPipeline.__call__`].
+            preset (`str` or [`Preset`], *optional*):
+                Published settings, or their name in [`PRESETS`], for all that is not passed; they go before the protocol's.
             sanitize_control_tokens (`bool`, *optional*): Whether special tokens in what is said are words like others.
             logits_processor (`Sequence[Callable]`, *optional*):
                 Changes the scores from which tokens are chosen, also those that decide what comes next.
@@ -224,73 +229,97 @@ class BagelSession:
             generator (`torch.Generator`, *optional*): Makes the answer deterministic.
             latents (`Sequence[torch.Tensor]`, *optional*): Packed float32 noise of each picture, in order.
             preview_every (`int`, *optional*): After how many steps a preview of a picture is given out.
+            progress (`bool`, *optional*): Whether each step of a picture is told.
             settings: Of drawing, see [`BagelPipeline.__call__`].
 
         Yields:
-            [`SessionEvent`]: words as they come, previews, pictures, and at the end the [`BagelReply`].
+            [`SessionEvent`]: words as they come, progress, previews, pictures, and at the end the [`BagelReply`].
 
         Raises:
             TypeError, ValueError: for arguments that cannot work, before anything is said.
         """
-        return self._answered(content, output, True, settings)
+        return self._answered(content, output, settings, streams=True)
 
     @torch.no_grad()
-    def _answered(self, content: Any, output: str, streams: bool, settings: dict[str, Any]) -> Iterator[SessionEvent]:
+    def _answered(self, content: Any, output: str, settings: dict[str, Any], streams: bool) -> Iterator[SessionEvent]:
         with ended(settings.get("streamer")):
-            steps = self._steps(self._heard(content, output, streams, settings), output)
+            answer = self._heard(content, output, settings, streams)
             try:
-                yield from at_once(steps)
+                yield from at_once(self._steps(answer))
             finally:
                 self.pipe.maybe_free_model_hooks()
 
-    def _heard(self, content: Any, output: str, streams: bool, settings: dict[str, Any]) -> Answer:
-        """An answer to something, which is not yet said."""
-        self._check_idle()
-        self._began_at = time.monotonic()
-        if output not in OUTPUTS:
-            raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
-        if output != "text" and not self.pipe.transformer.config.visual_gen:
-            raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
-        message = {"role": "user", "content": _parts(content)}
-        check_conversation([message], "content")
-        if not (message["content"] or self._turns):
-            raise ValueError(
-                "`content` is empty, and nothing was said before. Pass a text, an image, or a list of them."
-            )
-        answer = Answer(self, self._settings(settings, streams))
-        answer.hear(message, output)
+    def _heard(
+        self, content: Any, output: str, settings: dict[str, Any], streams: bool = False, shows_bar: bool = True
+    ) -> Answer:
+        """An answer to something, which is not yet said. No model is asked, and no other answer begins until it is left."""
+        with self._changing:
+            self._check_idle()
+            self._is_answering = True
+        try:
+            self._began_at = time.monotonic()
+            if output not in OUTPUTS:
+                raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
+            output, settings = self._with_preset(output, settings)
+            if output != "text" and not self.pipe.transformer.config.visual_gen:
+                raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
+            message = {"role": "user", "content": _parts(content)}
+            check_conversation([message], "content")
+            if not (message["content"] or self._turns):
+                raise ValueError(
+                    "`content` is empty, and nothing was said before. Pass a text, an image, or a list of them."
+                )
+            answer = Answer(self, replace(self._settings(settings), streams=streams, shows_bar=shows_bar))
+            answer.hear(message, output)
+        except BaseException:
+            self._leave()
+            raise
         return answer
 
-    def _steps(self, answer: Answer, output: str) -> Steps[None]:
+    def _with_preset(self, output: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """What an answer is made of, and its settings; those of a preset stand behind what the caller gave."""
+        given = dict(given)
+        if (name := given.pop("preset", None)) is None:
+            return output, given
+        preset = find_preset(name)
+        return (
+            preset.output if output == "auto" else output,
+            merged(preset.of_session(self.pipe.transformer.config), given),
+        )
+
+    def _leave(self) -> None:
+        """Nothing is answered any longer."""
+        self._is_answering = False
+
+    def _steps(self, answer: Answer) -> Steps[None]:
         """What an answer does; what was asked is said now."""
-        self._check_idle()
-        self._is_answering = True
-        self._begin_turn(answer.message, answer.said)
         try:
-            yield from answer.steps(output)
+            yield from answer.look()
+            self._begin_turn(answer.message, answer.said)
+            yield from answer.steps()
         except Interrupted:
             pass
         finally:
-            self._is_answering = False
             self._read.forget_all_but(self._said.segment_lists())
+            self._leave()
         yield SessionEvent("done", reply=BagelReply(answer.content))
 
-    def _settings(self, given: dict[str, Any], streams: bool) -> AnswerSettings:
+    def _settings(self, given: dict[str, Any]) -> AnswerSettings:
         """Settings of an answer: the caller's, else the protocol's, else those of every session."""
         chosen = {"max_images": self.protocol.max_images} | dict(self.protocol.settings)
         chosen |= {name: value for name, value in given.items() if value is not None}
         drawing = {name: chosen.pop(name) for name in _DRAWING if name in chosen}
         stop_strings = chosen.pop("stop_strings", None)
-        if unknown := chosen.keys() - AnswerSettings.__dataclass_fields__.keys() | chosen.keys() & {
-            "streams",
-            "drawing",
-        }:
+        known = AnswerSettings.__dataclass_fields__.keys() - {"streams", "shows_bar", "drawing"}
+        if unknown := chosen.keys() - known:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`; what else `generate` "
                 "does is a `logits_processor` or one of `stopping_criteria`."
             )
-        for name in ("think", "do_sample", "sanitize_control_tokens"):
+        for name in ("think", "do_sample", "temperature_only", "sanitize_control_tokens", "progress"):
             check_flag(name, chosen.get(name, False))
+        for name in ("plan_in_no_image", "empty_no_text"):
+            check_flag(name, drawing.get(name, False))
         for name in ("max_new_tokens", "max_images", "preview_every"):
             if chosen.get(name) is not None:
                 check_whole_number(name, chosen[name], 1)
@@ -308,9 +337,14 @@ class BagelSession:
             vae_sample_mode=drawing.get("vae_sample_mode", "sample"),
             output_type="latent" if self.pipe.vae is None else "pil",
             temperature=chosen.get("temperature", 0.3),
+            timestep_shift=drawing.get("timestep_shift"),
+            images_kwargs=chosen.get("images_kwargs"),
+            size_like=drawing.get("size_like", "last"),
         )
         if not isinstance(chosen.get("generator"), (torch.Generator, type(None))):
             raise TypeError(f"`generator` must be a `torch.Generator`, got {shown(chosen['generator'])}.")
+        if told := with_residual_dtype(drawing.get("attention_kwargs"), drawing.pop("residual_dtype", None)):
+            drawing["attention_kwargs"] = told
         if drawing.get("sigmas") is not None:
             drawing["sigmas"] = [float(sigma) for sigma in drawing["sigmas"]]
         if chosen.get("latents") is not None:
@@ -330,7 +364,7 @@ class BagelSession:
                     f"`streamer` must have methods `put` and `end`, as a `TextStreamer`, got {shown(streamer)}."
                 )
             chosen["streamer"] = AnswerStreamer(streamer)
-        return AnswerSettings(**chosen, streams=streams, drawing=drawing)
+        return AnswerSettings(**chosen, drawing=drawing)
 
     def _check_idle(self) -> None:
         if self._is_answering:

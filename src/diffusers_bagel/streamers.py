@@ -3,35 +3,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from transformers import TextStreamer
 from transformers.generation import BaseStreamer
-
-
-Result = TypeVar("Result")
-
-
-@cache
-def _writers(process: int) -> ThreadPoolExecutor:
-    """Threads that write while words are given out. They are kept: in a new one a first forward takes half as long again."""
-    return ThreadPoolExecutor(thread_name_prefix="bagel-writer")
-
-
-def in_writer(write: Callable[[], Result], device_type: str) -> Future[Result]:
-    """Write in another thread, under this one's autocast. The grad mode, which is also a thread's own, `generate` sets."""
-    is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-
-    def run() -> Result:
-        with torch.autocast(device_type, dtype, enabled=is_enabled):
-            return write()
-
-    return _writers(os.getpid()).submit(run)
 
 
 class AnswerStreamer(BaseStreamer):
@@ -54,6 +32,22 @@ class AnswerStreamer(BaseStreamer):
 
     def end(self) -> None:
         self._is_in_text = False
+
+
+class Words(TextStreamer):
+    """Keeps the words of a text until they are taken."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._words = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._words += text
+
+    def taken(self) -> str:
+        """What is new since the last call."""
+        words, self._words = self._words, ""
+        return words
 
 
 class Streamers(BaseStreamer):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +11,10 @@ import torch
 
 from transformers_bagel.errors import shown
 
-from .answering import SessionEvent, Steps
+from .answering import SessionEvent
 from .session import BagelReply, BagelSession
 from .streamers import ended
-from .work import Drawing, Reading, Work, Writing
-
-
-# Pieces of the first kind are done first, so that sessions which need them first come to the next kind with the others.
-_ORDER = (Reading, Writing, Drawing)
+from .work import KINDS, Running, results
 
 
 @torch.no_grad()
@@ -27,7 +24,7 @@ def send_all(
     """
     Say something to each of several sessions, and get all answers, each the one that its session would give alone.
 
-    The texts of all are written in one batch, and their pictures drawn in one loop.
+    The texts of all are written in one batch, and the steps of their pictures share forwards.
 
     Args:
         turns (`Sequence[tuple[BagelSession, Any]]`): Sessions of one pipeline, and what is said to each.
@@ -52,75 +49,37 @@ def _sent(
     turns: list[tuple[BagelSession, Any]], output: str | Sequence[str], settings: dict[str, Any]
 ) -> list[BagelReply]:
     _check_turns(turns)
-    sessions = [session for session, _ in turns]
     outputs = _of_each("output", output, len(turns), isinstance(output, str))
     own = _settings_of_each(settings, len(turns))
-    answers = [
-        session._heard(content, chosen, False, given)
-        for (session, content), chosen, given in zip(turns, outputs, own, strict=True)
-    ]
-    running = [
-        _Running(session._steps(answer, chosen))
-        for session, answer, chosen in zip(sessions, answers, outputs, strict=True)
-    ]
+    running: list[Running] = []
+    replies: list[BagelReply | None] = [None] * len(turns)
     try:
+        for place, ((session, content), chosen, given) in enumerate(zip(turns, outputs, own, strict=True)):
+            answer = session._heard(content, chosen, given, shows_bar=not place)
+            hand_out = functools.partial(_keep_reply, replies, place)
+            running.append(Running(session._steps(answer), hand_out))
         for each in running:
-            each.go_on(None)
+            each.go_on()
         while waiting := [(each, each.work) for each in running if each.work is not None]:
-            kind = min((type(work) for _, work in waiting), key=_ORDER.index)
+            kind = min((type(work) for _, work in waiting), key=KINDS.index)
             of_kind = [(each, work) for each, work in waiting if type(work) is kind]
             group = [(each, work) for each, work in of_kind if of_kind[0][1].goes_with(work)]
-            for (each, _), result in zip(group, _results([work for _, work in group]), strict=True):
+            for (each, _), result in zip(group, results([work for _, work in group]), strict=True):
                 each.go_on(result)
     finally:
-        for each in running:
+        for each, (session, _) in zip(running, turns, strict=False):
             each.steps.close()
-        sessions[0].pipe.maybe_free_model_hooks()
-    for index, each in enumerate(running):
+            session._leave()
+        turns[0][0].pipe.maybe_free_model_hooks()
+    for place, each in enumerate(running):
         if each.error is not None:
-            each.error.add_note(f"The answer of session {index} of `turns`.")
+            each.error.add_note(f"The answer of session {place} of `turns`.")
             raise each.error
-    return [each.reply for each in running]
+    return [reply for reply in replies if reply is not None]
 
 
-class _Running:
-    """An answer in the making.
-
-    Attributes:
-        work (`Work`, *optional*): What it waits for.
-        reply (`BagelReply`, *optional*), error (`Exception`, *optional*): How it ended.
-    """
-
-    def __init__(self, steps: Steps[None]):
-        self.steps = steps
-        self.work: Work | None = None
-        self.reply: Any = None
-        self.error: Exception | None = None
-
-    def go_on(self, result: Any) -> None:
-        """Go on with what was waited for, or with the error that it ended in, up to the next piece of work."""
-        self.work = None
-        try:
-            step = self.steps.throw(result) if isinstance(result, Exception) else self.steps.send(result)
-            while isinstance(step, SessionEvent):
-                self.reply = step.reply
-                step = next(self.steps)
-            self.work = step
-        except StopIteration:
-            pass
-        except Exception as error:  # Raised when the others have ended.
-            self.error = error
-
-
-def _results(works: Sequence[Any]) -> list[Any]:
-    """Of works of one kind, in each place the result or the error."""
-    try:
-        return type(works[0]).together(works)
-    except Exception as error:
-        if len(works) == 1 or isinstance(works[0], Writing):
-            return [error] * len(works)
-    # One by one, so that the error is of the one whose it is. Not texts, which may have used up their logits processors.
-    return [_results([work])[0] for work in works]
+def _keep_reply(replies: list[BagelReply | None], place: int, event: SessionEvent) -> None:
+    replies[place] = event.reply
 
 
 def _check_turns(turns: Sequence[Any]) -> None:

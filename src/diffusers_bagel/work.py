@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What answers ask the model for. Several pieces of one kind, of several sessions, can be done together."""
+"""What answers ask the model for, in small pieces. Those of one kind, of several sessions, can be done together."""
 
 from __future__ import annotations
 
@@ -8,18 +8,32 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from transformers_bagel.segments import EncodedSegment
 
-from .contexts import BagelContext, ContextReader, TextSettings, Written
-from .denoising import Denoiser, DenoisingLoop
-from .guidance import BagelGuidance
-from .writing import write_together
+from .contexts import MAX_JOINED_TOKENS, MAX_PREFILL_TOKENS, BagelContext, ContextReader
+from .denoising import DenoisingStep, step_limit, velocities
+from .writing import Text, write_together
+
+
+# Most latent tokens that the VAE decodes at a time, as many as a picture of 1024 px has: what it needs beside is large.
+MAX_DECODED_TOKENS = 4096
 
 
 class Work(ABC):
     """Something that an answer needs the model for."""
+
+    @property
+    def size(self) -> int:
+        """How much it is, in tokens."""
+        return 1
+
+    @property
+    def room(self) -> int:
+        """How much is done at a time; a larger piece is done alone."""
+        return 1
 
     @abstractmethod
     def goes_with(self, other: Any) -> bool:
@@ -40,11 +54,21 @@ class Reading(Work):
         reader (`ContextReader`)
         context (`BagelContext`)
         segments (`Sequence[EncodedSegment]`)
+        begins_text (`bool`): Whether the token behind is the first of a text.
     """
 
     reader: ContextReader
     context: BagelContext
     segments: Sequence[EncodedSegment]
+    begins_text: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.context.length - self.context.held + sum(map(len, self.segments))
+
+    @property
+    def room(self) -> int:
+        return MAX_PREFILL_TOKENS
 
     def goes_with(self, other: Reading) -> bool:
         return self.reader.attention_kwargs == other.reader.attention_kwargs
@@ -63,95 +87,155 @@ class Reading(Work):
 @dataclass(frozen=True, eq=False)
 class Writing(Work):
     """
-    A text behind a context. Gives what was written.
+    The next token of a text. Gives its scores `(1, vocabulary)`.
 
     Attributes:
-        reader (`ContextReader`)
-        context (`BagelContext`)
-        settings (`TextSettings`)
+        text (`Text`): Whose last token is yet to be read.
     """
 
-    reader: ContextReader
-    context: BagelContext
-    settings: TextSettings
+    text: Text
+
+    @property
+    def room(self) -> int:
+        return MAX_JOINED_TOKENS
 
     def goes_with(self, other: Writing) -> bool:
-        return self.reader.attention_kwargs == other.reader.attention_kwargs
+        return self.text.reader.attention_kwargs == other.text.reader.attention_kwargs
 
     @staticmethod
-    def together(works: Sequence[Writing]) -> list[Written | Exception]:
-        reader = works[0].reader
-        if len(works) == 1:
-            return [reader.write_on(works[0].context, works[0].settings)]
-        return write_together(reader, [work.context for work in works], [work.settings for work in works])
+    def together(works: Sequence[Writing]) -> list[torch.Tensor]:
+        return write_together([work.text for work in works])
 
 
 @dataclass(frozen=True, eq=False)
 class Drawing(Work):
     """
-    A picture. Gives its latents `(1, tokens, latent_dim)`.
+    A step of a picture. Gives its velocity.
 
     Attributes:
-        pipe ([`BagelPipeline`])
-        contexts (`dict[str, BagelContext]`): What it is drawn from, and what guidance compares it with.
-        grid (`tuple[int, int]`): Rows and columns of its tokens.
-        guidance (`BagelGuidance`)
-        noise (`torch.Tensor` of shape `(1, tokens, latent_dim)`)
-        settings (`dict`): Of the pipeline's `__call__`.
-        is_interrupted (`Callable[[], bool]`): Whether it is no longer wanted.
+        step (`DenoisingStep`): Whatever its noise level is.
     """
 
-    pipe: Any
-    contexts: dict[str, BagelContext]
-    grid: tuple[int, int]
-    guidance: BagelGuidance
-    noise: torch.Tensor
-    settings: dict[str, Any]
-    is_interrupted: Callable[[], bool]
+    step: DenoisingStep
+
+    @property
+    def size(self) -> int:
+        return self.step.num_tokens
+
+    @property
+    def room(self) -> int:
+        return step_limit(self.step.latents.device)
 
     def goes_with(self, other: Drawing) -> bool:
-        """Whether both have the same sigmas, and the same scale."""
-        names = ("num_inference_steps", "sigmas", "attention_kwargs")
-        are_equal = (self.settings.get(name) == other.settings.get(name) for name in names)
-        return self.guidance.text_scale == other.guidance.text_scale and all(are_equal)
-
-    @staticmethod
-    def loop(works: Sequence[Drawing]) -> DenoisingLoop:
-        """The steps of several, which end when none of them is wanted any longer."""
-        pipe, settings, scale = works[0].pipe, works[0].settings, works[0].guidance.text_scale
-        call = pipe._new_call(scale, settings.get("attention_kwargs"))
-        grids = [work.grid for work in works]
-        denoiser = Denoiser(
-            pipe.transformer,
-            [work.contexts for work in works],
-            grids,
-            [work.guidance for work in works],
-            pipe._taylorseer,
-            pipe._split_group,
-            call.attention_kwargs,
-        )
-        noise = torch.nn.utils.rnn.pad_sequence([work.noise[0] for work in works], batch_first=True)
-        loop = pipe._prepare_loop(
-            call, denoiser, noise, settings.get("num_inference_steps", 49), settings.get("sigmas")
-        )
-        stops = loop.is_interrupted
-        loop.is_interrupted = lambda: stops() or all(work.is_interrupted() for work in works)
-        return loop
-
-    def steps(self, loop: DenoisingLoop) -> Iterator[int]:
-        """The steps of a loop, under the pipeline's progress bar."""
-        with self.pipe.progress_bar(total=len(loop.levels)) as progress_bar:
-            for step, _ in loop:
-                if loop.is_whole_step(step):
-                    progress_bar.update()
-                yield step
+        mine, theirs = (work.step.denoiser.adapters for work in (self, other))
+        return mine.scale == theirs.scale and mine.attention_kwargs == theirs.attention_kwargs
 
     @staticmethod
     def together(works: Sequence[Drawing]) -> list[torch.Tensor]:
-        loop = Drawing.loop(works)
-        for _ in works[0].steps(loop):
+        return velocities([work.step for work in works])
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding(Work):
+    """
+    What the VAE makes of an image. Gives its latents `(tokens, latent_dim)`.
+
+    Attributes:
+        pipe ([`BagelPipeline`])
+        pixels (`torch.Tensor` of shape `(3, height, width)`)
+        generator (`torch.Generator`, *optional*), mode (`str`): Of the sample.
+    """
+
+    pipe: Any
+    pixels: torch.Tensor
+    generator: torch.Generator | None
+    mode: str
+
+    def goes_with(self, other: Encoding) -> bool:
+        return self is other
+
+    @staticmethod
+    def together(works: Sequence[Encoding]) -> list[torch.Tensor]:
+        return [work.pipe.encode_image(work.pixels, work.generator, work.mode) for work in works]
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding(Work):
+    """
+    The picture of some latents. Gives its values `(height, width, 3)`.
+
+    Attributes:
+        pipe ([`BagelPipeline`])
+        latents (`torch.Tensor` of shape `(1, tokens, latent_dim)`)
+        grid (`tuple[int, int]`): Rows and columns of its tokens.
+    """
+
+    pipe: Any
+    latents: torch.Tensor
+    grid: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        return self.latents.shape[1]
+
+    @property
+    def room(self) -> int:
+        return MAX_DECODED_TOKENS
+
+    def goes_with(self, other: Decoding) -> bool:
+        return self.grid == other.grid
+
+    @staticmethod
+    def together(works: Sequence[Decoding]) -> list[np.ndarray]:
+        return list(works[0].pipe.decode_latents(torch.cat([work.latents for work in works]), works[0].grid, "np"))
+
+
+# What answers that need it wait for longest comes last, so that all of them come to it.
+KINDS = (Encoding, Reading, Writing, Drawing, Decoding)
+
+
+def results(works: Sequence[Any]) -> list[Any]:
+    """Of works that go together, in each place the result, or the error by which it ended."""
+    try:
+        return type(works[0]).together(works)
+    except Exception as error:
+        if len(works) == 1:
+            return [error]
+    # One by one, so that the error is of the one whose it is, and so that less memory is needed.
+    return [results([work])[0] for work in works]
+
+
+class Running:
+    """
+    An answer in the making.
+
+    Args:
+        steps (`Generator`): What it does.
+        hand_out (`Callable[[SessionEvent], Any]`): Is given its events.
+
+    Attributes:
+        work (`Work`, *optional*): What it waits for; `None` when it has ended.
+        error (`Exception`, *optional*): By which it has ended.
+    """
+
+    def __init__(self, steps: Generator[Any, Any, None], hand_out: Callable[[Any], Any]):
+        self.steps, self.hand_out = steps, hand_out
+        self.work: Work | None = None
+        self.error: Exception | None = None
+
+    def go_on(self, result: Any = None) -> None:
+        """Go on with what was waited for, or with the error that it ended in, up to the next piece of work."""
+        self.work = None
+        try:
+            step = self.steps.throw(result) if isinstance(result, Exception) else self.steps.send(result)
+            while not isinstance(step, Work):
+                self.hand_out(step)
+                step = next(self.steps)
+            self.work = step
+        except StopIteration:
             pass
-        return [loop.latents[place, : work.noise.shape[1]][None] for place, work in enumerate(works)]
+        except Exception as error:
+            self.error = error
 
 
 def at_once(steps: Generator[Any, Any, None]) -> Iterator[Any]:
@@ -159,11 +243,11 @@ def at_once(steps: Generator[Any, Any, None]) -> Iterator[Any]:
     result = None
     try:
         while True:
-            step = steps.send(result)
+            step = steps.throw(result) if isinstance(result, Exception) else steps.send(result)
+            result = None
             if isinstance(step, Work):
-                (result,) = type(step).together([step])
+                (result,) = results([step])
             else:
-                result = None
                 yield step
     except StopIteration:
         return

@@ -1,172 +1,180 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Texts of several sessions in one `generate`, each of which is what it would be alone."""
+"""Texts that are written token by token, those of several sessions in one batch that they join and leave at any token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from transformers_bagel.cache import copy_cache, join_caches, split_cache
-from transformers_bagel.segments import START
+from transformers_bagel.cache import GROWTH, copy_cache, cut_cache, join_caches, kept_whole
+from transformers_bagel.sequence import SequenceLayout
 
 from .contexts import MAX_JOINED_TOKENS, BagelContext, ContextReader, TextSettings, Written, bucket_by_length
 
 
-class _Sample:
-    """One of several texts: its scores, draws and end are its own.
-
-    Args:
-        settings ([`TextSettings`])
-        padding (`int`): Tokens before its first, in the ids of all.
-        prompt (`int`): Tokens of the ids of all before what is written.
-        warpers (`LogitsProcessorList`, *optional*): What is done to scores before a token is drawn; `None` draws none.
-        stops (`set[int]`): Tokens that end a text.
-        device (`torch.device`)
-
-    Attributes:
-        count (`int`, *optional*): Tokens that were written, once it has ended.
-        error (`Exception`, *optional*): By which it has ended.
+class Text:
     """
-
-    def __init__(
-        self,
-        settings: TextSettings,
-        padding: int,
-        prompt: int,
-        warpers: LogitsProcessorList | None,
-        stops: set[int],
-        device: torch.device,
-    ):
-        self.settings, self.padding, self.prompt, self.stops = settings, padding, prompt, stops
-        self.warpers = warpers
-        # The same numbers as those of the global state under this seed.
-        self.generator = None if settings.seed is None else torch.Generator(device).manual_seed(settings.seed)
-        self.count: int | None = None
-        self.error: Exception | None = None
-
-    def scored(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Its scores `(1, vocabulary)`, by which the best token is the one to be written."""
-        if self.count is not None:
-            return scores
-        ids = ids[:, self.padding :]
-        try:
-            scores = self.settings.logits_processor(ids, scores)
-            if self.warpers is None:
-                return scores
-            probabilities = self.warpers(ids, scores).softmax(-1)
-            token = torch.multinomial(probabilities, 1, generator=self.generator)
-            return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-        except (
-            Exception
-        ) as error:  # Of the caller's processors. The others go on, and it is raised when they are done.
-            self.error = error
-            return scores
-
-    def has_ended(self, ids: torch.Tensor, last: int) -> bool:
-        """Whether no more is written of it behind its last token."""
-        if self.count is None:
-            count = ids.shape[1] - self.prompt
-            is_end = self.error is not None or count == self.settings.max_new_tokens or last in self.stops
-            if is_end or self._is_stopped(ids):
-                self.count = count
-        return self.count is not None
-
-    def _is_stopped(self, ids: torch.Tensor) -> bool:
-        try:
-            return bool(self.settings.stopping_criteria(ids[:, self.padding :], None).all())
-        except Exception as error:  # As above.
-            self.error = error
-            return True
-
-
-def write_together(
-    reader: ContextReader, contexts: Sequence[BagelContext], settings: Sequence[TextSettings]
-) -> list[Written | Exception]:
-    """
-    What the model writes behind each context, all of which stay as they are.
+    A text in the making: what is done to its scores, its draws and its end are its own, and those of `generate`.
 
     Args:
         reader (`ContextReader`)
-        contexts (`Sequence[BagelContext]`)
-        settings (`Sequence[TextSettings]`): Of each text; none is streamed.
+        context ([`BagelContext`]): What it is written behind, the token that starts it included.
+        settings ([`TextSettings`])
+
+    Attributes:
+        tokens (`list[int]`): Behind the one that starts it.
+        has_ended (`bool`)
+    """
+
+    def __init__(self, reader: ContextReader, context: BagelContext, settings: TextSettings):
+        self.reader, self.context, self.settings = reader, context, settings
+        self.tokens: list[int] = []
+        self.has_ended = False
+        self.batch: _Batch | None = None
+        stops = reader.transformer.generation_config.eos_token_id
+        self._stops = set(stops if isinstance(stops, list) else [stops])
+        self._ids = context.token_ids.to(reader.device)
+        self._processors, self._stopping = self._as_generate_would()
+        # The same numbers as those of the global state under this seed.
+        self._generator = None if settings.seed is None else torch.Generator(reader.device).manual_seed(settings.seed)
+        if settings.streamer is not None:
+            settings.streamer.put(self._ids.cpu())
+
+    def _as_generate_would(self) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """All that is done to scores, and what ends the text beside its length and the tokens that do."""
+        own = self.settings
+        found: list[tuple[LogitsProcessorList, StoppingCriteriaList]] = []
+
+        def prepared(
+            model: object,
+            input_ids: torch.Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            **_: object,
+        ) -> torch.Tensor:
+            found.append((logits_processor, stopping_criteria))
+            return input_ids
+
+        # Nothing is written: `generate` gives out what it would have used.
+        self.reader.transformer.generate(
+            input_ids=self._ids,
+            mm_token_type_ids=self.context.token_types.to(self._ids.device),
+            attention_mask=torch.ones_like(self._ids),
+            max_new_tokens=own.max_new_tokens,
+            logits_processor=own.logits_processor,
+            stopping_criteria=own.stopping_criteria,
+            custom_generate=prepared,
+            **own.sampling,
+        )
+        ((processors, stopping),) = found
+        counted = (MaxLengthCriteria, EosTokenCriteria)
+        given = own.stopping_criteria
+        return processors, StoppingCriteriaList(
+            item for item in stopping if not isinstance(item, counted) or any(item is other for other in given)
+        )
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Of the context, the token that starts the text, and all tokens but the last."""
+        return self.context.own_cache if self.batch is None else self.batch.cache_of(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the cache."""
+        return self.context.length + max(len(self.tokens) - 1, 0)
+
+    def take(self, scores: torch.Tensor) -> None:
+        """Choose the next token by its scores `(1, vocabulary)`."""
+        own = self.settings
+        scores = self._processors(self._ids, scores.float())
+        if own.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self.tokens.append(int(token))
+        if self._processors or self._stopping:
+            self._ids = torch.cat([self._ids, token], dim=1)
+        if own.streamer is not None:
+            own.streamer.put(token[0].cpu())
+        is_end = self.tokens[-1] in self._stops or len(self.tokens) == own.max_new_tokens
+        # They are asked at each token, since some count.
+        self.has_ended = is_end
+        if self._stopping and self._stopping(self._ids, None).all():
+            self.has_ended = True
+        if self.has_ended and own.streamer is not None:
+            own.streamer.end()
+
+    @property
+    def written(self) -> Written:
+        """The text, with a cache that holds nothing of others."""
+        is_alone = self.batch is None or len(self.batch.texts) == 1
+        return Written(self.tokens, self.cache if is_alone else copy_cache(self.cache))
+
+
+class _Batch:
+    """Texts that are written together as long as none joins and none leaves. Then another one is made of their caches."""
+
+    def __init__(self, texts: Sequence[Text]):
+        caches = [text.cache for text in texts]
+        longest = max(text.length for text in texts)
+        self.texts = list(texts)
+        self._padding = [longest - text.length for text in texts]
+        # A single one grows as it is.
+        self._cache = caches[0] if len(texts) == 1 else join_caches(caches)
+        for text in texts:
+            text.batch = self
+
+    def cache_of(self, text: Text) -> DynamicCache:
+        """A view of what is a text's own."""
+        if len(self.texts) == 1:
+            return self._cache
+        place = next(place for place, other in enumerate(self.texts) if other is text)
+        return cut_cache(self._cache, place, self._padding[place], text.length)
+
+    def scores(self) -> torch.Tensor:
+        """Feed the last token of each; the scores of the next ones, `(texts, vocabulary)`."""
+        reader = self.texts[0].reader
+        ids = torch.tensor([text.tokens[-1:] for text in self.texts])
+        positions = torch.tensor([[text.context.next_position + len(text.tokens) - 1] for text in self.texts])
+        mask = None
+        if any(self._padding):
+            places = torch.arange(self._padding[0] + self.texts[0].length + 1)
+            mask = (places >= torch.tensor(self._padding)[:, None]).long().to(reader.device, non_blocking=True)
+        with kept_whole(self._cache), reader.adapters.applied():
+            outputs = reader.transformer(
+                input_ids=ids.to(reader.device, non_blocking=True),
+                attention_mask=mask,
+                position_ids=positions.to(reader.device, non_blocking=True),
+                past_key_values=self._cache,
+                use_cache=True,
+                # Whatever was written, it is no image.
+                layout=SequenceLayout(torch.zeros_like(ids)),
+                **reader.adapters.attention_kwargs,
+            )
+        return outputs.logits[:, -1]
+
+
+def write_together(texts: Sequence[Text]) -> list[torch.Tensor]:
+    """
+    Feed the last token of several texts to the model.
+
+    Args:
+        texts (`Sequence[Text]`): Of one model, none of which has ended.
 
     Returns:
-        `list[Written | Exception]`: What was written, or the error of the caller's by which it ended.
+        `list[torch.Tensor]`: Of each, the scores `(1, vocabulary)` of the next token.
     """
-    lengths = [context.length + own.max_new_tokens for context, own in zip(contexts, settings, strict=True)]
-    written: dict[int, Written | Exception] = {}
-    for batch in bucket_by_length(lengths, MAX_JOINED_TOKENS):
-        if len(batch) == 1:
-            written[batch[0]] = reader.write_on(contexts[batch[0]], settings[batch[0]])
-        else:
-            found = _written(reader, [contexts[index] for index in batch], [settings[index] for index in batch])
-            written |= dict(zip(batch, found, strict=True))
-    return [written[index] for index in range(len(contexts))]
-
-
-def _written(
-    reader: ContextReader, contexts: Sequence[BagelContext], settings: Sequence[TextSettings]
-) -> list[Written | Exception]:
-    read = reader.read(contexts, [()] * len(contexts))
-    longest = max(context.length for context in read)
-    stops = reader.transformer.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
-    samples = [
-        _Sample(
-            own,
-            longest - context.length,
-            longest + 1,
-            _warpers(reader, own.temperature) if own.do_sample else None,
-            stops,
-            reader.device,
-        )
-        for context, own in zip(read, settings, strict=True)
-    ]
-
-    def scored(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rows = zip(samples, ids.split(1), scores.split(1), strict=True)
-        return torch.cat([sample.scored(own, own_scores) for sample, own, own_scores in rows])
-
-    def have_ended(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rows = zip(samples, ids.split(1), ids[:, -1].tolist(), strict=True)
-        return torch.tensor([sample.has_ended(own, last) for sample, own, last in rows], device=ids.device)
-
-    tokens, cache = reader.generate(
-        read,
-        join_caches([context.own_cache for context in read if context.own_cache is not None]),
-        max_new_tokens=max(own.max_new_tokens for own in settings),
-        do_sample=False,
-        logits_processor=LogitsProcessorList([scored]),
-        stopping_criteria=StoppingCriteriaList([have_ended]),
-    )
-    lengths = [context.length + (sample.count or 0) for context, sample in zip(read, samples, strict=True)]
-    caches = split_cache(cache, [sample.padding for sample in samples], lengths)
-    return [
-        sample.error or Written(own[: sample.count], copy_cache(own_cache))
-        for sample, own, own_cache in zip(samples, tokens, caches, strict=True)
-    ]
-
-
-def _warpers(reader: ContextReader, temperature: float) -> LogitsProcessorList:
-    """What `generate` does to scores, behind the caller's processors, before it draws a token."""
-    start = torch.tensor([[reader.processor.tokenizer.convert_tokens_to_ids(START)]], device=reader.device)
-
-    def mark(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores
-
-    def prepared(model: object, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, **_: object) -> object:
-        return logits_processor
-
-    # Nothing is written: `generate` gives out what it would have used.
-    processors = reader.transformer.generate(
-        input_ids=start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=1,
-        do_sample=True,
-        temperature=temperature,
-        logits_processor=LogitsProcessorList([mark]),
-        custom_generate=prepared,
-    )
-    return LogitsProcessorList(processors[processors.index(mark) + 1 :])
+    found: dict[int, torch.Tensor] = {}
+    # In whole pieces of space, so that a batch stays together for some time.
+    lengths = [(text.length // GROWTH + 1) * GROWTH for text in texts]
+    for places in bucket_by_length(lengths, MAX_JOINED_TOKENS):
+        own = [texts[place] for place in places]
+        batch = own[0].batch
+        if batch is None or {id(text) for text in batch.texts} != {id(text) for text in own}:
+            batch = _Batch(own)
+        scores = batch.scores()
+        found |= {id(text): scores[row : row + 1] for row, text in enumerate(batch.texts)}
+    return [found[id(text)] for text in texts]

@@ -157,14 +157,19 @@ def split_cache(cache: DynamicCache, starts: Sequence[int], lengths: Sequence[in
     """
     if len(lengths) == 1 and starts[0] == 0 and cache.get_seq_length() == lengths[0]:
         return [cache]
-    samples = []
-    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        own = fork_cache(cache)
-        for layer in own.layers:
-            layer.keys = layer.keys[index : index + 1, :, start : start + length]
-            layer.values = layer.values[index : index + 1, :, start : start + length]
-        samples.append(own)
-    return samples
+    return [
+        cut_cache(cache, index, start, length)
+        for index, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+
+
+def cut_cache(cache: DynamicCache, index: int, start: int, length: int) -> DynamicCache:
+    """A cache of some tokens of one sample. No tensor is copied."""
+    own = fork_cache(cache)
+    for layer in own.layers:
+        layer.keys = layer.keys[index : index + 1, :, start : start + length]
+        layer.values = layer.values[index : index + 1, :, start : start + length]
+    return own
 
 
 def copy_cache(cache: DynamicCache) -> DynamicCache:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -164,6 +165,19 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         states = _add(states, attended)
         normed = route(routing, states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
         return join_experts(_add(states, route(routing, normed, self.mlp, self.mlp_moe_gen)))
+
+
+def in_residual_dtype(forward: Callable) -> Callable:
+    """Let a model's `forward` take a `residual_dtype` other than that of its weights, in which its layers still compute."""
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, residual_dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        if residual_dtype is None or residual_dtype == self.dtype:
+            return forward(self, *args, **kwargs)
+        with torch.autocast(self.device.type, self.dtype):
+            return forward(self, *args, residual_dtype=residual_dtype, **kwargs)
+
+    return called
 
 
 def _add(states: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

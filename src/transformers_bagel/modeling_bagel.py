@@ -38,7 +38,7 @@ from .embeddings import (
     sincos_table,
 )
 from .generation_bagel import BagelGenerationMixin
-from .layers import BagelAttention, BagelDecoderLayer
+from .layers import BagelAttention, BagelDecoderLayer, in_residual_dtype
 from .loading import BagelLoadingMixin, ignored_weights, rename_weights
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
@@ -238,6 +238,7 @@ class BagelTextModel(BagelPreTrainedModel):
         layout: SequenceLayout | None = None,
         routing: ExpertRouting | None = None,
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None,
+        residual_dtype: torch.dtype | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """
@@ -255,11 +256,13 @@ class BagelTextModel(BagelPreTrainedModel):
             routing (`ExpertRouting`, *optional*): Expert of each token.
             position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`, *optional*):
                 What `rotation` makes of `position_ids`, if it was called before.
+            residual_dtype (`torch.dtype`, *optional*): See [`BagelForConditionalGeneration.forward`].
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = inputs_embeds.to(residual_dtype or inputs_embeds.dtype)
         if use_cache and past_key_values is None:
             past_key_values = GrowingCache(self.config)
         attention_layout = choose_attention(self.config, inputs_embeds, attention_mask, past_key_values, layout)
@@ -468,6 +471,7 @@ class BagelModel(BagelPreTrainedModel):
         latent_hidden_states: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         layout: SequenceLayout | None = None,
+        residual_dtype: torch.dtype | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """See [`BagelForConditionalGeneration.forward`]."""
@@ -483,7 +487,14 @@ class BagelModel(BagelPreTrainedModel):
                     "`timesteps` and `position_ids`."
                 )
             return self._denoise(
-                latents, latent_grid_hw, timesteps, position_ids, past_key_values, attention_mask, **kwargs
+                latents,
+                latent_grid_hw,
+                timesteps,
+                position_ids,
+                past_key_values,
+                attention_mask,
+                residual_dtype,
+                **kwargs,
             )
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`, got both.")
@@ -529,6 +540,7 @@ class BagelModel(BagelPreTrainedModel):
                 use_cache=use_cache,
                 layout=layout,
                 routing=routing,
+                residual_dtype=residual_dtype,
                 **kwargs,
             )
         outputs.hidden_states = _in_sequence(outputs.hidden_states, routing)
@@ -627,6 +639,7 @@ class BagelModel(BagelPreTrainedModel):
         position_ids: torch.LongTensor,
         past_key_values: Cache | PrefixCache | None,
         attention_mask: torch.Tensor | None,
+        residual_dtype: torch.dtype | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         lengths = areas(latent_grid_hw)
@@ -645,8 +658,8 @@ class BagelModel(BagelPreTrainedModel):
             )
         position_ids = position_ids.flatten().cpu()
         blocks = prefix.get_or_create(
-            (latents.device, latent_grid_hw.tolist(), position_ids.tolist()),
-            lambda: self._blocks(latent_grid_hw, position_ids, prefix, latents.device),
+            (latents.device, latent_grid_hw.tolist(), position_ids.tolist(), residual_dtype),
+            lambda: self._blocks(latent_grid_hw, position_ids, prefix, latents.device, residual_dtype),
         )
         embeds = self.embed_latents(latents, timesteps, blocks.counts, blocks.latent_positions)
         if isinstance(prefix, SplitPrefixCache):
@@ -658,6 +671,7 @@ class BagelModel(BagelPreTrainedModel):
             use_cache=False,
             routing=blocks.routing,
             position_embeddings=blocks.position_embeddings,
+            residual_dtype=residual_dtype,
             **kwargs,
         )
         outputs.last_hidden_state = None
@@ -671,6 +685,7 @@ class BagelModel(BagelPreTrainedModel):
         position_ids: torch.LongTensor,
         prefix: PrefixCache,
         device: torch.device,
+        residual_dtype: torch.dtype | None,
     ) -> DenoisingBlocks:
         check_position_range(self.config, position_ids)
         # In the dtype of the embeddings, as the rope.
@@ -685,12 +700,13 @@ class BagelModel(BagelPreTrainedModel):
         routing = ExpertRouting.from_blocks(areas(latent_grid_hw) if counts is all_counts else counts.tolist())
         markers = torch.tensor([self.config.vision_start_token_id, self.config.vision_end_token_id])
         position_ids = torch.cat([position_ids.repeat_interleave(2), position_ids.repeat_interleave(counts)])
+        stream = latent_positions.to(residual_dtype or latent_positions.dtype)
         return DenoisingBlocks(
             routing,
             markers.repeat(len(counts)).to(device),
             all_counts.to(device),
             latent_positions,
-            self.language_model.rotation(latent_positions, position_ids.unsqueeze(0).to(device), routing),
+            self.language_model.rotation(stream, position_ids.unsqueeze(0).to(device), routing),
         )
 
     def _with_velocity(self, outputs: BagelModelOutputWithPast) -> BagelModelOutputWithPast:
@@ -746,6 +762,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
 
     @can_return_tuple
+    @in_residual_dtype
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -770,6 +787,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         layout: SequenceLayout | None = None,
         num_items_in_batch: float | torch.Tensor | None = None,
+        residual_dtype: torch.dtype | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelOutput:
         r"""
@@ -823,6 +841,9 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
                 read back from the device.
             num_items_in_batch (`float` or `torch.Tensor`, *optional*):
                 Training: `Trainer`'s name for `loss_totals`; a single number divides the sum of `ce_loss` alone.
+            residual_dtype (`torch.dtype`, *optional*):
+                Of the hidden states from layer to layer, each of which computes in the type of the weights, which all of
+                them have by default. `torch.float32` rounds less: benchmarks of BAGEL run so.
 
         Returns:
             [`BagelOutput`]
@@ -893,6 +914,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             layout=layout,
             return_dict=True,
+            residual_dtype=residual_dtype,
             **kwargs,
         )
         if skip_logits is None:

@@ -23,7 +23,7 @@ from bagel_cli import arguments, main
 from bagel_cli.arguments import parse
 from bagel_cli.chat import COMMANDS, Chat
 from bagel_cli.files import CommandError, typed_paths
-from diffusers_bagel import PROTOCOLS, BagelPipeline, BagelSession
+from diffusers_bagel import PRESETS, PROTOCOLS, BagelPipeline, BagelSession
 from diffusers_bagel.session import OUTPUTS
 from tests.conftest import CHECKPOINT, golden_image, load_model
 from transformers_bagel import BagelProcessor
@@ -203,6 +203,10 @@ def test_a_line_says_what_its_answer_is_made_of(options, line, output, talk, mon
 
 def test_the_command_line_knows_the_names_of_the_library():
     assert tuple(PROTOCOLS) == arguments.PROTOCOLS and arguments.OUTPUTS == OUTPUTS
+    named = {
+        output: [name for name, preset in PRESETS.items() if preset.output == output] for output in ("image", "text")
+    }
+    assert list(arguments.DRAWING_PRESETS) == named["image"] and list(arguments.ANSWER_PRESETS) == named["text"]
 
 
 def test_settings_are_changed_by_their_names_on_the_command_line(talk, asked):
@@ -211,7 +215,7 @@ def test_settings_are_changed_by_their_names_on_the_command_line(talk, asked):
     said, errors = talk(lines, ["--max-new-tokens", "2", "--height", "48", "--width", "64"])
     (*_, first), (*_, second), (_, output, third) = asked
     unset = {"think", "guidance_scale", "image_guidance_scale", "temperature", "do_sample"}
-    assert not {name for name in unset if first.get(name) is not None} and first["num_inference_steps"] == 49
+    assert not {name for name in unset if first.get(name) is not None} and first["num_inference_steps"] is None
     assert second["num_inference_steps"] == 3 and second["guidance_scale"] == 2 and second["think"] is True
     assert second["do_sample"] is True and second["temperature"] == 0.5
     assert second["generator"].initial_seed() == 7

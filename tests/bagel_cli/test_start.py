@@ -47,6 +47,15 @@ WRONG = [
     (["dance"], "invalid choice: 'dance'"),
     (["draw", "x", "--steps", "0"], "argument --steps: must be a whole number from 1, got '0'"),
     (["draw", "x", "--steps", "many"], "argument --steps: must be a whole number from 1, got 'many'"),
+    (
+        ["draw", "x", "--preset", "genval"],
+        "argument --preset: invalid choice: 'genval' (choose from 'demo', 'notebook',",
+    ),
+    (["draw", "x", "--preset", "vqa"], "argument --preset: invalid choice: 'vqa' (choose from 'demo', 'notebook',"),
+    (
+        ["ask", "in.png", "x", "--preset", "kris"],
+        "argument --preset: invalid choice: 'kris' (choose from 'ask', 'vqa',",
+    ),
     (["draw", "x", "--seed", str(2**64)], f"argument --seed: must be a whole number from {-(2**63)} to {2**64 - 1}"),
     (["draw", "x", "--guidance-scale", "nan"], "argument --guidance-scale: must be a number from 0, got 'nan'"),
     (["chat", "--max-new-tokens", "-1"], "argument --max-new-tokens: must be a whole number from 1"),

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from diffusers_bagel import BagelPipeline, BagelPipelineOutput
 from diffusers_bagel.__main__ import main
 from tests.conftest import CHECKPOINT, golden_image, load_processor, phone_photo
 from transformers_bagel import BagelForConditionalGeneration
@@ -40,6 +41,34 @@ def test_draw_writes_the_picture_and_shows_progress(checkpoint, tmp_path, capsys
     captured = capsys.readouterr()
     assert "2/2" in captured.err
     assert "out.png: 128 x 64" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("edit", ["--preset", "imgedit"], {"preset": "imgedit"}),
+        (
+            "edit",
+            ["--preset", "kris", "--steps", "1", "--no-think"],
+            {"preset": "kris", "num_inference_steps": 1, "think": False},
+        ),
+        ("draw", ["--steps", "2"], {"num_inference_steps": 2}),
+    ],
+)
+def test_what_is_not_asked_for_is_left_to_the_preset(
+    command, options, expected, checkpoint, picture, tmp_path, monkeypatch
+):
+    called = []
+    monkeypatch.setattr(
+        BagelPipeline,
+        "__call__",
+        lambda self, **kwargs: called.append(kwargs) or BagelPipelineOutput([PIL.Image.new("RGB", (8, 8))]),
+    )
+    pictures = [picture] if command == "edit" else []
+    assert main([command, *pictures, "x", "-o", str(tmp_path / "out.png"), "--model", checkpoint, *options]) == 0
+    (given,) = called
+    settings = {"preset", "think", "num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width"}
+    assert {name: value for name, value in given.items() if name in settings} == expected
 
 
 def test_the_seed_decides_the_picture(checkpoint, tmp_path):

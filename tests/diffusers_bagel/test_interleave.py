@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_bagel import BagelPipeline, work
-from diffusers_bagel.contexts import ContextReader
+from diffusers_bagel import BagelPipeline, answering
 from diffusers_bagel.protocols import PROTOCOLS
 from diffusers_bagel.session import BagelSession
 from tests.conftest import GOLDEN, edges, load_processor, max_error
@@ -95,12 +94,13 @@ def test_case(name, case, pipe, monkeypatch):
     pipe.scheduler.set_shift(call.get("timestep_shift", 3.0))
 
     seen: dict[str, list] = {"reads": [], "draws": [], "latents": []}
-    write_on, denoiser, decode = ContextReader.write_on, work.Denoiser, pipe.decode_latents
+    text, denoiser, decode = answering.Text, answering.Denoiser, pipe.decode_latents
 
-    def watched_write(reader, context, text_settings):
+    def watched_text(reader, context, text_settings):
         script.next_text()
-        seen["reads"].append((context.length, context.next_position))
-        return write_on(reader, context, text_settings)
+        # Without the token that starts it.
+        seen["reads"].append((context.length - 1, context.next_position - 1))
+        return text(reader, context, text_settings)
 
     def watched_denoiser(transformer, contexts, grids, *args):
         seen["draws"].append((grids[0], {key: (c.length, c.next_position) for key, c in contexts[0].items()}))
@@ -114,8 +114,8 @@ def test_case(name, case, pipe, monkeypatch):
         # The recorded pixels go back, as a byte that is rounded another way changes all that follows.
         return (arrays[event["pixels"]].numpy()[None] + 0.5) / 255
 
-    monkeypatch.setattr(ContextReader, "write_on", watched_write)
-    monkeypatch.setattr(work, "Denoiser", watched_denoiser)
+    monkeypatch.setattr(answering, "Text", watched_text)
+    monkeypatch.setattr(answering, "Denoiser", watched_denoiser)
     monkeypatch.setattr(pipe, "decode_latents", watched_decode)
 
     script = Script(generated)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_bagel import BagelSession
-from diffusers_bagel.work import Drawing
+from diffusers_bagel.work import Decoding
 from tests.conftest import golden_image, max_error
 from tests.diffusers_bagel.conftest import seeded
 
@@ -75,13 +75,13 @@ def test_scores_of_texts(pipe):
 def latents(monkeypatch) -> list[torch.Tensor]:
     """Of each picture of a session."""
     drawn: list[torch.Tensor] = []
-    together = Drawing.together
+    together = Decoding.together
 
-    def watched(works: Sequence[Drawing]) -> list[torch.Tensor]:
-        drawn.extend(together(works))
-        return drawn[-len(works) :]
+    def watched(works: Sequence[Decoding]) -> list:
+        drawn.extend(work.latents for work in works)
+        return together(works)
 
-    monkeypatch.setattr(Drawing, "together", staticmethod(watched))
+    monkeypatch.setattr(Decoding, "together", staticmethod(watched))
     return drawn
 
 

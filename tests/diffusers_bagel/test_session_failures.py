@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,9 +258,12 @@ class TestBehindATextThatWasNotReadToItsEnd:
             list(session.stream("b", **settings)) if streams else session.send("b", **settings)
         if goes_back:
             session.back()
-            for each in (session, twin):
-                each.send("b", **settings | {"output": "image", "generator": seeded(4)})
-            assert said(session) == said(twin)
+            drawn = [
+                each.send("b", **settings | {"output": "image", "generator": seeded(4)}).images[0]
+                for each in (session, twin)
+            ]
+            # One of them has read the end of the text before in another forward.
+            assert np.abs(np.asarray(drawn[0], int) - np.asarray(drawn[1], int)).max() <= 1
         session.save_pretrained(tmp_path)
         assert_goes_on_alike(session, BagelSession.from_pretrained(tmp_path, session.pipe))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_bagel import BagelPipeline, BagelReply, BagelSession, send_all
-from diffusers_bagel.work import Drawing
+from diffusers_bagel.work import Decoding
 from tests.conftest import golden_image, load_processor, max_error
 from tests.diffusers_bagel.conftest import TEXTS, seeded
 
@@ -21,15 +21,15 @@ SAMPLE = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 8}
 
 @pytest.fixture
 def latents(monkeypatch) -> list[list[torch.Tensor]]:
-    """Latents of the pictures that were drawn, those of one loop together."""
+    """Latents of the pictures that were drawn, those that were decoded at a time together."""
     drawn: list[list[torch.Tensor]] = []
-    together = Drawing.together
+    together = Decoding.together
 
-    def watched(works: Sequence[Drawing]) -> list[torch.Tensor]:
-        drawn.append(together(works))
-        return drawn[-1]
+    def watched(works: Sequence[Decoding]) -> list[np.ndarray]:
+        drawn.append([work.latents for work in works])
+        return together(works)
 
-    monkeypatch.setattr(Drawing, "together", staticmethod(watched))
+    monkeypatch.setattr(Decoding, "together", staticmethod(watched))
     return drawn
 
 
@@ -87,7 +87,7 @@ class TestResults:
         sessions = sessions_of(pipe)
         seen = forwards(pipe)
         send_all(list(zip(sessions, TEXTS, strict=True)), output="text", max_new_tokens=4)
-        assert [len(call["input_ids"]) for call in seen.writing] == [4]
+        assert [len(call["input_ids"]) for call in seen.reading[-3:]] == [4, 4, 4]
 
     def test_sampled_texts_follow_their_own_generators(self, pipe):
         each = [{"generator": lambda seed=seed: seeded(seed)} for seed in range(4)]
@@ -145,7 +145,7 @@ class TestResults:
         each = [{"latents": lambda seed=seed: [noise(seed)]} for seed in range(4)]
         assert_as_alone(lambda: sessions_of(pipe), TEXTS, each, output="image", **DRAW)
 
-    def test_pictures_of_one_loop_are_those_of_their_own(self, pipe, latents):
+    def test_pictures_that_share_forwards_are_those_of_their_own(self, pipe, latents, forwards):
         """Sizes and contexts differ, some have images to be guided by."""
         own_size = {name: value for name, value in DRAW.items() if name not in SIZE}
         contents = [[golden_image(name), "make it green"] for name in ("wide", "square", "tall")]
@@ -155,11 +155,12 @@ class TestResults:
         ]
         singles = [drawn[0] for drawn in latents]
         latents.clear()
+        seen = forwards(pipe)
         turns = [(BagelSession(pipe), content) for content in contents]
         together = send_all(turns, output="image", generator=seeded(0, 1, 2), **own_size)
         assert_equal(together, alone)
-        assert [len(drawn) for drawn in latents] == [3]
-        for one, single in zip(latents[0], singles, strict=True):
+        assert seen.branches == [9, 9, 9]
+        for (one,), single in zip(latents, singles, strict=True):
             assert max_error(one, single) <= 5e-4
 
     @pytest.mark.parametrize("protocol", ["zebra", "canvas", "cooper", None])
