@@ -106,39 +106,22 @@ def lmms_eval(task: str, count: int) -> Run:
     """`lmms-eval --model bagel_hf`."""
     settings = {"pretrained": CHECKPOINT, "dtype": "float32"} | TASKS[task].settings
     model_args = ",".join(f"{name}={value}" for name, value in settings.items())
-    took = _command(
-        "lmms_eval.cli.dispatch:main",
-        *("--model", "bagel_hf", "--model_args", model_args, "--batch_size", BATCH_SIZE),
-        *("--tasks", f"shapes_{task}", "--include_path", FOLDER / "tasks", "--output_path", "logs", "--log_samples"),
-    )
+    took = _command("lmms_eval.cli.dispatch:main", "--model", "bagel_hf", *_task(f"shapes_{task}", model_args))
     return Run(_logged("*_samples_*.jsonl"), *took)
 
 
 def lm_eval(task: str, count: int) -> Run:
-    """`lm_eval --model hf-multimodal`, which writes, and does not think before."""
-    took = _command(
-        "lm_eval.__main__:cli_evaluate",
-        *(
-            "run",
-            "--model",
-            "hf-multimodal",
-            "--model_args",
-            f"pretrained={CHECKPOINT},dtype=float32",
-            "--device",
-            "cpu",
-        ),
-        *("--batch_size", BATCH_SIZE, "--apply_chat_template"),
-        *(
-            "--tasks",
-            f"lm_eval_shapes_{task}",
-            "--include_path",
-            FOLDER / "tasks",
-            "--output_path",
-            "logs",
-            "--log_samples",
-        ),
-    )
+    """`python -m bagel_harnesses.lm_eval run --model hf-multimodal`, which writes, and does not think before."""
+    model = ("--model", "hf-multimodal", "--device", "cpu", "--apply_chat_template")
+    arguments = _task(f"lm_eval_shapes_{task}", f"pretrained={CHECKPOINT},dtype=float32")
+    took = _command("bagel_harnesses.lm_eval:cli_evaluate", "run", *model, *arguments)
     return Run(_logged("samples_*.jsonl"), *took)
+
+
+def _task(name: str, model_args: str) -> tuple[Any, ...]:
+    """What both of these are told by the same words."""
+    which = ("--tasks", name, "--include_path", FOLDER / "tasks", "--output_path", "logs", "--log_samples")
+    return "--model_args", model_args, "--batch_size", BATCH_SIZE, *which
 
 
 def vlmevalkit(task: str, count: int) -> Run:
@@ -156,9 +139,7 @@ def vlmevalkit(task: str, count: int) -> Run:
     return Run(judged(load(str(predictions))), *took)
 
 
-HARNESSES: dict[str, Callable[[str, int], Run]] = {
-    **{"own": own, "lmms_eval": lmms_eval, "vlmevalkit": vlmevalkit, "lm_eval": lm_eval},
-}
+HARNESSES = {"own": own, "lmms_eval": lmms_eval, "vlmevalkit": vlmevalkit, "lm_eval": lm_eval}
 
 
 def _command(entry: str, *arguments: Any) -> tuple[float, float, float, float]:
