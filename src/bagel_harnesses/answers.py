@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from diffusers_bagel import BagelPipeline, BagelSession, send_all
 from diffusers_bagel.inputs import check_choice, check_flag, check_whole_number
+from diffusers_bagel.presets import find_preset
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.errors import shown
 
@@ -36,7 +38,7 @@ _IN_TURN = _DRAWING - {"max_think_tokens"} | {
     "sanitize_control_tokens",
     "stop_strings",
 }
-SETTINGS = {"text": _WRITING, "image": _DRAWING, "interleaved": _IN_TURN, "auto": _IN_TURN}
+SETTINGS = {"text": _WRITING | {"preset"}, "image": _DRAWING, "interleaved": _IN_TURN, "auto": _IN_TURN}
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,23 @@ class Answerer:
                 f'{", ".join(sorted(unknown))}: no setting of answers by `output="{output}"`. '
                 f"Known are {', '.join(sorted(SETTINGS[output]))}."
             )
+        if "preset" in settings and find_preset(settings["preset"]).output not in (output, *OUTPUTS[2:]):
+            raise ValueError(f'`preset` {shown(settings["preset"])} is not for answers by `output="{output}"`.')
         self.settings = settings
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if output == "text":
             # Half of the weights are for drawing, and stay on the disk.
-            self.model = BagelForConditionalGeneration.from_pretrained(
-                pretrained, dtype=getattr(torch, dtype), visual_gen=False
-            ).to(device)
-            self.processor = BagelProcessor.from_pretrained(pretrained)
+            self.pipe = BagelPipeline(
+                transformer=BagelForConditionalGeneration.from_pretrained(
+                    pretrained, dtype=getattr(torch, dtype), visual_gen=False
+                ).to(device),
+                vae=None,
+                scheduler=FlowMatchEulerDiscreteScheduler(),
+                processor=BagelProcessor.from_pretrained(pretrained),
+            )
         else:
             self.pipe = BagelPipeline.from_pretrained(pretrained, dtype=getattr(torch, dtype)).to(device)
-            self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.set_progress_bar_config(disable=True)
 
     def seed_of(self, number: Any) -> int:
         """The seed of a question: it follows from its number, or its name, whatever was asked before."""
@@ -150,7 +158,10 @@ class Answerer:
             ValueError: if a conversation for an answer in turn has more than one message.
         """
         task = {name: value for name, value in (task or {}).items() if value is not None}
-        if self.output == "text":
+        if "preset" in self.settings:
+            # It is whole, and the benchmark's own.
+            task = _named(task, {"until"})
+        if self.output == "text" and "preset" not in self.settings:
             # How texts are sampled is the task's or the user's, and no mixture of both.
             own = _SAMPLING if self.settings.keys() & _SAMPLING else set()
             return self._written(conversations, seeds, _named(task, _WRITING - own | {"until"}) | self.settings)
@@ -161,7 +172,8 @@ class Answerer:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self.output == "image":
             return self._drawn(conversations, generators, settings)
-        return self._in_turn(conversations, generators, settings)
+        answers = self._in_turn(conversations, generators, settings)
+        return answers if self.output != "text" else [_said(each.text, task.get("until", ())) for each in answers]
 
     def _written(
         self, conversations: Sequence[list[dict[str, Any]]], seeds: Sequence[int], settings: dict[str, Any]
@@ -185,16 +197,16 @@ class Answerer:
         return [_said(text, until) for text in texts]
 
     def _texts(self, conversations: Sequence[list[dict[str, Any]]], settings: dict[str, Any]) -> list[str]:
-        inputs = self.processor.apply_chat_template(
+        inputs = self.pipe.processor.apply_chat_template(
             list(conversations),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             think=bool(self.think),
-        ).to(self.model.device)
-        ids = self.model.generate(**inputs, **settings)
-        return self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ).to(self.pipe.transformer.device)
+        ids = self.pipe.transformer.generate(**inputs, **settings)
+        return self.pipe.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _drawn(
         self,

@@ -116,6 +116,25 @@ def test_a_task_of_pictures_may_set_what_the_pipeline_has_and_is_not_asked_how_t
     assert drawn.images == shapes_pipe(STAR, generator=seeded(1)[0], num_inference_steps=2).images
 
 
+def test_a_preset_of_answers_goes_before_what_a_task_sets(shapes_pipe):
+    case = ASKED[0]
+    content = [render(case.scene), "describe the picture"]
+    (short,) = answerer(preset="vqa").answer([said(*content)], [0], {"max_new_tokens": 64, "temperature": 5.0})
+    assert short.text == BagelSession(shapes_pipe).send(content, preset="vqa").text
+    assert len(short.text) < len(answerer().answer([said(*content)], [0])[0].text)
+
+
+def test_a_preset_of_drawings_is_the_pipelines(shapes_pipe):
+    (drawn,) = answerer("image", preset="geneval", **FEW).answer([said(STAR)], [2], {"num_inference_steps": 1})
+    assert drawn.images == shapes_pipe(STAR, preset="geneval", generator=seeded(2)[0], **FEW).images
+
+
+def test_a_preset_that_thinks_does_so_unless_told_otherwise():
+    (thought,) = answerer("image", preset="kris", max_think_tokens=32, **FEW).answer([said(STAR)], [2])
+    (drawn,) = answerer("image", preset="kris", think=False, **FEW).answer([said(STAR)], [2])
+    assert thought.text and not drawn.text
+
+
 def test_a_sampled_answer_follows_from_its_seed_whatever_else_is_in_the_batch():
     describe, task = said(render(ASKED[0].scene), "describe the picture"), {"temperature": 5.0, "max_new_tokens": 8}
     first, second, third = answerer().answer([describe] * 3, [1, 2, 1], task)
@@ -156,6 +175,8 @@ def test_pictures_become_files_named_in_order(tmp_path):
         ({"dtype": "bf16"}, "`dtype` must be the name of one of torch, such as \"bfloat16\", got 'bf16'"),
         ({"guidance_scale": 3.0}, 'guidance_scale: no setting of answers by `output="text"`'),
         ({"output": "image", "max_new_tokens": 3}, 'max_new_tokens: no setting of answers by `output="image"`'),
+        ({"preset": "gen-eval"}, "`preset` must be one of"),
+        ({"preset": "geneval"}, "`preset` 'geneval' is not for answers by `output=\"text\"`"),
         ({"output": "auto", "prompt": "x"}, 'prompt: no setting of answers by `output="auto"`'),
     ],
 )
