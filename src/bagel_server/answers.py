@@ -78,9 +78,10 @@ class Outbox:
     def _tell(self) -> None:
         with self._changed:
             self._changed.notify_all()
-        if self._listener is not None:
+        # Read once: whoever listened may leave at any moment.
+        if (listener := self._listener) is not None:
             try:
-                self._listener()
+                listener()
             except RuntimeError:  # The event loop of whoever listened is closed.
                 self.cancel()
 

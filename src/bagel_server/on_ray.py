@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -36,6 +35,7 @@ from .engine import Engine
 from .errors import ApiError
 from .replicas import conversation_key, merged_metrics
 from .settings import ServerSettings
+from .sse import error_event, line
 
 
 logger = logging.getLogger(__name__)
@@ -246,9 +246,7 @@ async def no_more() -> Message:
 
 def broken_off(are_named: bool) -> bytes:
     """The end of a stream whose replica has died, as the application ends one by an error."""
-    if are_named:
-        return f"event: error\ndata: {json.dumps(DIED.body | DIED.body['error'] | {'type': 'error'})}\n\n".encode()
-    return f"data: {json.dumps(DIED.body)}\n\ndata: [DONE]\n\n".encode()
+    return line(error_event(DIED, are_named)).encode() + (b"" if are_named else b"data: [DONE]\n\n")
 
 
 def application(

@@ -50,13 +50,19 @@ async def _lines(
         try:
             async with aclosing(events) as sent:
                 async for event in sent:
-                    yield _line(event)
+                    yield line(event)
         except ApiError as error:
-            yield _line(error.body | ({"type": "error"} | error.body["error"] if are_named else {}))
+            yield line(error_event(error, are_named))
     if not are_named:
         yield "data: [DONE]\n\n"
 
 
-def _line(event: dict[str, Any]) -> str:
+def error_event(error: ApiError, are_named: bool) -> dict[str, Any]:
+    """What a stream ends with that has begun and fails: what OpenAI's clients look for, and the event of its kind."""
+    return error.body | (error.body["error"] | {"type": "error"} if are_named else {})
+
+
+def line(event: dict[str, Any]) -> str:
+    """An event as it is sent."""
     name = f"event: {event['type']}\n" if "type" in event else ""
     return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"

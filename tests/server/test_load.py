@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import httpx
 import openai
 import pytest
 
@@ -184,3 +185,17 @@ def test_several_clients_get_what_each_would_get_alone(engine):
         for thread in threads:
             thread.join()
         assert [together[word] for word in words] == alone
+
+
+@pytest.mark.parametrize("name", ["images", "responses"])
+def test_a_stream_that_fails_ends_with_an_event_named_error(name, pipe):
+    engine = Engine(pipe)
+    with served(engine, timeout=0.5) as url:
+        body = {"images": {"prompt": "x"}, "responses": {"input": "x", "tools": [{"type": "image_generation"}]}}[name]
+        body |= {"tool_choice": "required"} if name == "responses" else {}
+        path = {"images": "images/generations", "responses": "responses"}[name]
+        answer = httpx.post(f"{url}/v1/{path}", json=body | LONG | {"stream": True}, timeout=60)
+    last = answer.text.rstrip().rpartition("\n\n")[2].splitlines()
+    assert last[0] == "event: error"
+    assert json.loads(last[1].removeprefix("data: "))["type"] == "error"
+    engine.close(0)
