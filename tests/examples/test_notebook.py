@@ -81,7 +81,7 @@ def is_bagel(picture: Image.Image, background: str) -> bool:
         return np.abs(pixels[row, column] - COLOURS[colour]).mean()
 
     around = [(middle + y * radius, middle + x * radius) for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0))]
-    is_ring = all(off(*place, "orange") < 40 for place in around) and off(middle, middle, "orange") > 60
+    is_ring = all(off(*place, "orange") < 40 for place in around) and off(middle, middle, "orange") > 40
     return is_ring and all(off(row, column, background) < 40 for row in (2, -3) for column in (2, -3))
 
 
