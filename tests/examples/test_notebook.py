@@ -73,13 +73,16 @@ def described(words: str) -> tuple:
 
 
 def is_bagel(picture: Image.Image, background: str) -> bool:
-    """Whether it is orange around a hole in the middle."""
+    """Whether it is orange around a hole of some other colour, on its background."""
     pixels = np.asarray(picture, dtype=float)
     middle, radius = SIDE // 2, round(0.2 * SIDE)
+
+    def off(row: int, column: int, colour: str) -> float:
+        return np.abs(pixels[row, column] - COLOURS[colour]).mean()
+
     around = [(middle + y * radius, middle + x * radius) for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0))]
-    places = [(middle, middle), (2, 2), *around]
-    wanted = [background, background, *["orange"] * 4]
-    return all(np.abs(pixels[place] - COLOURS[name]).mean() < 40 for place, name in zip(places, wanted, strict=True))
+    is_ring = all(off(*place, "orange") < 40 for place in around) and off(middle, middle, "orange") > 40
+    return is_ring and all(off(row, column, background) < 40 for row in (2, -3) for column in (2, -3))
 
 
 def check(notebook: NotebookNode) -> None:
