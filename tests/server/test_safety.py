@@ -298,3 +298,15 @@ def test_a_redirect_to_a_private_place_is_not_followed(site, names, engine):
         assert response.status_code == 400
         assert "private address" in response.json()["error"]["message"]
         assert site.asked[-1].endswith("/away")
+
+
+@pytest.mark.parametrize("preset", [None, "mmmu_cot", "gedit"])
+def test_what_a_request_leaves_to_a_preset_is_within_the_limits(preset, engine, monkeypatch):
+    submitted = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *args, **kwargs: submitted.append(kwargs) or submit(*args, **kwargs))
+    with served(engine, max_new_tokens=5, max_steps=2) as url:
+        for body in ({}, {"output": "image", "height": 48, "width": 64}):
+            answer = posted(url, chat(max_tokens=None, preset=preset, **body))
+            assert answer.status_code == 200, answer.text
+    assert [(each["max_new_tokens"], each["num_inference_steps"]) for each in submitted] == [(5, 2), (5, 2)]
