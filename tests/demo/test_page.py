@@ -6,11 +6,12 @@ import asyncio
 import json
 from pathlib import Path
 
+import gradio as gr
 import PIL.Image
 import pytest
 from reader import read
 
-from bagel_demo import views
+from bagel_demo import create_page, views
 from bagel_demo.choices import LIKE_THE_LAST, NO_PRESET, Choices, sizes
 from bagel_demo.talk import FORGOTTEN, STOPPED, Drawing, Picture, Talk, Turn, Words
 from diffusers_bagel import PRESETS, SessionEvent
@@ -56,6 +57,18 @@ def test_a_preset_is_shown_as_it_is(name):
     assert chosen.steps == published.get("num_inference_steps", 49)
     assert chosen.settings()["do_sample"] == published["do_sample"]
     assert chosen.think == published["think"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_into_the_page(name, engine):
+    """What its settings say passes the parts of the page that show them, and is what a session makes of the preset."""
+    chosen = Choices.of_preset(name)
+    blocks = create_page(engine).blocks.values()
+    sliders = {block.label: block for block in blocks if isinstance(block, gr.Slider)}
+    assert sliders["Tokens of a text, at most"].preprocess(chosen.max_new_tokens) == chosen.max_new_tokens
+    assert sliders["Steps of a picture"].preprocess(chosen.steps) == chosen.steps
+    config = engine.pipe.transformer.config
+    assert chosen.max_new_tokens == PRESETS[name].of_session(config)["max_new_tokens"]
 
 
 def test_no_preset_is_what_the_page_begins_with():
