@@ -548,6 +548,23 @@ class TestClosing:
             assert freed.wait(60)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_whose_thread_has_died_takes_and_keeps_nobody_waiting(own_pipe, monkeypatch):
+    engine = Engine(own_pipe)
+
+    def dies(self, now: float) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(Job, "is_over", dies)
+    answer = engine.submit(BagelSession(own_pipe), "a", **LONG)
+    with pytest.raises(EngineClosed):
+        answer.result(30)
+    with pytest.raises(EngineClosed):
+        engine.submit(BagelSession(own_pipe), "a", **LONG)
+    assert engine.is_closed
+    engine.close()
+
+
 def test_who_stops_listening_just_then_stops_nobody_else():
     """The event loop may leave between two looks of the engine's thread, which answers all others, too."""
 
