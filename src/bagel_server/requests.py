@@ -153,10 +153,6 @@ def refuse(request: BaseModel, unsupported: dict[str, tuple[Any, ...]]) -> None:
             )
 
 
-def generator_of(seed: int | None, choice: int) -> torch.Generator:
+def generator_of(seed: int, choice: int) -> torch.Generator:
     """The generator of one of the answers to a request."""
-    generator = torch.Generator("cpu")
-    if seed is None:
-        generator.seed()
-        return generator
-    return generator.manual_seed((seed + choice + 2**63) % 2**64 - 2**63)
+    return torch.Generator("cpu").manual_seed((seed + choice + 2**63) % 2**64 - 2**63)
