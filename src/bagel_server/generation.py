@@ -292,7 +292,7 @@ class Answers:
                 while (piece := (await came.get())) and piece[1] is not None:
                     choice, content = piece
                     if isinstance(content, Exception):
-                        raise as_api_error(content, self.asked.names) from content
+                        raise as_api_error(content, self.asked.names, has_begun=True) from content
                     assert content is not None
                     yield choice, content
         finally:
