@@ -13,6 +13,7 @@ from reader import read
 
 from bagel_demo import create_page, views
 from bagel_demo.choices import LIKE_THE_LAST, NO_PRESET, Choices, sizes
+from bagel_demo.events import Events
 from bagel_demo.talk import FORGOTTEN, STOPPED, Drawing, Picture, Talk, Turn, Words
 from diffusers_bagel import PRESETS, SessionEvent
 
@@ -179,6 +180,24 @@ def test_a_conversation_goes_on_behind_what_was_drawn(engine, tmp_path):
     shown(talk, engine, said(CIRCLE))
     answer = shown(talk, engine, said("what colour is the circle?", output="Words"))
     assert [part.text for part in answer.parts] == ["red"]
+
+
+def test_a_turn_is_taken_back_once_however_often_it_is_asked_for(engine, tmp_path):
+    """Also while the conversation is being put away."""
+    talk = Talk(tmp_path)
+    talk.turns = [said("one"), said("two")]
+    events = Events(engine, None, tmp_path)
+
+    async def click_twice() -> Turn:
+        async with talk._lock:
+            first = asyncio.create_task(talk.again(engine.pipe))
+            await asyncio.sleep(0)
+            with pytest.raises(gr.Error, match="Stop the answer first"):
+                events._check_idle(talk)
+        return await first
+
+    assert asyncio.run(click_twice()).text == "two"
+    assert [turn.text for turn in talk.turns] == ["one"] and not talk.is_answering
 
 
 def test_a_stopped_message_of_which_nothing_is_whole_is_forgotten(engine, tmp_path):
