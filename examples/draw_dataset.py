@@ -165,7 +165,11 @@ def is_whole(shard: Path, tasks: Sequence[Task]) -> bool:
     """Whether a shard has all of its pictures."""
     if not (shard / MANIFEST).exists():
         return False
-    rows = rows_of(shard)
+    try:
+        rows = rows_of(shard)
+    except ValueError:
+        # Cut off, as by a machine that lost its power.
+        return False
     files = [shard / task.file for task in tasks]
     return [row["file"] for row in rows] == [task.file for task in tasks] and all(
         file.exists() and file.stat().st_size == row["bytes"] for file, row in zip(files, rows, strict=True)

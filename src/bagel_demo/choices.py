@@ -82,6 +82,8 @@ class Choices:
             return cls()
         preset, usual = PRESETS[name], cls()
         own = preset.settings
+        # The published number counts the step that feeds the start token.
+        longest = own.get("max_new_tokens", own.get("max_think_tokens", usual.max_new_tokens + 1) - 1)
         return cls(
             output={output: shown for shown, output in OUTPUTS.items()}[preset.output],
             preset=name,
@@ -89,7 +91,7 @@ class Choices:
             steps=own.get("num_inference_steps", usual.steps),
             guidance_scale=own.get("guidance_scale", usual.guidance_scale),
             image_guidance_scale=own.get("image_guidance_scale", usual.image_guidance_scale),
-            max_new_tokens=own.get("max_new_tokens", own.get("max_think_tokens", usual.max_new_tokens)),
+            max_new_tokens=longest,
             temperature=own["temperature"] if own["do_sample"] else 0.0,
         )
 

@@ -25,6 +25,8 @@ THEME = gr.themes.Base(
 )
 # In seconds: how often uploaded files are looked at, and how old they become.
 CACHE = (3600, 86400)
+# Of the presets: Gradio refuses what lies behind the end of a slider.
+LONGEST = max(Choices.of_preset(name).max_new_tokens for name in PRESETS)
 SCRIPT = (HERE / "page.js").read_text(encoding="utf-8")
 HEADER = "<header><h1>BAGEL</h1><p>sees, speaks and draws</p></header>"
 
@@ -132,7 +134,7 @@ def _settings(pipe: Any) -> dict[str, Any]:
         )
         names = sizes(pipe.default_sample_size, pipe.vae_scale_factor)
         size = gr.Dropdown(names, value=usual.size, label="Size of a picture")
-        tokens = gr.Slider(1, 4096, usual.max_new_tokens, step=1, label="Tokens of a text, at most")
+        tokens = gr.Slider(1, LONGEST, usual.max_new_tokens, step=1, label="Tokens of a text, at most")
         temperature = gr.Slider(0, 2, usual.temperature, step=0.1, label="Temperature of words (0: the likeliest)")
     return {
         "preset": preset,

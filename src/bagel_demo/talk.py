@@ -183,10 +183,15 @@ class Talk:
 
     async def again(self, pipe: Any) -> Turn:
         """Forget the last turn, to say the same once more. Its pictures stay among all."""
-        async with self._lock:
-            turn = self.turns.pop()
-            if turn.is_remembered:
-                (await asyncio.to_thread(self._awake, pipe)).back()
+        # A second click, while it waits, would forget another turn.
+        self.is_answering = True
+        try:
+            async with self._lock:
+                turn = self.turns.pop()
+                if turn.is_remembered:
+                    (await asyncio.to_thread(self._awake, pipe)).back()
+        finally:
+            self.is_answering = False
         return turn
 
     async def clear(self) -> None:

@@ -51,7 +51,9 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     for each in (router, chat.router, pictures.router, responses.router):
         app.include_router(each, dependencies=[Depends(check_key)])
     app.include_router(_open)
-    app.add_middleware(Counted, metrics=app.state.metrics, max_requests=settings.max_requests)
+    app.add_middleware(
+        Counted, metrics=app.state.metrics, max_requests=settings.max_requests, timeout=settings.timeout
+    )
     return app
 
 

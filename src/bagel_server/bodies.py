@@ -53,7 +53,7 @@ def validated(model: type[Model], content: dict[str, Any], are_strings: bool = F
         ApiError: naming the field that is wrong.
     """
     try:
-        return model.model_validate_strings(content) if are_strings else model.model_validate(content)
+        return model.model_validate(content, strict=not are_strings)
     except ValidationError as error:
         raise refused(error, where) from error
 
@@ -77,9 +77,13 @@ class _InMemory(MultiPartParser):
         self.is_whole = True
 
 
-async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[str, str], list[tuple[str, bytes]]]:
+Fields = dict[str, str | list[str]]
+
+
+async def read_form(request: Request, settings: ServerSettings) -> tuple[Fields, list[tuple[str, bytes]]]:
     """
-    The fields of a form, and its files by their fields, in order.
+    The fields of a form, and its files by their fields, in order. Those of a name that ends in `[]` are a list, as OpenAI's
+    clients send one.
 
     Raises:
         ApiError: if it is none, or too large.
@@ -94,13 +98,15 @@ async def read_form(request: Request, settings: ServerSettings) -> tuple[dict[st
         # What was cut off may have been a setting.
         await form.close()
         raise ApiError("The form ends before its last boundary.", code="invalid_form")
-    fields: dict[str, str] = {}
+    fields: Fields = {}
     files: list[tuple[str, bytes]] = []
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 files.append((name, await value.read()))
-            elif name in fields:
+            elif name.endswith("[]") and isinstance(known := fields.setdefault(name[:-2], []), list):
+                known.append(value)
+            elif name.removesuffix("[]") in fields:
                 raise ApiError(f"`{name[:64]}` is given twice.", name[:64], code="invalid_form")
             else:
                 fields[name] = value

@@ -181,8 +181,19 @@ class Engine:
                 rounds.forwards,
             )
 
-    @torch.no_grad()
     def _run(self) -> None:
+        try:
+            self._make_answers()
+        finally:
+            # However it came to its end, nobody may wait for what no longer comes.
+            with self._changed:
+                self._is_closed = True
+                left = [*self._rounds.jobs, *self._waiting]
+            for job in left:
+                job.outbox.end(EngineClosed("The engine has ended by an error."))
+
+    @torch.no_grad()
+    def _make_answers(self) -> None:
         with self._rounds.counted():
             while self._has_work():
                 try:

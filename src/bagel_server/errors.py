@@ -95,13 +95,15 @@ def _path(places: tuple[int | str, ...]) -> str:
     return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names)[1:]
 
 
-def as_api_error(error: Exception, names: Mapping[str, str]) -> ApiError:
+def as_api_error(error: Exception, names: Mapping[str, str], has_begun: bool = False) -> ApiError:
     """
     What is told of an error of the engine or of a session.
 
     Args:
         error (`Exception`)
         names (`Mapping[str, str]`): What a request calls an argument of a session, where it is another name.
+        has_begun (`bool`, *optional*, defaults to `False`):
+            Whether all arguments were found to be right. Then a wrong value, such as a picture of NaN, is none of the client's.
     """
     if isinstance(error, ApiError):
         return error
@@ -111,7 +113,7 @@ def as_api_error(error: Exception, names: Mapping[str, str]) -> ApiError:
         return ApiError("The server is closing.", status=503, code="closing", headers={"Retry-After": "30"})
     if isinstance(error, TimeoutError):
         return ApiError("The answer took longer than the server allows.", status=504, code="timeout")
-    if isinstance(error, (TypeError, ValueError)):
+    if isinstance(error, ContextLengthError) or (isinstance(error, (TypeError, ValueError)) and not has_begun):
         told = _argument_error(str(error), names)
         if isinstance(error, ContextLengthError):
             told.param, told.code = names.get("content"), "context_length_exceeded"

@@ -17,6 +17,7 @@ from fastapi import Request
 from PIL import Image
 
 from diffusers_bagel import BagelSession, SessionEvent
+from diffusers_bagel.answering import AnswerSettings
 from diffusers_bagel.recalling import Turn, count_tokens, is_as_recalled, tokens_of_turn
 
 from .answers import EngineAnswer
@@ -24,7 +25,7 @@ from .engine import Engine
 from .errors import ApiError, as_api_error
 from .images import image_bytes
 from .metrics import Metrics
-from .requests import generator_of
+from .requests import DEFAULT_STEPS, generator_of
 from .session_cache import SessionCache, keys_of
 from .settings import ServerSettings
 from .words import Stops, Thoughts
@@ -183,6 +184,7 @@ class Generation:
         if missing := earlier[known:]:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
         self._check_length(session, last, asked.names.get("content", "messages"))
+        settings = self._within_limits(session, asked)
         seed = secrets.randbits(53) if asked.seed is None else asked.seed
         answers = Answers(self, asked, keys, cached, seed)
         try:
@@ -197,13 +199,24 @@ class Generation:
                     **own,
                     # Drawn, latents would depend on whether the conversation was cached.
                     vae_sample_mode="argmax",
-                    **({"max_images": most} | dict(asked.settings)),
+                    **({"max_images": most} | settings),
                 )
                 answers.choices.append(Choice(index, seed + index, answer, fork))
         except Exception:
             answers.cancel()
             raise
         return answers
+
+    def _within_limits(self, session: BagelSession, asked: Asked) -> dict[str, Any]:
+        """What a request chose; what it leaves to a preset, the protocol or the session is at most what the server makes."""
+        _, defaults = session._with_defaults(asked.output, dict(asked.settings))
+        defaults = dict(session.protocol.settings) | defaults
+        limits = {
+            "max_new_tokens": (AnswerSettings.max_new_tokens, self.settings.max_new_tokens),
+            "num_inference_steps": (DEFAULT_STEPS, self.settings.max_steps),
+        }
+        most = {name: most for name, (usual, most) in limits.items() if defaults.get(name, usual) > most}
+        return dict(asked.settings) | most
 
     def _check_length(self, session: BagelSession, last: Turn, param: str) -> None:
         """Refuse a conversation that is longer than the server reads."""
@@ -279,7 +292,7 @@ class Answers:
                 while (piece := (await came.get())) and piece[1] is not None:
                     choice, content = piece
                     if isinstance(content, Exception):
-                        raise as_api_error(content, self.asked.names) from content
+                        raise as_api_error(content, self.asked.names, has_begun=True) from content
                     assert content is not None
                     yield choice, content
         finally:

@@ -24,7 +24,7 @@ _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.IGNORECASE)
 _MAX_SECONDS, _MAX_BYTES = 20.0, 20 * 2**20
 
 
-def image_at(url: str, param: str, settings: ServerSettings, seconds: float = _MAX_SECONDS) -> Image.Image:
+def image_at(url: str, param: str, settings: ServerSettings, seconds: float) -> Image.Image:
     """
     The image that a URL holds, or which lies there and is had within so many seconds.
 

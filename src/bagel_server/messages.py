@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from PIL import Image
-
 from diffusers_bagel.recalling import Turn, turns_of
 from transformers_bagel.segments import IMAGE_TYPES, ROLES, TEXT_TYPES
 
@@ -207,8 +205,3 @@ def _list(value: Any, param: str) -> Sequence[Any]:
 
 def _wrong(param: str, wanted: str) -> ApiError:
     return ApiError(f"`{param}` must be {wanted}.", param, code="invalid_value")
-
-
-def pictures_of(turns: Sequence[Turn]) -> list[Image.Image]:
-    """All images of turns."""
-    return [part["image"] for turn in turns for part in (*turn.given, *turn.answer) if part["type"] == "image"]

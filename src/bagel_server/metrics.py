@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -85,10 +86,11 @@ class Counted:
         app (`ASGIApp`)
         metrics ([`Metrics`])
         max_requests (`int`): Of those to `/v1/`, at a time.
+        timeout (`float`): Seconds for which a client may read nothing of what it is sent, before its place is another's.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int):
-        self.app, self.metrics, self.max_requests = app, metrics, max_requests
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int, timeout: float):
+        self.app, self.metrics, self.max_requests, self.timeout = app, metrics, max_requests, timeout
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,7 +103,12 @@ class Counted:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-            await send(message)
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await send(message)
+            except TimeoutError as error:
+                # As if the client had gone.
+                raise OSError("The client reads nothing.") from error
 
         is_bounded = scope["path"].startswith("/v1/")
         self._open += is_bounded

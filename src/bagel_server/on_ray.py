@@ -106,21 +106,29 @@ class Replica:
 
         task = asyncio.create_task(run())
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._ended)
         try:
-            is_whole = False
-            while not is_whole:
+            while True:
                 messages = [await sent.get()]
                 while not sent.empty():
                     messages.append(sent.get_nowait())
                 part = [message for message in messages if message is not None]
+                if part:
+                    yield part
+                if part and is_last(part[-1]):
+                    return
                 if None in messages:
-                    # Its error, if there was one.
                     await task
-                yield part
-                is_whole = not part or is_last(part[-1])
+                    return
         finally:
             hung_up.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        error = None if task.cancelled() else task.exception()
+        # Of one whose client has hung up, nobody wants to know.
+        if error is not None and not isinstance(error, (OSError, requests.ClientDisconnect)):
+            logger.error("A request failed.", exc_info=error)
 
     def metrics(self) -> tuple[str, str]:
         """The name of this replica, and its page of metrics."""

@@ -88,8 +88,8 @@ async def _drawn(request: Request, body: PictureRequest, files: Sequence[bytes],
             raise ApiError("`partial_images` is for `stream` alone.", "partial_images")
         async with generation.answers(request, asked) as answers:
             found = await answers.whole()
-            return JSONResponse(_images(answers, found, body))
-    return Events(request, answers := await generation.begin(asked), _events(answers, body, kind))
+            return JSONResponse(_images(answers, found))
+    return Events(request, answers := await generation.begin(asked), _events(answers, kind))
 
 
 def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSettings) -> Asked:
@@ -119,7 +119,7 @@ def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSetting
     )
 
 
-def _head(answers: Answers, body: PictureRequest) -> dict[str, Any]:
+def _head(answers: Answers) -> dict[str, Any]:
     return {
         "background": "opaque",
         "output_format": answers.asked.output_format,
@@ -132,7 +132,7 @@ def _size(piece: Piece) -> str:
     return f"{piece.image.width}x{piece.image.height}"
 
 
-def _images(answers: Answers, found: dict[int, list[Piece]], body: PictureRequest) -> dict[str, Any]:
+def _images(answers: Answers, found: dict[int, list[Piece]]) -> dict[str, Any]:
     data, sizes = [], []
     for choice in answers.choices:
         pieces = found[choice.index]
@@ -141,7 +141,7 @@ def _images(answers: Answers, found: dict[int, list[Piece]], body: PictureReques
             if piece.type == "image":
                 sizes.append(_size(piece))
                 data.append({"b64_json": in_base64(piece.content), "seed": choice.seed} | thoughts)
-    head = _head(answers, body) | {"size": sizes[0]}
+    head = _head(answers) | {"size": sizes[0]}
     return {"created": answers.created, "data": data, "usage": usage_of(answers.usage)} | head
 
 
@@ -166,9 +166,9 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-async def _events(answers: Answers, body: PictureRequest, kind: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(answers: Answers, kind: str) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a stream; `index` and those of the progress are not OpenAI's."""
-    head = _head(answers, body) | {"created_at": answers.created}
+    head = _head(answers) | {"created_at": answers.created}
     partial = {choice.index: 0 for choice in answers.choices}
     thoughts: dict[int, list[Piece]] = {choice.index: [] for choice in answers.choices}
     last: dict[int, Piece] = {}

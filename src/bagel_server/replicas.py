@@ -39,13 +39,16 @@ def conversation_key(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str
         return None
     if not isinstance(request, dict):
         return None
-    if isinstance(request.get("prompt_cache_key"), str):
-        return request["prompt_cache_key"]
+    named_in_body = request.get("prompt_cache_key")
+    if isinstance(named_in_body, str) and named_in_body:
+        # Whatever somebody wrote there, Ray gets a word that it can encode.
+        return _digest(named_in_body)
     beginning = _beginning(request.get("messages") or request.get("input"))
-    if beginning is None:
-        return None
-    said = json.dumps([request.get("instructions"), beginning], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
+    return None if beginning is None else _digest([request.get("instructions"), beginning])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _beginning(messages: Any) -> list[Any] | None:

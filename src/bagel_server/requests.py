@@ -17,8 +17,8 @@ from .settings import ServerSettings
 Output = Literal["auto", "text", "image", "interleaved"]
 # Under this, the likeliest token is as good as certain, and dividing by it overflows.
 _LEAST_TEMPERATURE = 0.01
-# Of a pipeline, and of a session, that is told no number.
-_DEFAULT_STEPS, _DEFAULT_TOKENS = 49, 1024
+# Of a pipeline that is told no number.
+DEFAULT_STEPS = 49
 
 
 class Fields(BaseModel):
@@ -111,7 +111,7 @@ def _at_most(name: str, value: int | None, limit: int) -> None:
 
 def lengths(settings: ServerSettings, max_images: int | None = None, **tokens: int | None) -> dict[str, int]:
     """
-    How long an answer may become. What a request does not say, a preset or protocol may, or else the session.
+    How long an answer is to become, as far as a request says it.
 
     Args:
         settings ([`ServerSettings`])
@@ -125,15 +125,13 @@ def lengths(settings: ServerSettings, max_images: int | None = None, **tokens: i
     for name, value in tokens.items():
         _at_most(name, value, settings.max_new_tokens)
     (longest,) = tokens.values() or (None,)
-    if longest is None and settings.max_new_tokens < _DEFAULT_TOKENS:
-        longest = settings.max_new_tokens
     chosen = {"max_new_tokens": longest, "max_images": max_images}
     return {name: value for name, value in chosen.items() if value is not None}
 
 
 def preview_every(steps: int | None, count: int) -> int:
     """After how many steps previews are due, for a picture to have as many as asked for."""
-    return math.ceil((steps or _DEFAULT_STEPS) / (count + 1))
+    return math.ceil((steps or DEFAULT_STEPS) / (count + 1))
 
 
 def refuse(request: BaseModel, unsupported: dict[str, tuple[Any, ...]]) -> None:
@@ -155,10 +153,6 @@ def refuse(request: BaseModel, unsupported: dict[str, tuple[Any, ...]]) -> None:
             )
 
 
-def generator_of(seed: int | None, choice: int) -> torch.Generator:
+def generator_of(seed: int, choice: int) -> torch.Generator:
     """The generator of one of the answers to a request."""
-    generator = torch.Generator("cpu")
-    if seed is None:
-        generator.seed()
-        return generator
-    return generator.manual_seed((seed + choice + 2**63) % 2**64 - 2**63)
+    return torch.Generator("cpu").manual_seed((seed + choice + 2**63) % 2**64 - 2**63)

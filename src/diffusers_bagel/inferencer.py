@@ -250,7 +250,7 @@ class InterleaveInferencer:
             do_sample (`bool`): Whether tokens are drawn, with torch's own random numbers, instead of the likeliest.
             temperature (`float`): Of drawing them. Nothing else counts, whatever the generation config says.
         """
-        _check_text(max_length, temperature)
+        _check_text(max_length, do_sample, temperature)
         context = gen_context["past_key_values"]
         (text,) = self._reader().write([context], max_length - 1, do_sample, temperature, temperature_only=True)
         return text
@@ -297,7 +297,7 @@ class InterleaveInferencer:
             if not isinstance(item, (str, Image.Image)):
                 raise ValueError(f"`input_lists` must hold texts and PIL images, got {shown(item)}.")
         # Before anything is read.
-        _check_text(max_think_token_n, text_temperature)
+        _check_text(max_think_token_n, do_sample, text_temperature)
         if not understanding_output:
             if not any(isinstance(item, Image.Image) for item in input_lists):
                 _check_shape(self.pipe, image_shapes)
@@ -387,9 +387,10 @@ def _transform(size: Any, stride: int, max_pixels: int) -> ImageTransform:
     return ImageTransform(size["longest_edge"], size["shortest_edge"], stride, max_pixels)
 
 
-def _check_text(max_length: Any, temperature: Any) -> None:
+def _check_text(max_length: Any, do_sample: Any, temperature: Any) -> None:
     check_whole_number("max_length", max_length, 2)
-    check_number("temperature", temperature, 1e-6)
+    # The likeliest tokens have none, whatever a script says of it.
+    check_number("temperature", temperature, 1e-6 if do_sample else 0)
 
 
 def _check_shape(pipe: Any, image_shape: Any) -> None:

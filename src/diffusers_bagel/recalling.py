@@ -124,7 +124,10 @@ def _is_alike(one: SaidText | SaidImage, other: SaidText | SaidImage) -> bool:
     if isinstance(one, SaidText) and isinstance(other, SaidText):
         texts = _have_same_tokens(one.segment, other.segment) and _have_same_tokens(one.untagged, other.untagged)
         return texts and (one.update, one.is_written) == (other.update, other.is_written)
-    return isinstance(one, SaidImage) and isinstance(other, SaidImage) and _way(one) == _way(other)
+    if not (isinstance(one, SaidImage) and isinstance(other, SaidImage) and _way(one) == _way(other)):
+        return False
+    # Resized for the ViT from what the VAE gets, or from the original, an image can have the same size.
+    return torch.equal(one.vae.pixels, other.vae.pixels) and torch.equal(one.vit.pixels, other.vit.pixels)
 
 
 def _way(image: SaidImage) -> tuple[object, ...]:

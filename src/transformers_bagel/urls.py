@@ -20,6 +20,9 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # both for public ones.
 _LOCAL = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b:1::/48")]
 
+# Of others, or of several, a piece that is read at a time could become gigabytes before anybody counts them.
+_ENCODINGS = ("gzip", "deflate")
+
 
 @dataclass(frozen=True)
 class UrlLimits:
@@ -74,8 +77,10 @@ def _downloaded(client: Any, place: Any, limits: UrlLimits, deadline: float) -> 
     named = None if limits.private_hosts == "refuse" else place.host
     for _ in range(limits.max_redirects + 1):
         is_trusted = limits.private_hosts == "allow" or place.host == named
-        target = {"url": place} if is_trusted else _at_public_address(place)
-        request = client.build_request("GET", **target, timeout=max(deadline - time.monotonic(), 1e-3))
+        target: dict[str, Any] = {"url": place} if is_trusted else _at_public_address(place)
+        headers = {"accept-encoding": ", ".join(_ENCODINGS)} | target.pop("headers", {})
+        seconds = max(deadline - time.monotonic(), 1e-3)
+        request = client.build_request("GET", **target, headers=headers, timeout=seconds)
         response = client.send(request, stream=True, follow_redirects=False)
         try:
             if not response.has_redirect_location:
@@ -126,6 +131,8 @@ def is_public(address: str) -> bool:
 
 
 def _body(response: Any, limits: UrlLimits, deadline: float) -> bytes:
+    if (encoding := response.headers.get("content-encoding", "identity").lower()) not in (*_ENCODINGS, "identity"):
+        raise OSError(f"it is compressed as {encoding[:32]!r}, which was not asked for")
     body = bytearray()
     for chunk in response.iter_bytes():
         body += chunk

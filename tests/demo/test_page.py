@@ -6,12 +6,14 @@ import asyncio
 import json
 from pathlib import Path
 
+import gradio as gr
 import PIL.Image
 import pytest
 from reader import read
 
-from bagel_demo import views
+from bagel_demo import create_page, views
 from bagel_demo.choices import LIKE_THE_LAST, NO_PRESET, Choices, sizes
+from bagel_demo.events import Events
 from bagel_demo.talk import FORGOTTEN, STOPPED, Drawing, Picture, Talk, Turn, Words
 from diffusers_bagel import PRESETS, SessionEvent
 
@@ -56,6 +58,18 @@ def test_a_preset_is_shown_as_it_is(name):
     assert chosen.steps == published.get("num_inference_steps", 49)
     assert chosen.settings()["do_sample"] == published["do_sample"]
     assert chosen.think == published["think"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_into_the_page(name, engine):
+    """What its settings say passes the parts of the page that show them, and is what a session makes of the preset."""
+    chosen = Choices.of_preset(name)
+    blocks = create_page(engine).blocks.values()
+    sliders = {block.label: block for block in blocks if isinstance(block, gr.Slider)}
+    assert sliders["Tokens of a text, at most"].preprocess(chosen.max_new_tokens) == chosen.max_new_tokens
+    assert sliders["Steps of a picture"].preprocess(chosen.steps) == chosen.steps
+    config = engine.pipe.transformer.config
+    assert chosen.max_new_tokens == PRESETS[name].of_session(config)["max_new_tokens"]
 
 
 def test_no_preset_is_what_the_page_begins_with():
@@ -166,6 +180,24 @@ def test_a_conversation_goes_on_behind_what_was_drawn(engine, tmp_path):
     shown(talk, engine, said(CIRCLE))
     answer = shown(talk, engine, said("what colour is the circle?", output="Words"))
     assert [part.text for part in answer.parts] == ["red"]
+
+
+def test_a_turn_is_taken_back_once_however_often_it_is_asked_for(engine, tmp_path):
+    """Also while the conversation is being put away."""
+    talk = Talk(tmp_path)
+    talk.turns = [said("one"), said("two")]
+    events = Events(engine, None, tmp_path)
+
+    async def click_twice() -> Turn:
+        async with talk._lock:
+            first = asyncio.create_task(talk.again(engine.pipe))
+            await asyncio.sleep(0)
+            with pytest.raises(gr.Error, match="Stop the answer first"):
+                events._check_idle(talk)
+        return await first
+
+    assert asyncio.run(click_twice()).text == "two"
+    assert [turn.text for turn in talk.turns] == ["one"] and not talk.is_answering
 
 
 def test_a_stopped_message_of_which_nothing_is_whole_is_forgotten(engine, tmp_path):

@@ -223,6 +223,7 @@ def test_taylorseer_belongs_to_a_call(own_pipe):
         ({"cfg_interval": 0.4}, TypeError, "`cfg_interval` must be a pair"),
         ({"timestep_shift": 0}, ValueError, "`timestep_shift` must be a number of at least"),
         ({"max_think_token_n": 1}, ValueError, "`max_length` must be at least 2"),
+        ({"do_sample": True, "text_temperature": 0}, ValueError, "`temperature` must be a number of at least"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(arguments, error, message, inferencer, forwards):
@@ -230,6 +231,11 @@ def test_what_cannot_work_is_refused_before_anything_is_read(arguments, error, m
     with pytest.raises(error, match=message):
         inferencer.interleave_inference(**({"input_lists": ["a"]} | SMALL | arguments))
     assert not (seen.reading or seen.writing or seen.denoising)
+
+
+def test_a_temperature_of_nothing_is_that_of_the_likeliest_tokens(inferencer):
+    asked = {"text": "a", "understanding_output": True, "max_think_token_n": 6}
+    assert inferencer(**asked, text_temperature=0) == inferencer(**asked)
 
 
 def test_misuse_is_named(inferencer, model):

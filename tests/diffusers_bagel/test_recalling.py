@@ -70,6 +70,21 @@ def test_what_would_be_recalled_otherwise_is_known(pipe):
     assert not is_as_recalled(session, turns_of(session.messages)[-1])
 
 
+@pytest.mark.parametrize(("resize_before_vit", "is_same"), [(None, True), (True, True), (False, False)])
+def test_an_image_that_was_resized_otherwise_is_known(resize_before_vit, is_same, pipe):
+    """Also where it has the same size either way."""
+    image = golden_image("wide").resize((100, 100))
+    session = BagelSession(pipe)
+    images_kwargs = {} if resize_before_vit is None else {"resize_before_vit": resize_before_vit}
+    session.send([image, "x"], output="text", max_new_tokens=4, images_kwargs=images_kwargs)
+    (turn,) = turns_of(session.messages)
+    other = BagelSession(pipe)
+    other.recall(session.messages)
+    grids = [each._said.turns[0][0].vit.grid for each in (session, other)]
+    assert grids[0] == grids[1]
+    assert is_as_recalled(session, turn) is is_same
+
+
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "plain"])
 def test_a_protocols_own_ways_are_known_to_differ_or_are_recalled(name, pipe):
     session = BagelSession(pipe, name)

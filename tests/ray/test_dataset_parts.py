@@ -78,8 +78,9 @@ class TestResuming:
             lambda shard: (shard / "00000003.png").unlink(),
             lambda shard: (shard / "00000003.png").write_bytes(b"cut"),
             lambda shard: (shard / "manifest.jsonl").unlink(),
+            lambda shard: (shard / "manifest.jsonl").write_bytes((shard / "manifest.jsonl").read_bytes()[:-20]),
         ],
-        ids=["picture", "half_a_picture", "manifest"],
+        ids=["picture", "half_a_picture", "manifest", "half_a_manifest"],
     )
     def test_a_shard_that_lost_a_file_is_done_again_and_no_other(self, lose, dataset):
         draw_all(dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("ray", reason=NO_RAY)
 import httpx  # noqa: E402
 from ray.exceptions import ActorDiedError  # noqa: E402
 
-from bagel_server import ServerSettings  # noqa: E402
+from bagel_server import ServerSettings, on_ray  # noqa: E402
 from bagel_server.on_ray import Door  # noqa: E402
 
 
@@ -133,6 +134,20 @@ async def test_a_stream_of_named_events_ends_with_one():
     name, data = last.split("\n")
     assert name == "event: error"
     assert json.loads(data.removeprefix("data: "))["type"] == "error"
+
+
+async def test_an_error_of_the_application_is_what_a_replica_hands_on(monkeypatch):
+    """Starlette answers with a 500 and raises what led to it, for the log."""
+
+    async def fails(scope, receive, send):
+        for message in response(500, b"{}"):
+            await send(message)
+        raise KeyError("broken")
+
+    monkeypatch.setattr(on_ray, "create_app", lambda engine, settings: fails)
+    replica = on_ray.Replica(lambda: contextlib.nullcontext(None), ServerSettings())
+    messages = [message async for part in replica.answer(on_ray.Request({}, b"")) for message in part]
+    assert [message.get("status") for message in messages] == [500, None]
 
 
 async def test_what_is_too_large_reaches_no_replica():

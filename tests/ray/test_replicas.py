@@ -36,12 +36,19 @@ class TestConversation:
     def test_has_another_key_if_it_begins_otherwise(self, other):
         assert key(**other) not in (None, key(messages=[FIRST]))
 
+    def test_has_a_key_that_ray_can_encode_whatever_it_is_called(self):
+        half_a_character = key(prompt_cache_key="\ud800")
+        assert half_a_character.encode() and half_a_character != key(prompt_cache_key="\ud801")
+        assert len(key(prompt_cache_key="x" * 10**6)) < 100
+        assert key(prompt_cache_key="") is None
+
     def test_of_responses_has_one_too(self):
         assert key(input="a red circle") == key(input=[{"role": "user", "content": "a red circle"}, *GOES_ON[1:]])
         assert key(input="a red circle") not in (None, key(input="a blue circle"))
 
     def test_is_what_the_client_says_it_is(self):
-        assert key(messages=[FIRST], prompt_cache_key="holiday") == "holiday"
+        holiday = key(messages=[FIRST], prompt_cache_key="holiday")
+        assert holiday == key(messages=[SYSTEM], prompt_cache_key="holiday") != key(messages=[FIRST])
         assert key([(b"x-session-id", b"mine")], messages=[FIRST], prompt_cache_key="holiday") == "mine"
 
     @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bagel_server import Engine, EngineClosed, EngineFull
+from bagel_server.answers import Outbox
 from bagel_server.rounds import Job
 from diffusers_bagel import BagelPipeline, BagelReply, BagelSession
 from diffusers_bagel.denoising import Denoiser
@@ -545,6 +546,35 @@ class TestClosing:
             with held(engine):
                 assert not freed.is_set()
             assert freed.wait(60)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_whose_thread_has_died_takes_and_keeps_nobody_waiting(own_pipe, monkeypatch):
+    engine = Engine(own_pipe)
+
+    def dies(self, now: float) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(Job, "is_over", dies)
+    answer = engine.submit(BagelSession(own_pipe), "a", **LONG)
+    with pytest.raises(EngineClosed):
+        answer.result(30)
+    with pytest.raises(EngineClosed):
+        engine.submit(BagelSession(own_pipe), "a", **LONG)
+    assert engine.is_closed
+    engine.close()
+
+
+def test_who_stops_listening_just_then_stops_nobody_else():
+    """The event loop may leave between two looks of the engine's thread, which answers all others, too."""
+
+    class Left(Outbox):
+        _listener = property(lambda self: self._looks.pop(), lambda self, listener: None)
+
+    outbox, called = Left(), []
+    outbox._looks = [None, lambda: called.append(True)]
+    outbox.end()
+    assert outbox.has_ended and called == [True]
 
 
 def test_stats_count_what_was_done(engine, pipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -12,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from bagel_server import Engine
+from bagel_server import Engine, ServerSettings, create_app
 
 from .conftest import MODEL, client_of, served, user
 
@@ -159,6 +160,26 @@ def test_requests_are_bounded_in_number(pipe):
         until(lambda: engine.stats().running == 0)
         until(lambda: is_listed(url))
     engine.close()
+
+
+def test_who_reads_nothing_of_an_answer_frees_the_place(engine):
+    """The kernel's buffers hide a slow client from a test, so it is one that takes nothing at all."""
+
+    async def stuck(message) -> None:
+        await asyncio.Event().wait()
+
+    async def nothing_more():
+        return {"type": "http.disconnect"}
+
+    async def ask() -> int:
+        app = create_app(engine, ServerSettings(max_requests=1, timeout=0.1))
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "query_string": b""}
+        with pytest.raises(OSError, match="reads nothing"):
+            await asyncio.wait_for(app(scope, nothing_more, stuck), 5)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return (await client.get("/v1/models")).status_code
+
+    assert asyncio.run(ask()) == 200
 
 
 def is_listed(url: str) -> bool:

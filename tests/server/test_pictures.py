@@ -53,6 +53,14 @@ def test_several_images_are_edited_in_their_order(client, pipe):
     assert picture(one.data[0].b64_json).size == (64, 48)
 
 
+def test_an_edit_has_the_settings_that_are_lists(client, pipe):
+    settings = SMALL | {"guidance_scale": 4.0}
+    files, own = ("wide.png", png(wide())), {"cfg_interval": [0.0, 0.5], "seed": 3}
+    answer = client.images.edit(image=files, prompt="x", extra_body=settings | own)
+    expected = drawn(pipe, [wide(), "x"], 3, **settings, cfg_interval=(0.0, 0.5))
+    assert picture(answer.data[0].b64_json).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_pictures_come_in_other_formats(output_format, client):
     answer = client.images.generate(prompt="x", output_format=output_format, output_compression=50, extra_body=SMALL)

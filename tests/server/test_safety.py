@@ -18,7 +18,7 @@ import openai
 import pytest
 from PIL import Image
 
-from bagel_server import ServerSettings
+from bagel_server import Engine, ServerSettings
 from transformers_bagel import urls
 
 from .conftest import MODEL, SMALL, client_of, png, served, session_of, user, wide
@@ -298,3 +298,26 @@ def test_a_redirect_to_a_private_place_is_not_followed(site, names, engine):
         assert response.status_code == 400
         assert "private address" in response.json()["error"]["message"]
         assert site.asked[-1].endswith("/away")
+
+
+@pytest.mark.parametrize("preset", [None, "mmmu_cot", "gedit"])
+def test_what_a_request_leaves_to_a_preset_is_within_the_limits(preset, engine, monkeypatch):
+    submitted = []
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *args, **kwargs: submitted.append(kwargs) or submit(*args, **kwargs))
+    with served(engine, max_new_tokens=5, max_steps=2) as url:
+        for body in ({}, {"output": "image", "height": 48, "width": 64}):
+            answer = posted(url, chat(max_tokens=None, preset=preset, **body))
+            assert answer.status_code == 200, answer.text
+    assert [(each["max_new_tokens"], each["num_inference_steps"]) for each in submitted] == [(5, 2), (5, 2)]
+
+
+def test_a_value_that_is_wrong_in_the_making_is_an_error_of_the_server(own_pipe, monkeypatch, caplog):
+    def broken(*_: object) -> None:
+        raise ValueError("/srv/models/vae.safetensors gives NaN")
+
+    monkeypatch.setattr(own_pipe, "decode_latents", broken)
+    with Engine(own_pipe) as engine, served(engine) as url:
+        answer = posted(url, json.dumps({"prompt": "x"} | SMALL).encode(), "images/generations")
+    assert answer.status_code == 500 and "/srv" not in answer.text
+    assert "gives NaN" in caplog.text

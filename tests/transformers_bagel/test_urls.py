@@ -37,6 +37,12 @@ class Pages(BaseHTTPRequestHandler):
     def bomb(self):
         self._answer(gzip.compress(b"x" * 2_000_000), ("Content-Encoding", "gzip"))
 
+    def twice(self):
+        self._answer(gzip.compress(gzip.compress(b"x" * 2_000_000)), ("Content-Encoding", "gzip, gzip"))
+
+    def brotli(self):
+        self._answer(b"x", ("Content-Encoding", "br"))
+
     def text(self):
         self._answer(b"no picture")
 
@@ -123,6 +129,8 @@ def test_an_image_is_read_when_the_hub_is_not_to_be_asked(path, site, monkeypatc
         ("loopback", UrlLimits(), "'localhost' has a private address"),
         ("picture", UrlLimits(private_hosts="refuse"), "'127.0.0.1' has a private address"),
         ("missing", UrlLimits(), "404"),
+        ("twice", UrlLimits(), "compressed as 'gzip, gzip'"),
+        ("brotli", UrlLimits(), "compressed as 'br'"),
     ],
 )
 def test_downloads_have_limits(path, limits, message, site, monkeypatch):
