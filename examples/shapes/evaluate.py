@@ -295,7 +295,8 @@ def few_step_rows(evaluation: Evaluation, adapter: str) -> dict[str, float]:
         table[f"relation_{name}"] = evaluation.draw(relations, think=True, **settings)
         table[f"edit_{name}"] = evaluation.edit(edits, **settings)["all"]
 
-    add("plain")
+    for steps in (STEPS, 49):
+        add(f"{steps}_plain_steps", num_inference_steps=steps)
     pipe.load_lora_weights(adapter)
     for steps in FEW_STEPS:
         add(f"{steps}_steps", num_inference_steps=steps, guidance_scale=1.0, image_guidance_scale=1.0)

@@ -51,7 +51,9 @@ def test_evaluate_has_a_row_for_each_number_of_steps(tmp_path):
     main(["--few_steps", str(ADAPTER), "--num", "2", "--json", str(tmp_path / "table.json")])
     table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     for task in ("draw_full", "draw_with_plan", "relation", "edit"):
-        names = [f"{task}_{name}" for name in ("plain", "1_steps", "2_steps", "4_steps", "6_steps", "8_steps")]
+        names = [
+            f"{task}_{name}" for name in ("25_plain_steps", "49_plain_steps", *(f"{n}_steps" for n in (1, 2, 4, 6, 8)))
+        ]
         assert [name for name in table if name.startswith(f"{task}_")] == names
 
 
