@@ -32,7 +32,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .app import create_app
 from .bodies import bounded
 from .engine import Engine
-from .errors import ApiError
+from .errors import ApiError, too_many
+from .keys import check_key
 from .replicas import conversation_key, merged_metrics
 from .settings import ServerSettings
 from .sse import error_event, line
@@ -53,8 +54,10 @@ DIED = ApiError(
 )
 # The engine of a replica refuses what is too much for it.
 ANY_NUMBER = 100_000
-# Whose bodies the door holds in memory; as many more wait before it.
+# That the door hands on at a time; as many more wait before it.
 MAX_OPEN = 1000
+# Of their bodies together, which it holds until they are answered.
+MAX_HELD_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class Door:
     def __init__(self, replicas: DeploymentHandle, settings: ServerSettings):
         self.replicas = replicas
         self.settings = settings
+        self._held = 0
         self.registry = CollectorRegistry()
         self.again = Counter("bagel_again", "Requests that were made once more.", ["reason"], registry=self.registry)
         self.lost = Counter("bagel_lost", "Answers that failed because replicas died.", registry=self.registry)
@@ -182,11 +186,27 @@ class Door:
         if scope["path"] == "/metrics":
             page = await self._metrics()
             return await page(scope, receive, send)
+        chunks: list[bytes] = []
         try:
-            body = b"".join([chunk async for chunk in bounded(requests.Request(scope, receive), self.settings)])
+            # No other place has a body.
+            if scope["path"].startswith("/v1/"):
+                await self._read(requests.Request(scope, receive), chunks)
+            await self._answer(Request({name: scope[name] for name in SCOPE if name in scope}, b"".join(chunks)), send)
         except ApiError as error:
-            return await error.response(scope, receive, send)
-        await self._answer(Request({name: scope[name] for name in SCOPE if name in scope}, body), send)
+            await error.response(scope, receive, send)
+        finally:
+            self._held -= sum(map(len, chunks))
+
+    async def _read(self, request: requests.Request, chunks: list[bytes]) -> None:
+        """The body of a request, of which only those may hold memory who have the key."""
+        check_key(request.headers, self.settings)
+        async for chunk in bounded(request, self.settings):
+            if self._held + len(chunk) > MAX_HELD_BYTES:
+                raise too_many()
+            chunks.append(chunk)
+            self._held += len(chunk)
+        # No second copy is held.
+        chunks[:] = [b"".join(chunks)]
 
     async def _metrics(self) -> Response:
         pages = await self.replicas.broadcast("metrics").results_async(return_exceptions=True)

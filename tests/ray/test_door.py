@@ -157,6 +157,45 @@ async def test_what_is_too_large_reaches_no_replica():
     assert replicas.keys == []
 
 
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic secret"])
+async def test_of_whom_has_no_key_nothing_is_read(given):
+    sent, chunks = [], [{"type": "http.request", "body": b"x" * 99, "more_body": True}] * 3
+
+    async def receive():
+        return chunks.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [] if given is None else [(b"authorization", given.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    await Door(Replicas(), ServerSettings(api_key="secret"))(scope, receive, send)
+    assert sent[0]["status"] == 401
+    assert json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
+    assert len(chunks) == 3
+
+
+async def test_who_has_the_key_is_let_in_and_health_is_for_all():
+    settings = ServerSettings(api_key="secret")
+    transport = httpx.ASGITransport(Door(Replicas(RIGHT, RIGHT), settings))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        answer = await client.post("/v1/chat/completions", json={}, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_the_bodies_that_are_held_together_are_bounded(monkeypatch):
+    monkeypatch.setattr(on_ray, "MAX_HELD_BYTES", 150)
+    door = Door(Replicas(*[RIGHT] * 4), ServerSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://door") as client:
+        # One after the other they have room.
+        for _ in range(3):
+            assert (await client.post("/v1/chat/completions", content=b"x" * 100)).status_code == 200
+        answer = await client.post("/v1/chat/completions", content=b"x" * 200)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert (await client.post("/v1/chat/completions", content=b"x" * 100)).status_code == 200
+
+
 async def test_nothing_goes_on_behind_an_answer():
     replicas = Replicas(FULL, RIGHT)
     await ask(replicas)
