@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from bagel_server import Engine, ServerSettings
+from bagel_server.images import image_of
 from transformers_bagel import urls
 
 from .conftest import MODEL, SMALL, client_of, png, served, session_of, user, wide
@@ -122,6 +124,11 @@ def test_who_sends_slowly_is_not_waited_for(engine):
         ({"max_context_tokens": 20}, {"messages": [user("one two three " * 20)]}, "messages"),
         ({"max_images": 1}, {"messages": [user(wide(), wide())]}, "messages[0].content[1].image_url"),
         ({"max_image_pixels": 100}, {"messages": [user(wide())]}, "messages[0].content[0].image_url"),
+        (
+            {"max_pixels": 3 * wide().width * wide().height - 1},
+            {"messages": [user(wide()), user(wide(), wide())]},
+            "messages[1].content[1].image_url",
+        ),
         ({"max_new_tokens": 5}, {"max_tokens": 6}, "max_tokens"),
         ({"max_choices": 2}, {"n": 3}, "n"),
         ({"max_steps": 5}, {"num_inference_steps": 6}, "num_inference_steps"),
@@ -143,6 +150,22 @@ def bomb() -> bytes:
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
     )
+
+
+def test_few_images_are_decoded_at_a_time(monkeypatch):
+    together, most = [], []
+
+    def to_rgb(image):
+        together.append(image)
+        most.append(len(together))
+        time.sleep(0.02)
+        together.pop()
+        return image
+
+    monkeypatch.setattr("bagel_server.images.to_rgb", to_rgb)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: image_of(png(wide()), "image", ServerSettings(), 10**6), range(24)))
+    assert 1 < max(most) <= 4
 
 
 @pytest.mark.parametrize("path", ["chat", "edits"])
