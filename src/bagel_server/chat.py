@@ -137,7 +137,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
     stops = stops_of(body.stop)
     if stops:
         chosen["stop_strings"] = list(stops)
-    if body.preview_every is not None:
+    if body.stream and body.preview_every is not None:
         chosen["preview_every"] = body.preview_every
     return Asked(
         Reader(settings).turns(body.messages),

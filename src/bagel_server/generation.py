@@ -274,17 +274,18 @@ class Answers:
         Raises:
             ApiError: the error by which an answer ended.
         """
-        came: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue()
+        # Whoever reads slowly is waited for, so that previews are left out before they are files.
+        came: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue(1)
 
         async def take(choice: Choice) -> None:
             try:
                 async with aclosing(self._pieces(choice)) as pieces:
                     async for piece in pieces:
-                        came.put_nowait((choice, piece))
-                came.put_nowait((choice, Piece("end")))
-                came.put_nowait((choice, None))
+                        await came.put((choice, piece))
+                await came.put((choice, Piece("end")))
+                await came.put((choice, None))
             except Exception as error:
-                came.put_nowait((choice, error))
+                await came.put((choice, error))
 
         tasks = [asyncio.create_task(take(choice)) for choice in self.choices]
         try:
@@ -302,7 +303,7 @@ class Answers:
 
     async def whole(self) -> dict[int, list[Piece]]:
         """
-        All pieces of each answer.
+        All pieces of each answer, but for those that only say how far it is.
 
         Raises:
             ApiError: the error by which an answer ended.
@@ -310,7 +311,8 @@ class Answers:
         found: dict[int, list[Piece]] = {choice.index: [] for choice in self.choices}
         async with aclosing(self.pieces()) as pieces:
             async for choice, piece in pieces:
-                found[choice.index].append(piece)
+                if piece.type not in ("preview", "progress"):
+                    found[choice.index].append(piece)
         return found
 
     async def _pieces(self, choice: Choice) -> AsyncGenerator[Piece, None]:

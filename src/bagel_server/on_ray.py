@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -52,12 +52,15 @@ DIED = ApiError(
     code="replica_died",
     headers={"Retry-After": "1"},
 )
+SLOW = ApiError("The stream broke off, because it was read too slowly.", code="read_too_slowly")
 # The engine of a replica refuses what is too much for it.
 ANY_NUMBER = 100_000
 # That the door hands on at a time; as many more wait before it.
 MAX_OPEN = 1000
 # Of their bodies together, which it holds until they are answered.
 MAX_HELD_BYTES = 2**30
+# Of a stream that comes faster than its client reads.
+MAX_UNSENT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -250,21 +253,64 @@ class Door:
         finally:
             parts.cancel()
 
-    async def _stream(self, start: Message, messages: AsyncIterator[Message], send: Send, are_named: bool) -> None:
+    async def _stream(
+        self, start: Message, messages: AsyncGenerator[Message, None], send: Send, are_named: bool
+    ) -> None:
         await send(start)
         try:
-            async for message in messages:
-                await send(message)
+            async with aclosing(read_ahead(messages)) as read:
+                async for message in read:
+                    await send(message)
+        except ApiError as error:
+            await send(broken_off(error, are_named))
         except LOST as error:
             logger.warning("A replica died in the middle of a stream: %s", error)
             self.lost.inc()
-            await send({"type": "http.response.body", "body": broken_off(are_named), "more_body": False})
+            await send(broken_off(DIED, are_named))
 
 
-async def one_by_one(parts: DeploymentResponseGenerator[list[Message]]) -> AsyncIterator[Message]:
-    async for part in parts:
-        for message in part:
+async def one_by_one(parts: DeploymentResponseGenerator[list[Message]]) -> AsyncGenerator[Message, None]:
+    """The messages of an answer, which is cancelled when nobody wants more of them."""
+    try:
+        async for part in parts:
+            for message in part:
+                yield message
+    finally:
+        parts.cancel()
+
+
+async def read_ahead(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[Message, None]:
+    """
+    The same messages, counted as they come: Ray brings them to this process at once, however slowly they are taken.
+
+    Raises:
+        ApiError: behind those that were there, if there were too many.
+    """
+    came: asyncio.Queue[Message | Exception | None] = asyncio.Queue()
+    unsent = 0
+
+    async def read() -> None:
+        nonlocal unsent
+        try:
+            async with aclosing(messages):
+                async for message in messages:
+                    came.put_nowait(message)
+                    unsent += len(message.get("body", b""))
+                    if unsent > MAX_UNSENT_BYTES:
+                        raise SLOW
+            came.put_nowait(None)
+        except Exception as error:
+            came.put_nowait(error)
+
+    task = asyncio.create_task(read())
+    try:
+        while (message := await came.get()) is not None:
+            if isinstance(message, Exception):
+                raise message
             yield message
+            unsent -= len(message.get("body", b""))
+    finally:
+        task.cancel()
 
 
 async def no_more() -> Message:
@@ -272,9 +318,10 @@ async def no_more() -> Message:
     return {"type": "http.disconnect"}
 
 
-def broken_off(are_named: bool) -> bytes:
-    """The end of a stream whose replica has died, as the application ends one by an error."""
-    return line(error_event(DIED, are_named)).encode() + (b"" if are_named else b"data: [DONE]\n\n")
+def broken_off(error: ApiError, are_named: bool) -> Message:
+    """The end of a stream by an error, as the application sends one."""
+    body = line(error_event(error, are_named)).encode() + (b"" if are_named else b"data: [DONE]\n\n")
+    return {"type": "http.response.body", "body": body, "more_body": False}
 
 
 def application(

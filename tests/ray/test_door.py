@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 
@@ -194,6 +195,29 @@ async def test_the_bodies_that_are_held_together_are_bounded(monkeypatch):
         answer = await client.post("/v1/chat/completions", content=b"x" * 200)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert (await client.post("/v1/chat/completions", content=b"x" * 100)).status_code == 200
+
+
+async def test_a_stream_that_is_not_read_is_broken_off(monkeypatch):
+    monkeypatch.setattr(on_ray, "MAX_UNSENT_BYTES", 100)
+    chunk = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
+    replicas = Replicas([STREAM[0], *[chunk] * 1000])
+    (parts,) = replicas.given
+    sent, chunks = [], [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive():
+        return chunks.pop()
+
+    async def send(message):
+        sent.append(message)
+        while len(sent) > 1 and not parts.is_cancelled:
+            await asyncio.sleep(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    async with asyncio.timeout(10):
+        await Door(replicas, ServerSettings())(scope, receive, send)
+    assert len(parts.parts) > 980
+    assert b"read_too_slowly" in sent[-1]["body"] and not sent[-1]["more_body"]
+    assert 10 < len(sent) < 20
 
 
 async def test_nothing_goes_on_behind_an_answer():
