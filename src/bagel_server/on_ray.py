@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,7 +30,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .app import create_app
-from .bodies import bounded
+from .bodies import beside, bounded, check_values
 from .engine import Engine
 from .errors import ApiError, too_many
 from .keys import check_key
@@ -210,6 +210,8 @@ class Door:
             self._held += len(chunk)
         # No second copy is held.
         chunks[:] = [b"".join(chunks)]
+        if is_json(request.scope["headers"]):
+            check_values(chunks[0], self.settings)
 
     async def _metrics(self) -> Response:
         pages = await self.replicas.broadcast("metrics").results_async(return_exceptions=True)
@@ -218,7 +220,9 @@ class Door:
         return Response(merged_metrics(alive) + generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, request: Request, send: Send) -> None:
-        key = conversation_key(request.scope["headers"], request.body)
+        headers = request.scope["headers"]
+        body = request.body if is_json(headers) else b""
+        key = await beside(body, conversation_key, headers, body)
         try:
             if await self._hand_on(request, key, send, is_last_try=False):
                 return
@@ -311,6 +315,11 @@ async def read_ahead(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[
             unsent -= len(message.get("body", b""))
     finally:
         task.cancel()
+
+
+def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a body is to be read as JSON."""
+    return dict(headers).get(b"content-type", b"").lower().startswith(b"application/json")
 
 
 async def no_more() -> Message:

@@ -220,6 +220,18 @@ async def test_a_stream_that_is_not_read_is_broken_off(monkeypatch):
     assert 10 < len(sent) < 20
 
 
+async def test_json_that_grows_in_memory_is_not_parsed(monkeypatch):
+    monkeypatch.setattr(
+        on_ray, "conversation_key", lambda headers, body: pytest.fail("It was parsed.") if body else None
+    )
+    replicas = Replicas(RIGHT)
+    transport = httpx.ASGITransport(Door(replicas, ServerSettings(max_characters=1000)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        body, kind = b"[" + b"[]," * 70_000, {"Content-Type": "application/json"}
+        assert (await client.post("/v1/responses", content=body, headers=kind)).status_code == 413
+        assert (await client.post("/v1/images/edits", content=body)).status_code == 200
+
+
 async def test_nothing_goes_on_behind_an_answer():
     replicas = Replicas(FULL, RIGHT)
     await ask(replicas)

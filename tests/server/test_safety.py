@@ -19,7 +19,7 @@ import openai
 import pytest
 from PIL import Image
 
-from bagel_server import Engine, ServerSettings
+from bagel_server import Engine, ServerSettings, bodies
 from bagel_server.images import image_of
 from transformers_bagel import urls
 
@@ -104,6 +104,23 @@ def test_bodies_are_bounded(engine):
         with pytest.raises(openai.APIStatusError) as raised:
             client_of(url).images.edit(image=("x.png", b"x" * 3000), prompt="x")
         assert raised.value.status_code == 413
+
+
+def test_json_that_grows_in_memory_is_not_parsed(engine, monkeypatch):
+    parsed = []
+    parse = bodies.from_json
+    monkeypatch.setattr(
+        bodies, "from_json", lambda body, **how: parsed.append(threading.current_thread()) or parse(body, **how)
+    )
+    with served(engine, max_characters=1000) as url:
+        for values in (b"[],", b"{},", b'{"a":0},', b"0,", b"[[["):
+            answer = posted(url, b'{"messages":[' + values * 70_000)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert not parsed
+        # A large one that is right, as one with a picture, is parsed beside the event loop.
+        for padding, is_beside in ((0, False), (2**19, True)):
+            assert posted(url, chat(user="x" * padding)).status_code == 200
+            assert (parsed[-1] is not parsed[0]) == is_beside
 
 
 def test_who_sends_slowly_is_not_waited_for(engine):
