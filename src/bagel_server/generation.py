@@ -28,7 +28,7 @@ from .metrics import Metrics
 from .requests import DEFAULT_STEPS, generator_of
 from .session_cache import SessionCache, keys_of
 from .settings import ServerSettings
-from .words import Stops, Thoughts
+from .words import StopAt, Stops, Thoughts
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,8 @@ class Generation:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
         self._check_length(session, last, asked.names.get("content", "messages"))
         settings = self._within_limits(session, asked)
+        if asked.stops:
+            settings["stopping_criteria"] = [StopAt(asked.stops, session.pipe.processor.tokenizer)]
         seed = secrets.randbits(53) if asked.seed is None else asked.seed
         answers = Answers(self, asked, keys, cached, seed)
         try:
