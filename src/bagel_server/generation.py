@@ -25,7 +25,7 @@ from .engine import Engine
 from .errors import ApiError, as_api_error
 from .images import image_bytes
 from .metrics import Metrics
-from .requests import DEFAULT_STEPS, generator_of
+from .requests import DEFAULT_STEPS, generator_of, preview_every
 from .session_cache import SessionCache, keys_of
 from .settings import ServerSettings
 from .words import StopAt, Stops, Thoughts
@@ -43,6 +43,7 @@ class Asked:
         choices (`int`): How many answers.
         seed (`int`, *optional*): Of the first answer; the others follow.
         stops (`Sequence[str]`): Before which a text is cut off.
+        partial_images (`int`): How often a stream shows what a picture will be like.
         output_format (`str`), compression (`int`): Of pictures, see [`image_bytes`].
         names (`Mapping[str, str]`): What the request calls arguments of the session.
     """
@@ -56,6 +57,7 @@ class Asked:
     output_format: str = "png"
     compression: int = 100
     names: Mapping[str, str] = field(default_factory=dict)
+    partial_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,11 @@ class Generation:
             "num_inference_steps": (DEFAULT_STEPS, self.settings.max_steps),
         }
         most = {name: most for name, (usual, most) in limits.items() if defaults.get(name, usual) > most}
-        return dict(asked.settings) | most
+        chosen = dict(asked.settings) | most
+        if asked.partial_images:
+            steps = (defaults | most).get("num_inference_steps", DEFAULT_STEPS)
+            chosen["preview_every"] = preview_every(steps, asked.partial_images)
+        return chosen
 
     def _check_length(self, session: BagelSession, last: Turn, param: str) -> None:
         """Refuse a conversation that is longer than the server reads."""
