@@ -5,12 +5,14 @@
     PYTHONPATH=examples serve run serve_ray:build model=ByteDance-Seed/BAGEL-7B-MoT num_gpus=1 min_replicas=2 max_replicas=8
 
 In a config file of `serve deploy`, or of KubeRay, the second is `import_path: serve_ray:build` with these names under `args`.
-`bagel serve --ray` does the same from the command line. Copy this file to load the model otherwise: with adapters, quantised, on
+With the variable BAGEL_API_KEY, where this is run, requests must bear the key. `bagel serve --ray` does the same from the command
+line. Copy this file to load the model otherwise: with adapters, quantised, on
 more than one GPU. See docs/ray.md.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +69,7 @@ def build(given: dict[str, Any]) -> serve.Application:
         upscale_delay_s=args.upscale_delay_s,
         look_back_period_s=args.look_back_period_s,
     )
-    settings = ServerSettings(model=args.name)
+    settings = ServerSettings(model=args.name, api_key=os.environ.get("BAGEL_API_KEY"))
     return application(partial(engine, args), settings, replicas, args.num_cpus, args.num_gpus)
 
 

@@ -195,6 +195,7 @@ def _serve() -> _Parser:
         ("max-new-tokens", count, "of each text of an answer"),
         ("max-images", count, "in a request"),
         ("max-image-pixels", count, "of each image"),
+        ("max-pixels", count, "of all images of a request"),
         ("max-drawn", count, "pictures of an answer"),
         ("max-choices", count, "answers to a request"),
         ("max-steps", count, "denoising steps of a picture"),

@@ -13,6 +13,10 @@ from threading import Condition
 from diffusers_bagel import BagelReply, SessionEvent
 
 
+# As many as OpenAI's `partial_images` may ask for, of which none is lost.
+MAX_PREVIEWS = 3
+
+
 class EngineFull(RuntimeError):
     """
     As many answers wait as may.
@@ -50,8 +54,11 @@ class Outbox:
         self._listener: Callable[[], object] | None = None
 
     def put(self, event: SessionEvent) -> None:
-        """Hand out an event."""
+        """Hand out an event. Of previews that nobody takes, the latest are kept."""
         with self._changed:
+            previews = [old for old in self._events if old.type == "preview"] if event.type == "preview" else []
+            if len(previews) >= MAX_PREVIEWS:
+                self._events.remove(previews[0])
             self._events.append(event)
             self._reply = event.reply
             self.pictures += event.type == "image"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -12,8 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from . import chat, errors, pictures, responses
 from .engine import Engine
-from .errors import ApiError, unknown_model
+from .errors import unknown_model
 from .generation import Generation
+from .keys import check_key
 from .metrics import Counted, Metrics
 from .session_cache import SessionCache
 from .settings import ServerSettings
@@ -49,7 +49,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     app.state.created = int(time.time())
     errors.install(app)
     for each in (router, chat.router, pictures.router, responses.router):
-        app.include_router(each, dependencies=[Depends(check_key)])
+        app.include_router(each, dependencies=[Depends(_has_key)])
     app.include_router(_open)
     app.add_middleware(
         Counted, metrics=app.state.metrics, max_requests=settings.max_requests, timeout=settings.timeout
@@ -57,25 +57,8 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     return app
 
 
-def check_key(request: Request) -> None:
-    """
-    Let nobody in without the key, if there is one.
-
-    Raises:
-        ApiError
-    """
-    key = request.app.state.generation.settings.api_key
-    if key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # In a time that does not tell how much of it is right.
-    if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), key.encode()):
-        raise ApiError(
-            "The API key is wrong or missing. Send it as `Authorization: Bearer KEY`.",
-            status=401,
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+def _has_key(request: Request) -> None:
+    check_key(request.headers, request.app.state.generation.settings)
 
 
 @router.get("/v1/models")

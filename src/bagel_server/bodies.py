@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,8 +19,13 @@ from .settings import ServerSettings
 
 
 Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
 # More of a form is no picture and no setting.
 _MAX_FIELDS = 100
+# Of JSON, besides the characters of texts: 256 for each of 256 messages.
+_MAX_VALUES = 2**16
+# Bytes of JSON that take some milliseconds to be parsed.
+_LARGE = 2**18
 
 
 async def read_json(request: Request, model: type[Model], settings: ServerSettings) -> Model:
@@ -32,17 +37,38 @@ async def read_json(request: Request, model: type[Model], settings: ServerSettin
     """
     # A page in a browser can send other types to this machine without being asked for its origin.
     _check_type(request, "application/json")
-    body = bytearray()
-    async for chunk in bounded(request, settings):
-        body += chunk
-    try:
-        # Deeper than 200 levels is refused, too. NaN is refused by the field that has it.
-        content = from_json(bytes(body), allow_inf_nan=True)
-    except ValueError as error:
-        raise ApiError(f"The body is no JSON that is read here: {error}.", code="invalid_json") from error
+    body = b"".join([chunk async for chunk in bounded(request, settings)])
+    check_values(body, settings)
+    content = await beside(body, _parsed, body)
     if not isinstance(content, dict):
         raise ApiError("The body must be a JSON object.", code="invalid_json")
     return validated(model, content)
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        # Deeper than 200 levels is refused, too. NaN is refused by the field that has it.
+        return from_json(body, allow_inf_nan=True)
+    except ValueError as error:
+        raise ApiError(f"The body is no JSON that is read here: {error}.", code="invalid_json") from error
+
+
+async def beside(body: bytes, function: Callable[..., Result], *args: Any) -> Result:
+    """What a function makes of a body, which for a large one is done beside the event loop."""
+    return await asyncio.to_thread(function, *args) if len(body) > _LARGE else function(*args)
+
+
+def check_values(body: bytes, settings: ServerSettings) -> None:
+    """
+    Refuse JSON that would become far more in memory than it is. What could begin a value is counted, whether or not it stands
+    in a text.
+
+    Raises:
+        ApiError
+    """
+    most = settings.max_characters + _MAX_VALUES
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise too_large(f"The body has more than {most} values.")
 
 
 def validated(model: type[Model], content: dict[str, Any], are_strings: bool = False, where: str = "") -> Model:

@@ -135,9 +135,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
     if body.reasoning_effort is not None and body.think is None:
         chosen["think"] = body.reasoning_effort not in ("none", "minimal")
     stops = stops_of(body.stop)
-    if stops:
-        chosen["stop_strings"] = list(stops)
-    if body.preview_every is not None:
+    if body.stream and body.preview_every is not None:
         chosen["preview_every"] = body.preview_every
     return Asked(
         Reader(settings).turns(body.messages),
@@ -148,7 +146,7 @@ def asked_by(body: ChatRequest, settings: ServerSettings) -> Asked:
         stops,
         body.output_format or "png",
         100 if body.output_compression is None else body.output_compression,
-        names={"max_new_tokens": longest, "content": "messages", "stop_strings": "stop", "images": "messages"}
+        names={"max_new_tokens": longest, "content": "messages", "images": "messages"}
         | ({"height": "size", "width": "size"} if body.size else {}),
     )
 

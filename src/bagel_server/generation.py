@@ -25,10 +25,10 @@ from .engine import Engine
 from .errors import ApiError, as_api_error
 from .images import image_bytes
 from .metrics import Metrics
-from .requests import DEFAULT_STEPS, generator_of
+from .requests import DEFAULT_STEPS, generator_of, preview_every
 from .session_cache import SessionCache, keys_of
 from .settings import ServerSettings
-from .words import Stops, Thoughts
+from .words import StopAt, Stops, Thoughts
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Asked:
         choices (`int`): How many answers.
         seed (`int`, *optional*): Of the first answer; the others follow.
         stops (`Sequence[str]`): Before which a text is cut off.
+        partial_images (`int`): How often a stream shows what a picture will be like.
         output_format (`str`), compression (`int`): Of pictures, see [`image_bytes`].
         names (`Mapping[str, str]`): What the request calls arguments of the session.
     """
@@ -56,6 +57,7 @@ class Asked:
     output_format: str = "png"
     compression: int = 100
     names: Mapping[str, str] = field(default_factory=dict)
+    partial_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ class Generation:
             session.recall([message for turn in missing for message in _messages(turn)], **own)
         self._check_length(session, last, asked.names.get("content", "messages"))
         settings = self._within_limits(session, asked)
+        if asked.stops:
+            settings["stopping_criteria"] = [StopAt(asked.stops, session.pipe.processor.tokenizer)]
         seed = secrets.randbits(53) if asked.seed is None else asked.seed
         answers = Answers(self, asked, keys, cached, seed)
         try:
@@ -216,7 +220,11 @@ class Generation:
             "num_inference_steps": (DEFAULT_STEPS, self.settings.max_steps),
         }
         most = {name: most for name, (usual, most) in limits.items() if defaults.get(name, usual) > most}
-        return dict(asked.settings) | most
+        chosen = dict(asked.settings) | most
+        if asked.partial_images:
+            steps = (defaults | most).get("num_inference_steps", DEFAULT_STEPS)
+            chosen["preview_every"] = preview_every(steps, asked.partial_images)
+        return chosen
 
     def _check_length(self, session: BagelSession, last: Turn, param: str) -> None:
         """Refuse a conversation that is longer than the server reads."""
@@ -274,17 +282,18 @@ class Answers:
         Raises:
             ApiError: the error by which an answer ended.
         """
-        came: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue()
+        # Whoever reads slowly is waited for, so that previews are left out before they are files.
+        came: asyncio.Queue[tuple[Choice, Piece | Exception | None]] = asyncio.Queue(1)
 
         async def take(choice: Choice) -> None:
             try:
                 async with aclosing(self._pieces(choice)) as pieces:
                     async for piece in pieces:
-                        came.put_nowait((choice, piece))
-                came.put_nowait((choice, Piece("end")))
-                came.put_nowait((choice, None))
+                        await came.put((choice, piece))
+                await came.put((choice, Piece("end")))
+                await came.put((choice, None))
             except Exception as error:
-                came.put_nowait((choice, error))
+                await came.put((choice, error))
 
         tasks = [asyncio.create_task(take(choice)) for choice in self.choices]
         try:
@@ -302,7 +311,7 @@ class Answers:
 
     async def whole(self) -> dict[int, list[Piece]]:
         """
-        All pieces of each answer.
+        All pieces of each answer, but for those that only say how far it is.
 
         Raises:
             ApiError: the error by which an answer ended.
@@ -310,7 +319,8 @@ class Answers:
         found: dict[int, list[Piece]] = {choice.index: [] for choice in self.choices}
         async with aclosing(self.pieces()) as pieces:
             async for choice, piece in pieces:
-                found[choice.index].append(piece)
+                if piece.type not in ("preview", "progress"):
+                    found[choice.index].append(piece)
         return found
 
     async def _pieces(self, choice: Choice) -> AsyncGenerator[Piece, None]:

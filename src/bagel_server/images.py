@@ -7,6 +7,7 @@ import base64
 import binascii
 import io
 import re
+from threading import BoundedSemaphore
 
 from PIL import Image
 
@@ -22,21 +23,22 @@ _READ = ("PNG", "JPEG", "WEBP", "GIF")
 FORMATS = ("png", "jpeg", "webp")
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,", re.IGNORECASE)
 _MAX_SECONDS, _MAX_BYTES = 20.0, 20 * 2**20
+# A decoder may need several times the memory of the image that it makes.
+_DECODING = BoundedSemaphore(4)
 
 
-def image_at(url: str, param: str, settings: ServerSettings, seconds: float) -> Image.Image:
+def content_at(url: str, param: str, settings: ServerSettings, seconds: float) -> bytes:
     """
-    The image that a URL holds, or which lies there and is had within so many seconds.
+    The file of an image that a URL holds, or which lies there and is had within so many seconds.
 
     Raises:
-        ApiError: naming `param`, if it is not read from there, cannot be read, or is too large.
+        ApiError: naming `param`, if it is not read from there, cannot be had, or is too large.
     """
     if data := _DATA.match(url):
         try:
-            content = base64.b64decode(url[data.end() :], validate=True)
+            return base64.b64decode(url[data.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise ApiError(f"`{param}` holds no valid base64 ({error}).", param, code="invalid_image") from error
-        return image_of(content, param, settings)
     if not url[:8].lower().startswith(("http://", "https://")):
         raise ApiError(
             f"`{param}` must be a data URL, data:image/...;base64,...{' or an http(s) URL' * settings.allow_image_urls}.",
@@ -51,31 +53,39 @@ def image_at(url: str, param: str, settings: ServerSettings, seconds: float) -> 
         )
     try:
         limits = UrlLimits(max(min(seconds, _MAX_SECONDS), 0.0), _MAX_BYTES, max_redirects=3, private_hosts="refuse")
-        content = fetch(url, limits)
+        return fetch(url, limits)
     except (OSError, ValueError) as error:
         raise ApiError(f"`{param}` cannot be fetched: {error}.", param, code="invalid_image_url") from error
-    return image_of(content, param, settings)
 
 
-def image_of(content: bytes, param: str, settings: ServerSettings) -> Image.Image:
+def image_of(content: bytes, param: str, settings: ServerSettings, left: int) -> Image.Image:
     """
-    The image in the bytes of a file, in RGB and upright.
+    The image in the bytes of a file, in RGB and upright. Few are decoded at a time, whoever calls.
+
+    Args:
+        content (`bytes`): The file.
+        param (`str`): The field that holds it.
+        settings ([`ServerSettings`])
+        left (`int`): Pixels that the request may still have.
 
     Raises:
         ApiError: naming `param`, if it cannot be read or has too many pixels, which is known before they are decoded.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_READ) as image:
-            if image.width * image.height <= settings.max_image_pixels:
-                return to_rgb(image)
-            size = f"{image.width} x {image.height}"
+            pixels, size = image.width * image.height, f"{image.width} x {image.height}"
+            if pixels <= min(settings.max_image_pixels, left):
+                with _DECODING:
+                    return to_rgb(image)
     except Image.DecompressionBombError:
-        size = "far too many"
+        pixels, size = settings.max_image_pixels + 1, "far too many"
     except Exception as error:
         # Pillow raises many kinds of errors for what is broken in a file.
         raise ApiError(
             f"`{param}` is no image in {', '.join(_READ)} that can be read.", param, code="invalid_image"
         ) from error
+    if pixels <= settings.max_image_pixels:
+        raise too_large(f"`{param}`: the images of the request have more than {settings.max_pixels} pixels.", param)
     raise too_large(f"`{param}` has {size} pixels, and at most {settings.max_image_pixels} are read.", param)
 
 

@@ -11,7 +11,7 @@ from diffusers_bagel.recalling import Turn, turns_of
 from transformers_bagel.segments import IMAGE_TYPES, ROLES, TEXT_TYPES
 
 from .errors import ApiError
-from .images import image_at, image_of
+from .images import content_at, image_of
 from .settings import ServerSettings
 
 
@@ -97,11 +97,12 @@ class Reader:
             ApiError: naming the field of the first that cannot be read.
         """
         deadline = time.monotonic() + self.settings.body_timeout
+        left = self.settings.max_pixels
         for part, source, param in self._images:
-            if isinstance(source, bytes):
-                part["image"] = image_of(source, param, self.settings)
-            else:
-                part["image"] = image_at(source, param, self.settings, deadline - time.monotonic())
+            if isinstance(source, str):
+                source = content_at(source, param, self.settings, deadline - time.monotonic())
+            part["image"] = image = image_of(source, param, self.settings, left)
+            left -= image.width * image.height
 
     def _message(self, message: Any, param: str) -> dict[str, Any]:
         if not isinstance(message, dict):

@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -30,9 +30,10 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .app import create_app
-from .bodies import bounded
+from .bodies import beside, bounded, check_values
 from .engine import Engine
-from .errors import ApiError
+from .errors import ApiError, too_many
+from .keys import check_key
 from .replicas import conversation_key, merged_metrics
 from .settings import ServerSettings
 from .sse import error_event, line
@@ -51,10 +52,15 @@ DIED = ApiError(
     code="replica_died",
     headers={"Retry-After": "1"},
 )
+SLOW = ApiError("The stream broke off, because it was read too slowly.", code="read_too_slowly")
 # The engine of a replica refuses what is too much for it.
 ANY_NUMBER = 100_000
-# Whose bodies the door holds in memory; as many more wait before it.
+# That the door hands on at a time; as many more wait before it.
 MAX_OPEN = 1000
+# Of their bodies together, which it holds until they are answered.
+MAX_HELD_BYTES = 2**30
+# Of a stream that comes faster than its client reads.
+MAX_UNSENT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,7 @@ class Door:
     def __init__(self, replicas: DeploymentHandle, settings: ServerSettings):
         self.replicas = replicas
         self.settings = settings
+        self._held = 0
         self.registry = CollectorRegistry()
         self.again = Counter("bagel_again", "Requests that were made once more.", ["reason"], registry=self.registry)
         self.lost = Counter("bagel_lost", "Answers that failed because replicas died.", registry=self.registry)
@@ -182,11 +189,29 @@ class Door:
         if scope["path"] == "/metrics":
             page = await self._metrics()
             return await page(scope, receive, send)
+        chunks: list[bytes] = []
         try:
-            body = b"".join([chunk async for chunk in bounded(requests.Request(scope, receive), self.settings)])
+            # No other place has a body.
+            if scope["path"].startswith("/v1/"):
+                await self._read(requests.Request(scope, receive), chunks)
+            await self._answer(Request({name: scope[name] for name in SCOPE if name in scope}, b"".join(chunks)), send)
         except ApiError as error:
-            return await error.response(scope, receive, send)
-        await self._answer(Request({name: scope[name] for name in SCOPE if name in scope}, body), send)
+            await error.response(scope, receive, send)
+        finally:
+            self._held -= sum(map(len, chunks))
+
+    async def _read(self, request: requests.Request, chunks: list[bytes]) -> None:
+        """The body of a request, of which only those may hold memory who have the key."""
+        check_key(request.headers, self.settings)
+        async for chunk in bounded(request, self.settings):
+            if self._held + len(chunk) > MAX_HELD_BYTES:
+                raise too_many()
+            chunks.append(chunk)
+            self._held += len(chunk)
+        # No second copy is held.
+        chunks[:] = [b"".join(chunks)]
+        if is_json(request.scope["headers"]):
+            check_values(chunks[0], self.settings)
 
     async def _metrics(self) -> Response:
         pages = await self.replicas.broadcast("metrics").results_async(return_exceptions=True)
@@ -195,7 +220,9 @@ class Door:
         return Response(merged_metrics(alive) + generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, request: Request, send: Send) -> None:
-        key = conversation_key(request.scope["headers"], request.body)
+        headers = request.scope["headers"]
+        body = request.body if is_json(headers) else b""
+        key = await beside(body, conversation_key, headers, body)
         try:
             if await self._hand_on(request, key, send, is_last_try=False):
                 return
@@ -230,21 +257,69 @@ class Door:
         finally:
             parts.cancel()
 
-    async def _stream(self, start: Message, messages: AsyncIterator[Message], send: Send, are_named: bool) -> None:
+    async def _stream(
+        self, start: Message, messages: AsyncGenerator[Message, None], send: Send, are_named: bool
+    ) -> None:
         await send(start)
         try:
-            async for message in messages:
-                await send(message)
+            async with aclosing(read_ahead(messages)) as read:
+                async for message in read:
+                    await send(message)
+        except ApiError as error:
+            await send(broken_off(error, are_named))
         except LOST as error:
             logger.warning("A replica died in the middle of a stream: %s", error)
             self.lost.inc()
-            await send({"type": "http.response.body", "body": broken_off(are_named), "more_body": False})
+            await send(broken_off(DIED, are_named))
 
 
-async def one_by_one(parts: DeploymentResponseGenerator[list[Message]]) -> AsyncIterator[Message]:
-    async for part in parts:
-        for message in part:
+async def one_by_one(parts: DeploymentResponseGenerator[list[Message]]) -> AsyncGenerator[Message, None]:
+    """The messages of an answer, which is cancelled when nobody wants more of them."""
+    try:
+        async for part in parts:
+            for message in part:
+                yield message
+    finally:
+        parts.cancel()
+
+
+async def read_ahead(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[Message, None]:
+    """
+    The same messages, counted as they come: Ray brings them to this process at once, however slowly they are taken.
+
+    Raises:
+        ApiError: behind those that were there, if there were too many.
+    """
+    came: asyncio.Queue[Message | Exception | None] = asyncio.Queue()
+    unsent = 0
+
+    async def read() -> None:
+        nonlocal unsent
+        try:
+            async with aclosing(messages):
+                async for message in messages:
+                    came.put_nowait(message)
+                    unsent += len(message.get("body", b""))
+                    if unsent > MAX_UNSENT_BYTES:
+                        raise SLOW
+            came.put_nowait(None)
+        except Exception as error:
+            came.put_nowait(error)
+
+    task = asyncio.create_task(read())
+    try:
+        while (message := await came.get()) is not None:
+            if isinstance(message, Exception):
+                raise message
             yield message
+            unsent -= len(message.get("body", b""))
+    finally:
+        task.cancel()
+
+
+def is_json(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a body is to be read as JSON."""
+    return dict(headers).get(b"content-type", b"").lower().startswith(b"application/json")
 
 
 async def no_more() -> Message:
@@ -252,9 +327,10 @@ async def no_more() -> Message:
     return {"type": "http.disconnect"}
 
 
-def broken_off(are_named: bool) -> bytes:
-    """The end of a stream whose replica has died, as the application ends one by an error."""
-    return line(error_event(DIED, are_named)).encode() + (b"" if are_named else b"data: [DONE]\n\n")
+def broken_off(error: ApiError, are_named: bool) -> Message:
+    """The end of a stream by an error, as the application sends one."""
+    body = line(error_event(error, are_named)).encode() + (b"" if are_named else b"data: [DONE]\n\n")
+    return {"type": "http.response.body", "body": body, "more_body": False}
 
 
 def application(

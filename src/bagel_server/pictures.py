@@ -18,7 +18,7 @@ from .errors import ApiError
 from .generation import Answers, Asked, Generation, Piece, Usage
 from .images import in_base64
 from .messages import Reader
-from .requests import Fields, lengths, preview_every, refuse
+from .requests import Fields, lengths, refuse
 from .settings import ServerSettings
 from .sse import Events
 
@@ -103,8 +103,6 @@ def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSetting
     chosen = body.drawing() | lengths(settings)
     if body.stream:
         chosen["progress"] = True
-    if body.partial_images:
-        chosen["preview_every"] = preview_every(body.num_inference_steps, body.partial_images)
     reader.load()
     return Asked(
         [Turn(tuple(parts))],
@@ -116,6 +114,7 @@ def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSetting
         body.output_format or "png",
         100 if body.output_compression is None else body.output_compression,
         names={"content": "prompt", "images": "image"} | ({"height": "size", "width": "size"} if body.size else {}),
+        partial_images=body.partial_images or 0,
     )
 
 

@@ -129,9 +129,9 @@ def lengths(settings: ServerSettings, max_images: int | None = None, **tokens: i
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def preview_every(steps: int | None, count: int) -> int:
+def preview_every(steps: int, count: int) -> int:
     """After how many steps previews are due, for a picture to have as many as asked for."""
-    return math.ceil((steps or DEFAULT_STEPS) / (count + 1))
+    return math.ceil(steps / (count + 1))
 
 
 def refuse(request: BaseModel, unsupported: dict[str, tuple[Any, ...]]) -> None:

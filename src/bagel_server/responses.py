@@ -14,7 +14,7 @@ from .bodies import read_json, validated
 from .errors import ApiError
 from .generation import Answers, Asked, Generation
 from .messages import Reader
-from .requests import Sampling, lengths, preview_every, refuse
+from .requests import Sampling, lengths, refuse
 from .response_events import ResponseEvents
 from .settings import ServerSettings
 from .sse import Events
@@ -151,12 +151,13 @@ def asked_by(body: ResponseRequest, settings: ServerSettings) -> Asked:
     chosen |= lengths(settings, body.max_images, max_output_tokens=body.max_output_tokens)
     if body.reasoning is not None and body.reasoning.effort is not None and body.think is None:
         chosen["think"] = body.reasoning.effort not in ("none", "minimal")
+    partial_images = 0
     if body.stream:
         chosen["progress"] = True
         if body.preview_every is not None:
             chosen["preview_every"] = body.preview_every
-        elif tool is not None and tool.partial_images:
-            chosen["preview_every"] = preview_every(body.num_inference_steps, tool.partial_images)
+        elif tool is not None:
+            partial_images = tool.partial_images or 0
     return Asked(
         Reader(settings).turns(_messages(body), "input"),
         body.output or _output(body, tool),
@@ -166,6 +167,7 @@ def asked_by(body: ResponseRequest, settings: ServerSettings) -> Asked:
         compression=100 if body.output_compression is None else body.output_compression,
         names={"max_new_tokens": "max_output_tokens", "content": "input", "images": "input"}
         | ({"height": "size", "width": "size"} if body.size else {}),
+        partial_images=partial_images,
     )
 
 

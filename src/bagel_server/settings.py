@@ -27,6 +27,7 @@ class ServerSettings:
         max_new_tokens (`int`): Of each text of an answer; as many are written where a request says nothing, up to 1,024.
         max_images (`int`): In a request.
         max_image_pixels (`int`): Of each of them.
+        max_pixels (`int`): Of all of them together.
         max_drawn (`int`): Pictures of an answer.
         max_choices (`int`): Answers to a request, its `n`.
         max_steps (`int`): Denoising steps of a picture.
@@ -48,6 +49,7 @@ class ServerSettings:
     max_new_tokens: int = 4096
     max_images: int = 16
     max_image_pixels: int = 40_000_000
+    max_pixels: int = 80_000_000
     max_drawn: int = 8
     max_choices: int = 10
     max_steps: int = 200

@@ -13,7 +13,7 @@ import torch
 
 from transformers_bagel.segments import EncodedSegment
 
-from .contexts import MAX_JOINED_TOKENS, MAX_PREFILL_TOKENS, BagelContext, ContextReader
+from .contexts import MAX_PREFILL_TOKENS, BagelContext, ContextReader
 from .denoising import DenoisingStep, step_limit, velocities
 from .writing import Text, write_together
 
@@ -94,10 +94,6 @@ class Writing(Work):
     """
 
     text: Text
-
-    @property
-    def room(self) -> int:
-        return MAX_JOINED_TOKENS
 
     def goes_with(self, other: Writing) -> bool:
         return self.text.reader.attention_kwargs == other.text.reader.attention_kwargs

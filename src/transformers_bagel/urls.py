@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,22 +66,62 @@ def fetch(url: str, limits: UrlLimits | None = None) -> bytes:
     deadline = time.monotonic() + limits.seconds
     # The Hub's session refuses everything when the Hub is not to be asked, which says nothing of other places.
     try:
-        with httpx.Client() if is_offline_mode() else nullcontext(get_session()) as client:
-            return _downloaded(client, _parsed(url), limits, deadline)
+        with httpx.Client() if is_offline_mode() else nullcontext(get_session()) as client, _CutOff(limits) as cut_off:
+            return _downloaded(client, _parsed(url), limits, deadline, cut_off)
     except httpx.TimeoutException as error:
         raise _too_slow(limits) from error
     except httpx.HTTPError as error:
-        raise OSError(str(error)) from error
+        raise (_too_slow(limits) if time.monotonic() >= deadline else OSError(str(error))) from error
 
 
-def _downloaded(client: Any, place: Any, limits: UrlLimits, deadline: float) -> bytes:
+class _CutOff:
+    """
+    Ends the connections of a download when its time is over, whatever they wait for: the library counts the time of each read
+    anew, so that a place that says a letter every second would be listened to for days.
+    """
+
+    def __init__(self, limits: UrlLimits):
+        self.limits = limits
+        self._stream: Any = None
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._timer = threading.Timer(limits.seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _CutOff:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """What httpcore calls at each step of a request: the connection is the last that was made."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._lock:
+                self._stream = info["return_value"]
+        if self._is_over:
+            raise _too_slow(self.limits)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_over = True
+            if self._stream is not None:
+                # One that is closed cannot be ended.
+                with suppress(OSError):
+                    self._stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+def _downloaded(client: Any, place: Any, limits: UrlLimits, deadline: float, cut_off: _CutOff) -> bytes:
     named = None if limits.private_hosts == "refuse" else place.host
     for _ in range(limits.max_redirects + 1):
         is_trusted = limits.private_hosts == "allow" or place.host == named
         target: dict[str, Any] = {"url": place} if is_trusted else _at_public_address(place)
-        headers = {"accept-encoding": ", ".join(_ENCODINGS)} | target.pop("headers", {})
+        # A connection that is used again would be one that nobody told of.
+        headers = {"accept-encoding": ", ".join(_ENCODINGS), "connection": "close"} | target.pop("headers", {})
+        extensions = {"trace": cut_off.trace} | target.pop("extensions", {})
         seconds = max(deadline - time.monotonic(), 1e-3)
-        request = client.build_request("GET", **target, headers=headers, timeout=seconds)
+        request = client.build_request("GET", **target, headers=headers, timeout=seconds, extensions=extensions)
         response = client.send(request, stream=True, follow_redirects=False)
         try:
             if not response.has_redirect_location:
@@ -139,7 +180,10 @@ def _body(response: Any, limits: UrlLimits, deadline: float) -> bytes:
         if len(body) > limits.max_bytes:
             raise OSError(f"more than {limits.max_bytes} bytes")
         if time.monotonic() > deadline:
-            raise _too_slow(limits)
+            break
+    # One that was cut off may look like a whole one.
+    if time.monotonic() > deadline:
+        raise _too_slow(limits)
     return bytes(body)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from contextlib import nullcontext
 
@@ -9,7 +10,7 @@ import pytest
 
 from bagel_cli import main
 
-from .conftest import NO_RAY, SHAPES
+from .conftest import NO_RAY, ROOT, SHAPES
 
 
 SERVE = ["serve", "--model", str(SHAPES), "--ray"]
@@ -38,6 +39,17 @@ class TestWithRay:
     def test_what_cannot_work_is_told_before_a_cluster_is_started(self, options, message, capsys):
         assert main([*SERVE, *options]) == 2
         assert message in capsys.readouterr().err
+
+    def test_the_builder_for_rays_own_commands_has_the_key(self, monkeypatch):
+        monkeypatch.syspath_prepend(ROOT / "examples")
+        serve_ray = importlib.import_module("serve_ray")
+        made = []
+        monkeypatch.setattr(serve_ray, "application", lambda engine, settings, *_: made.append(settings.api_key))
+        monkeypatch.setenv("BAGEL_API_KEY", "secret")
+        serve_ray.build({"model": str(SHAPES)})
+        monkeypatch.delenv("BAGEL_API_KEY")
+        serve_ray.build({"model": str(SHAPES)})
+        assert made == ["secret", None]
 
     @pytest.mark.parametrize(("gpus", "device", "each"), [(0, [], 0), (8, [], 1), (8, ["--device", "cpu"], 0)])
     def test_each_replica_has_a_gpu_if_there_are_any(self, gpus, device, each, ray, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 
@@ -155,6 +156,80 @@ async def test_what_is_too_large_reaches_no_replica():
     answer = await ask(replicas, max_body_bytes=10)
     assert answer.status_code == 413
     assert replicas.keys == []
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic secret"])
+async def test_of_whom_has_no_key_nothing_is_read(given):
+    sent, chunks = [], [{"type": "http.request", "body": b"x" * 99, "more_body": True}] * 3
+
+    async def receive():
+        return chunks.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [] if given is None else [(b"authorization", given.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    await Door(Replicas(), ServerSettings(api_key="secret"))(scope, receive, send)
+    assert sent[0]["status"] == 401
+    assert json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
+    assert len(chunks) == 3
+
+
+async def test_who_has_the_key_is_let_in_and_health_is_for_all():
+    settings = ServerSettings(api_key="secret")
+    transport = httpx.ASGITransport(Door(Replicas(RIGHT, RIGHT), settings))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        answer = await client.post("/v1/chat/completions", json={}, headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_the_bodies_that_are_held_together_are_bounded(monkeypatch):
+    monkeypatch.setattr(on_ray, "MAX_HELD_BYTES", 150)
+    door = Door(Replicas(*[RIGHT] * 4), ServerSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://door") as client:
+        # One after the other they have room.
+        for _ in range(3):
+            assert (await client.post("/v1/chat/completions", content=b"x" * 100)).status_code == 200
+        answer = await client.post("/v1/chat/completions", content=b"x" * 200)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert (await client.post("/v1/chat/completions", content=b"x" * 100)).status_code == 200
+
+
+async def test_a_stream_that_is_not_read_is_broken_off(monkeypatch):
+    monkeypatch.setattr(on_ray, "MAX_UNSENT_BYTES", 100)
+    chunk = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
+    replicas = Replicas([STREAM[0], *[chunk] * 1000])
+    (parts,) = replicas.given
+    sent, chunks = [], [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive():
+        return chunks.pop()
+
+    async def send(message):
+        sent.append(message)
+        while len(sent) > 1 and not parts.is_cancelled:
+            await asyncio.sleep(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    async with asyncio.timeout(10):
+        await Door(replicas, ServerSettings())(scope, receive, send)
+    assert len(parts.parts) > 980
+    assert b"read_too_slowly" in sent[-1]["body"] and not sent[-1]["more_body"]
+    assert 10 < len(sent) < 20
+
+
+async def test_json_that_grows_in_memory_is_not_parsed(monkeypatch):
+    monkeypatch.setattr(
+        on_ray, "conversation_key", lambda headers, body: pytest.fail("It was parsed.") if body else None
+    )
+    replicas = Replicas(RIGHT)
+    transport = httpx.ASGITransport(Door(replicas, ServerSettings(max_characters=1000)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        body, kind = b"[" + b"[]," * 70_000, {"Content-Type": "application/json"}
+        assert (await client.post("/v1/responses", content=body, headers=kind)).status_code == 413
+        assert (await client.post("/v1/images/edits", content=body)).status_code == 200
 
 
 async def test_nothing_goes_on_behind_an_answer():

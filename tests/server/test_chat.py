@@ -5,6 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 import torch
+from transformers import StopStringCriteria
 
 from bagel_server import Engine
 
@@ -204,6 +205,15 @@ def test_a_stop_is_no_part_of_the_answer(client):
     assert answer.choices[0].finish_reason == "stop"
     chunks = client.chat.completions.create(**asked, stop=stop, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole[: whole.index(stop)]
+
+
+def test_a_stop_ends_the_writing_and_no_vocabulary_is_looked_through(client, engine, monkeypatch):
+    monkeypatch.setattr(StopStringCriteria, "__init__", lambda *_: pytest.fail("The vocabulary was looked through."))
+    asked = {"model": MODEL, "messages": [user("tell me more")], "max_tokens": 200}
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    before = engine.stats().tokens
+    client.chat.completions.create(**asked, stop=whole[:10])
+    assert engine.stats().tokens - before < 20
 
 
 REFUSED = {

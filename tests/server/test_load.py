@@ -35,6 +35,38 @@ def long_picture(client: openai.OpenAI, **settings):
     )
 
 
+def test_of_previews_that_nobody_reads_the_last_are_kept(engine):
+    """A client that stops reading until its picture is made."""
+    app = create_app(engine, ServerSettings(model=MODEL))
+    asked = {"messages": [user("x")], "modalities": ["image"], "stream": True, "preview_every": 1}
+    body = json.dumps(asked | {"num_inference_steps": 40, "height": 48, "width": 64}).encode()
+    made, sent = engine.stats().pictures, []
+
+    async def receive():
+        if not sent and not receive.has_said:
+            receive.has_said = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message.get("body", b"").decode())
+        while len(sent) > 2 and engine.stats().pictures == made:
+            await asyncio.sleep(0.01)
+
+    receive.has_said = False
+    head = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": head}
+    asyncio.run(app(scope, receive, send))
+    events = "".join(sent).split("\n\n")
+    assert sum('"progress":' in event for event in events) == 40
+    assert 1 <= sum('"preview":' in event for event in events) <= 6
+    previews = [
+        json.loads(event.removeprefix("data: "))["preview"]["step"] for event in events if '"preview":' in event
+    ]
+    assert previews == sorted(previews) and previews[-1] == 38
+    assert sum('"images":' in event for event in events) == 1
+
+
 @pytest.fixture
 def small(pipe):
     """An engine of one place, in which one more may wait."""

@@ -7,6 +7,7 @@ import openai
 import pytest
 import torch
 
+from diffusers_bagel.few_steps import FewSteps
 from tests.conftest import golden_image
 
 from .conftest import SMALL, picture, png, session_of, wide
@@ -82,6 +83,17 @@ def test_partial_images_are_streamed_before_the_picture(kind, client):
     assert [(event.step, event.steps) for event in progress] == [(step, 6) for step in range(6)]
     last = events[-1]
     assert last.type == f"{kind}.completed" and last.size == "64x48" and last.usage.output_tokens == 12
+
+
+def test_partial_images_are_as_many_of_an_adapter_of_few_steps(client, pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe), "few_steps", FewSteps.of(pipe, 3))
+    events = list(client.images.generate(prompt="x", partial_images=2, size="64x48", stream=True))
+    kinds = [event.type.rpartition(".")[2] for event in events]
+    assert kinds == ["progress", "partial_image"] * 2 + ["progress", "completed"]
+    tool = {"type": "image_generation", "size": "64x48", "partial_images": 1}
+    asked = {"input": "x", "tools": [tool], "tool_choice": "required", "stream": True}
+    kinds = [event.type.rpartition(".")[2] for event in client.responses.create(**asked)]
+    assert kinds.count("partial_image") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -18,7 +19,8 @@ import openai
 import pytest
 from PIL import Image
 
-from bagel_server import Engine, ServerSettings
+from bagel_server import Engine, ServerSettings, bodies
+from bagel_server.images import image_of
 from transformers_bagel import urls
 
 from .conftest import MODEL, SMALL, client_of, png, served, session_of, user, wide
@@ -104,6 +106,23 @@ def test_bodies_are_bounded(engine):
         assert raised.value.status_code == 413
 
 
+def test_json_that_grows_in_memory_is_not_parsed(engine, monkeypatch):
+    parsed = []
+    parse = bodies.from_json
+    monkeypatch.setattr(
+        bodies, "from_json", lambda body, **how: parsed.append(threading.current_thread()) or parse(body, **how)
+    )
+    with served(engine, max_characters=1000) as url:
+        for values in (b"[],", b"{},", b'{"a":0},', b"0,", b"[[["):
+            answer = posted(url, b'{"messages":[' + values * 70_000)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert not parsed
+        # A large one that is right, as one with a picture, is parsed beside the event loop.
+        for padding, is_beside in ((0, False), (2**19, True)):
+            assert posted(url, chat(user="x" * padding)).status_code == 200
+            assert (parsed[-1] is not parsed[0]) == is_beside
+
+
 def test_who_sends_slowly_is_not_waited_for(engine):
     with served(engine, body_timeout=0.3) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as connection:
@@ -122,6 +141,11 @@ def test_who_sends_slowly_is_not_waited_for(engine):
         ({"max_context_tokens": 20}, {"messages": [user("one two three " * 20)]}, "messages"),
         ({"max_images": 1}, {"messages": [user(wide(), wide())]}, "messages[0].content[1].image_url"),
         ({"max_image_pixels": 100}, {"messages": [user(wide())]}, "messages[0].content[0].image_url"),
+        (
+            {"max_pixels": 3 * wide().width * wide().height - 1},
+            {"messages": [user(wide()), user(wide(), wide())]},
+            "messages[1].content[1].image_url",
+        ),
         ({"max_new_tokens": 5}, {"max_tokens": 6}, "max_tokens"),
         ({"max_choices": 2}, {"n": 3}, "n"),
         ({"max_steps": 5}, {"num_inference_steps": 6}, "num_inference_steps"),
@@ -143,6 +167,22 @@ def bomb() -> bytes:
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in chunks
     )
+
+
+def test_few_images_are_decoded_at_a_time(monkeypatch):
+    together, most = [], []
+
+    def to_rgb(image):
+        together.append(image)
+        most.append(len(together))
+        time.sleep(0.02)
+        together.pop()
+        return image
+
+    monkeypatch.setattr("bagel_server.images.to_rgb", to_rgb)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: image_of(png(wide()), "image", ServerSettings(), 10**6), range(24)))
+    assert 1 < max(most) <= 4
 
 
 @pytest.mark.parametrize("path", ["chat", "edits"])

@@ -72,6 +72,17 @@ class Pages(BaseHTTPRequestHandler):
             # The other side has gone, as it should.
             pass
 
+    def trickle(self):
+        """Headers without an end."""
+        try:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+        except OSError:
+            # The other side has gone, as it should.
+            pass
+
     def silent(self):
         self.server.closing.wait(10)
 
@@ -125,6 +136,7 @@ def test_an_image_is_read_when_the_hub_is_not_to_be_asked(path, site, monkeypatc
         ("bomb", UrlLimits(max_bytes=1_000_000), "more than 1000000 bytes"),
         ("slow", UrlLimits(seconds=0.3), "more than 0.3 seconds"),
         ("silent", UrlLimits(seconds=0.3), "more than 0.3 seconds"),
+        ("trickle", UrlLimits(seconds=0.3), "more than 0.3 seconds"),
         ("loop", UrlLimits(max_redirects=3), "more than 3 redirects"),
         ("loopback", UrlLimits(), "'localhost' has a private address"),
         ("picture", UrlLimits(private_hosts="refuse"), "'127.0.0.1' has a private address"),
