@@ -26,6 +26,7 @@ from bagel_bench.folder import REPORT, RunFolder
 from bagel_bench.running import Run, checkpoint_hash, summary, versions
 from diffusers_bagel import PRESETS, BagelPipeline, BagelSession
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
+from transformers_bagel.threads import in_own_thread
 
 from .chat import NOT_ANSWERED, Chat, upright
 from .files import CommandError, description, save_picture, sentence
@@ -208,7 +209,7 @@ def _loaded(options: argparse.Namespace, draws: bool = True) -> Iterator[BagelPi
         draws = draws and config.visual_gen
         with _told(options):
             packed = are_packed(*_place(options, "transformer"), config)
-        way = choose(config, device, draws, options.dtype, options.low_memory, packed)
+        way = in_own_thread(choose, config, device, draws, options.dtype, options.low_memory, packed).result()
         with loading_arguments(way, config, draws, device) as arguments:
             if draws and not way.on_disk:
                 yield _load(options, BagelPipeline, device=device, **arguments)
@@ -236,7 +237,7 @@ def _load(
     """Load a pipeline; or one component, which diffusers' layout keeps in a folder of its own."""
     with _told(options):
         name, subfolder = _place(options, component)
-        loaded = loader.from_pretrained(name, **subfolder, **kwargs)
+        loaded = in_own_thread(partial(loader.from_pretrained, name, **subfolder, **kwargs)).result()
         return loaded if device is None else loaded.to(device)
 
 

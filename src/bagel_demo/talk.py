@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bagel_cli.files import description
 from bagel_server import EngineClosed, EngineFull
 from diffusers_bagel import BagelSession, SessionEvent
 from transformers_bagel.image_processing_bagel import to_rgb
+from transformers_bagel.threads import in_own_thread
 
 from .choices import Choices
 
@@ -189,7 +191,7 @@ class Talk:
             async with self._lock:
                 turn = self.turns.pop()
                 if turn.is_remembered:
-                    (await asyncio.to_thread(self._awake, pipe)).back()
+                    (await asyncio.wrap_future(in_own_thread(self._awake, pipe))).back()
         finally:
             self.is_answering = False
         return turn
@@ -222,10 +224,11 @@ class Talk:
         note = ""
         await self._lock.acquire()
         try:
-            session = await asyncio.to_thread(self._awake, engine.pipe)
+            session = await asyncio.wrap_future(in_own_thread(self._awake, engine.pipe))
             before = len(session.messages)
             content = [*(await asyncio.to_thread(opened, turn.shown)), *([turn.text] if turn.text else [])]
-            self._answer = await asyncio.to_thread(engine.submit, session, content, **turn.choices.settings())
+            submit = partial(engine.submit, session, content, **turn.choices.settings())
+            self._answer = await asyncio.wrap_future(in_own_thread(submit))
             if self._is_stopped:
                 self._answer.cancel()
             try:

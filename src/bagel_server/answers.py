@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-import traceback
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
 from threading import Condition
+from traceback import walk_stack, walk_tb
 
 from diffusers_bagel import BagelReply, SessionEvent
 
@@ -67,8 +68,7 @@ class Outbox:
     def end(self, error: BaseException | None = None) -> None:
         """No more comes."""
         if error is not None:
-            # What the forward that failed had made would be kept as long as the error is.
-            traceback.clear_frames(error.__traceback__)
+            _let_go(error)
         with self._changed:
             self._error = error
             self.has_ended = True
@@ -181,3 +181,15 @@ class EngineAnswer:
     def cancel(self) -> None:
         """End the answer within one token or step, from any thread. What was whole of it stays in the session."""
         self._outbox.cancel()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Leave an error the lines where it was raised, and nothing that was computed there: whoever waits may keep it for long."""
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            # A frame keeps those that it was called from.
+            for each, _ in walk_stack(frame):
+                # What still runs cannot be cleared.
+                with suppress(RuntimeError):
+                    each.clear()
+        error = error.__cause__ or error.__context__

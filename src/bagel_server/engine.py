@@ -7,10 +7,8 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from threading import Condition, Thread
-from traceback import walk_stack, walk_tb
 from typing import Any
 
 import torch
@@ -252,17 +250,4 @@ class Engine:
                 self._errors += job.error is not None
                 self._cancelled += job.was_cancelled
         for job in ended:
-            _let_go(job.error)
             job.outbox.end(job.error)
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Leave an error the lines where it was raised, and nothing that was computed there: whoever waits may keep it for long."""
-    while error is not None:
-        for frame, _ in walk_tb(error.__traceback__):
-            # A frame keeps those that it was called from.
-            for each, _ in walk_stack(frame):
-                # What still runs cannot be cleared.
-                with suppress(RuntimeError):
-                    each.clear()
-        error = error.__cause__ or error.__context__

@@ -7,10 +7,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal
 
 from fastapi import Request
@@ -19,6 +17,7 @@ from PIL import Image
 from diffusers_bagel import BagelSession, SessionEvent
 from diffusers_bagel.answering import AnswerSettings
 from diffusers_bagel.recalling import Turn, count_tokens, is_as_recalled, tokens_of_turn
+from transformers_bagel.threads import in_own_thread
 
 from .answers import EngineAnswer
 from .engine import Engine
@@ -135,8 +134,6 @@ class Generation:
 
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics, cache: SessionCache):
         self.engine, self.settings, self.metrics, self.cache = engine, settings, metrics, cache
-        # A thread for each request: none waits because others fetch their images from a slow place.
-        self._readers = ThreadPoolExecutor(settings.max_requests, "bagel-reader")
 
     async def read(self, asked_by: Callable[..., Asked], *body: Any) -> Asked:
         """
@@ -145,7 +142,8 @@ class Generation:
         Raises:
             ApiError: naming the field that is wrong.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(asked_by, *body, self.settings))
+        # A thread for each request: none waits because others fetch their images from a slow place.
+        return await asyncio.wrap_future(in_own_thread(asked_by, *body, self.settings))
 
     @asynccontextmanager
     async def answers(self, request: Request, asked: Asked) -> AsyncIterator[Answers]:
@@ -170,7 +168,7 @@ class Generation:
             ApiError: if they cannot be begun.
         """
         try:
-            return await asyncio.to_thread(self._begin, asked)
+            return await asyncio.wrap_future(in_own_thread(self._begin, asked))
         except Exception as error:
             raise as_api_error(error, asked.names) from error
 
@@ -354,7 +352,7 @@ class Answers:
                 part += event.is_whole
         if self._is_cancelled:
             raise ApiError("The client has gone.", status=499, code="cancelled")
-        await asyncio.to_thread(self._end, choice, counts["text"], thought)
+        await asyncio.wrap_future(in_own_thread(self._end, choice, counts["text"], thought))
 
     async def _picture(self, event: SessionEvent) -> Piece:
         asked, content = self.asked, b""

@@ -1,0 +1,41 @@
+"""Work in threads that end with it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from transformers_bagel.threads import in_own_thread
+
+
+def test_the_thread_ends_with_its_work_and_hands_over_the_result():
+    thread = in_own_thread(threading.current_thread).result()
+    thread.join(10)
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), SystemExit(3), KeyboardInterrupt()])
+def test_errors_are_raised_where_it_is_waited_for(error):
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        in_own_thread(fails).result()
+    assert raised.value is error
+
+
+def test_work_that_has_begun_ends_though_nobody_waits():
+    began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        may_end.wait(10)
+        ended.set()
+
+    future = in_own_thread(work)
+    began.wait(10)
+    assert not future.cancel()
+    may_end.set()
+    assert ended.wait(10)
