@@ -135,7 +135,7 @@ def test_a_dropped_connection_cancels_its_answer(kind, stream, small):
 
 def test_an_answer_has_its_time(pipe):
     engine = Engine(pipe)
-    with served(engine, timeout=0.5) as url:
+    with served(engine, timeout=0.1) as url:
         with pytest.raises(openai.InternalServerError) as raised:
             long_picture(client_of(url))
         assert (raised.value.status_code, raised.value.body["code"]) == (504, "timeout")
@@ -243,7 +243,7 @@ def test_several_clients_get_what_each_would_get_alone(engine):
 @pytest.mark.parametrize("name", ["images", "responses"])
 def test_a_stream_that_fails_ends_with_an_event_named_error(name, pipe):
     engine = Engine(pipe)
-    with served(engine, timeout=0.5) as url:
+    with served(engine, timeout=0.1) as url:
         body = {"images": {"prompt": "x"}, "responses": {"input": "x", "tools": [{"type": "image_generation"}]}}[name]
         body |= {"tool_choice": "required"} if name == "responses" else {}
         path = {"images": "images/generations", "responses": "responses"}[name]
