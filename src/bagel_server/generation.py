@@ -45,6 +45,7 @@ class Asked:
         partial_images (`int`): How often a stream shows what a picture will be like.
         output_format (`str`), compression (`int`): Of pictures, see [`image_bytes`].
         names (`Mapping[str, str]`): What the request calls arguments of the session.
+        is_conversation (`bool`): Whether a later request may go on from it.
     """
 
     turns: Sequence[Turn]
@@ -57,6 +58,7 @@ class Asked:
     compression: int = 100
     names: Mapping[str, str] = field(default_factory=dict)
     partial_images: int = 0
+    is_conversation: bool = True
 
 
 @dataclass(frozen=True)
@@ -370,6 +372,8 @@ class Answers:
         cached = min(self.cached, tokens.prompt)
         choice.usage = Usage(tokens.prompt, tokens.prompt_images, cached, text_tokens, thoughts, tokens.drawn)
         self.generation.metrics.count(choice.usage)
+        if not asked.is_conversation:
+            return
         turn = Turn(asked.turns[-1].given, tuple(choice.content))
         if turn.answer and is_as_recalled(session, turn, not self.generation.settings.raw_tokens):
             earlier = self.keys[-1] if self.keys else None

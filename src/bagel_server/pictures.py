@@ -115,6 +115,7 @@ def _asked(body: PictureRequest, files: Sequence[bytes], settings: ServerSetting
         100 if body.output_compression is None else body.output_compression,
         names={"content": "prompt", "images": "image"} | ({"height": "size", "width": "size"} if body.size else {}),
         partial_images=body.partial_images or 0,
+        is_conversation=False,
     )
 
 

@@ -12,7 +12,7 @@ from diffusers_bagel import BagelSession
 from diffusers_bagel.recalling import Turn, turns_of
 from tests.conftest import golden_image
 
-from .conftest import MODEL, SMALL, client_of, served, user, wide
+from .conftest import MODEL, SMALL, client_of, png, served, user, wide
 
 
 def metric(client, name: str) -> float:
@@ -151,3 +151,13 @@ def test_the_longest_beginning_that_is_known_is_found(pipe):
     found, count = cache.find([*keys, b"another turn"])
     assert count == 2 and found is not session
     assert found.messages == session.messages
+
+
+def test_pictures_of_the_images_interfaces_take_no_place_of_conversations(engine):
+    with served(engine) as url:
+        client = client_of(url)
+        client.images.generate(model=MODEL, prompt="a circle", extra_body=SMALL)
+        client.images.edit(model=MODEL, image=("wide.png", png(golden_image("wide"))), prompt="x", extra_body=SMALL)
+        assert metric(client, "bagel_session_cache_sessions") == 0
+        converse(client, TEXT)
+        assert metric(client, "bagel_session_cache_sessions") == 1
