@@ -11,19 +11,9 @@ case "${1:-}" in
     "") ;;
     *) echo "usage: scripts/harnesses.sh [--items N]" >&2; exit 2 ;;
 esac
-python=${PYTHON:-.venv/bin/python}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-
-# A second environment over the first, which stays as it is.
-"$python" -m venv "$folder/environment"
-harness="$folder/environment/bin/python"
-base=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-packages=$("$harness" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-echo "$base" > "$packages/base.pth"
+source scripts/beside.sh
 
 start=$SECONDS
-install=("$harness" -m pip install -q -q --disable-pip-version-check)
 "${install[@]}" -c constraints.txt -r examples/shapes/harness_tasks/requirements.txt
 # Each harness names all that any of its tasks needs, and other versions of our own libraries.
 "${install[@]}" --no-deps -r examples/shapes/harness_tasks/harnesses.txt
@@ -34,7 +24,7 @@ echo "installed in $((SECONDS - start)) s"
 export HF_DATASETS_CACHE="$folder/cache" PYTHONWARNINGS=ignore
 run() {
     local start=$SECONDS
-    if ! "$harness" examples/shapes/harness_tasks/run.py "$@" --items "$items" --folder "$folder/runs" > "$folder/log" 2>&1; then
+    if ! "$own" examples/shapes/harness_tasks/run.py "$@" --items "$items" --folder "$folder/runs" > "$folder/log" 2>&1; then
         tail -n 40 "$folder/log" >&2
         exit 1
     fi
@@ -44,4 +34,4 @@ run own
 run lmms_eval
 run vlmevalkit
 run lm_eval --tasks ask
-"$harness" examples/shapes/harness_tasks/table.py "$folder/runs"
+"$own" examples/shapes/harness_tasks/table.py "$folder/runs"

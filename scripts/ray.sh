@@ -3,17 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-.venv/bin/python}
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-
-# A second environment over the first, which stays as it is.
-"$python" -m venv "$folder/environment"
-own="$folder/environment/bin/python"
-base=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-packages=$("$own" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf '%s\n' "$base" "$PWD/src" > "$packages/base.pth"
-"$own" -m pip install -q -q --disable-pip-version-check -c constraints.txt "ray[serve,data]>=2.60"
+source scripts/beside.sh
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+"${install[@]}" -c constraints.txt "ray[serve,data]>=2.60"
 
 # What a cluster writes goes with the rest; without it a worker would run behind everything else on the machine.
 export RAY_TMPDIR="$folder" RAY_worker_niceness=0 RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
