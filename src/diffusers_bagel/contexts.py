@@ -179,12 +179,17 @@ class TextSettings:
             return sampling
         return sampling | _NO_PENALTY | (_ALL_TOKENS if self.do_sample else {})
 
+    def random_numbers(self, device: torch.device) -> torch.Generator | None:
+        """Those of the global state under the seed, if there is one."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
-        """A token by its scores: the best one, or one that is drawn at the temperature."""
+        """A single token by its scores: the best one, or one that is drawn at the temperature."""
         scores = self.logits_processor(ids, scores.float())
         if not self.do_sample:
             return int(scores.argmax())
-        return int(torch.multinomial((scores / self.temperature).softmax(-1), 1))
+        generator = self.random_numbers(scores.device)
+        return int(torch.multinomial((scores / self.temperature).softmax(-1), 1, generator=generator))
 
 
 @dataclass(frozen=True)
