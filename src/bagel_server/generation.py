@@ -27,7 +27,7 @@ from .metrics import Metrics
 from .requests import DEFAULT_STEPS, generator_of, preview_every
 from .session_cache import SessionCache, keys_of
 from .settings import ServerSettings
-from .words import StopAt, Stops, Thoughts
+from .words import Stops, Thoughts
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Generation:
         self._check_length(session, last, asked.names.get("content", "messages"))
         settings = self._within_limits(session, asked)
         if asked.stops:
-            settings["stopping_criteria"] = [StopAt(asked.stops, session.pipe.processor.tokenizer)]
+            settings["stop_strings"] = list(asked.stops)
         seed = secrets.randbits(53) if asked.seed is None else asked.seed
         answers = Answers(self, asked, keys, cached, seed)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusers_bagel.answering import Interrupted, Steps
-from diffusers_bagel.work import Decoding, Drawing, Encoding, Reading, Running, Work, Writing, results
+from diffusers_bagel.work import Decoding, Drawing, Encoding, Reading, Running, Writing, groups, results
 
 from .answers import Outbox
 
@@ -104,57 +104,33 @@ class Rounds:
             is_needed (`Callable[[], bool]`): Whether it is to end as soon as each kind of work had its turn.
         """
         for kind in (Encoding, Reading, Decoding):
-            self._do(self._first_group(kind))
+            self._do(groups(self.jobs, kind)[:1])
         start = time.monotonic()
-        drawn = self._first_group(Drawing)
+        drawn = groups(self.jobs, Drawing)[:1]
         self._do(drawn)
-        writing = self._groups(Writing)
+        writing = groups(self.jobs, Writing)
         if drawn and writing:
             # What was launched is not yet done.
-            _synchronize(drawn[0][1].step.latents.device)
+            _synchronize(drawn[0][0][1].step.latents.device)
         until = 2 * time.monotonic() - start
         while writing:
-            for group in writing:
-                self._do(group)
-            writing = self._groups(Writing)
+            self._do(writing)
+            writing = groups(self.jobs, Writing)
             others = [job for job in self.jobs if not isinstance(job.work, (Writing, Drawing))]
             if others or is_needed() or time.monotonic() >= until:
                 return
 
-    def _first_group(self, kind: type[Work]) -> list[tuple[Job, Any]]:
-        """Of the work of a kind, what was asked for by who came first, and what fits in with that."""
-        group: list[tuple[Job, Any]] = []
-        size = 0
-        for job, work in self._asked_for(kind):
-            if not group or (group[0][1].goes_with(work) and size + work.size <= group[0][1].room):
-                group.append((job, work))
-                size += work.size
-        return group
-
-    def _groups(self, kind: type[Work]) -> list[list[tuple[Job, Any]]]:
-        """All work of a kind, by what goes together."""
-        groups: list[list[tuple[Job, Any]]] = []
-        for job, work in self._asked_for(kind):
-            group = next((group for group in groups if group[0][1].goes_with(work)), None)
-            if group is None:
-                groups.append([(job, work)])
-            else:
-                group.append((job, work))
-        return groups
-
-    def _asked_for(self, kind: type[Work]) -> list[tuple[Job, Any]]:
-        return [(job, job.work) for job in self.jobs if isinstance(job.work, kind)]
-
-    def _do(self, group: list[tuple[Job, Any]]) -> None:
-        """Do the work of a group together, and let its answers go on."""
-        if not group:
-            return
-        found = results([work for _, work in group])
-        for (job, work), result in zip(group, found, strict=True):
-            is_done = not isinstance(result, Exception)
-            self.tokens += is_done and (isinstance(work, Writing) or (isinstance(work, Reading) and work.begins_text))
-            self.steps += is_done and isinstance(work, Drawing)
-            job.go_on(result)
+    def _do(self, asked: list[list[tuple[Job, Any]]]) -> None:
+        """Do the work of each group together, and let its answers go on."""
+        for group in asked:
+            found = results([work for _, work in group])
+            for (job, work), result in zip(group, found, strict=True):
+                is_done = not isinstance(result, Exception)
+                self.tokens += is_done and (
+                    isinstance(work, Writing) or (isinstance(work, Reading) and work.begins_text)
+                )
+                self.steps += is_done and isinstance(work, Drawing)
+                job.go_on(result)
 
 
 def _synchronize(device: torch.device) -> None:

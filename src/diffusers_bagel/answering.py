@@ -30,7 +30,7 @@ from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import check_latents
 from .protocols import ENCODERS, InterleaveProtocol
-from .randomness import draw_seed, seeded
+from .randomness import draw_seed
 from .streamers import AnswerStreamer, Streamers, Words
 from .work import Decoding, Drawing, Encoding, Reading, Work, Writing
 from .writing import Text
@@ -417,8 +417,7 @@ class Answer:
         context, scores = yield Reading(self.reader, context, segments)
         self.session._read.keep(context)
         seed = draw_seed(self.settings.generator) if self.settings.do_sample else None
-        with seeded(seed, scores.device):
-            return self._text_settings(None).choose(context.token_ids, scores)
+        return self._text_settings(seed).choose(context.token_ids, scores)
 
     def _draw(self, text: str, track: Track | None = None) -> Steps[None]:
         """A picture that a text asked for, drawn from a track, which is read back."""

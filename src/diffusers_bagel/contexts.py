@@ -179,12 +179,17 @@ class TextSettings:
             return sampling
         return sampling | _NO_PENALTY | (_ALL_TOKENS if self.do_sample else {})
 
+    def random_numbers(self, device: torch.device) -> torch.Generator | None:
+        """Those of the global state under the seed, if there is one."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> int:
-        """A token by its scores: the best one, or one that is drawn at the temperature."""
+        """A single token by its scores: the best one, or one that is drawn at the temperature."""
         scores = self.logits_processor(ids, scores.float())
         if not self.do_sample:
             return int(scores.argmax())
-        return int(torch.multinomial((scores / self.temperature).softmax(-1), 1))
+        generator = self.random_numbers(scores.device)
+        return int(torch.multinomial((scores / self.temperature).softmax(-1), 1, generator=generator))
 
 
 @dataclass(frozen=True)
@@ -360,23 +365,15 @@ class ContextReader:
         for batch in batches:
             seed = None if seeds is None or not do_sample else seeds[batch[0]]
             with seeded(seed, self.device):
-                written = self._write_together([contexts[index] for index in batch], max_new_tokens, **sampling)
+                written = self._write_together(
+                    [contexts[index] for index in batch], max_new_tokens=max_new_tokens, **sampling
+                )
             for index, text in zip(batch, written, strict=True):
                 texts[index] = text
         return texts
 
-    def _write_together(self, contexts: list[BagelContext], max_new_tokens: int, **sampling: Any) -> list[str]:
-        cache = join_caches([own for context in contexts if (own := context.own_cache) is not None])
-        written, _ = self.generate(contexts, cache, max_new_tokens=max_new_tokens, **sampling)
-        stops = self.transformer.generation_config.eos_token_id
-        stops = set(stops if isinstance(stops, list) else [stops])
-        texts = [self.processor.tokenizer.decode(_until_stop(tokens, stops)) for tokens in written]
-        return [text.split(END)[0].split(START)[0] for text in texts]
-
-    def generate(
-        self, contexts: list[BagelContext], cache: DynamicCache | None, **settings: Any
-    ) -> tuple[list[list[int]], DynamicCache]:
-        """The tokens that `generate` writes behind each context and a start token, and the cache of all of them."""
+    def _write_together(self, contexts: list[BagelContext], **settings: Any) -> list[str]:
+        """What `generate` writes behind each context and a start token."""
         tokenizer = self.processor.tokenizer
         start_ids = torch.tensor([tokenizer.convert_tokens_to_ids(START)])
         ids = [torch.cat([*(item.token_ids for item in context.segments), start_ids]) for context in contexts]
@@ -394,12 +391,16 @@ class ContextReader:
                 input_ids=prompt,
                 mm_token_type_ids=token_types,
                 attention_mask=mask,
-                past_key_values=cache,
+                past_key_values=join_caches([own for context in contexts if (own := context.own_cache) is not None]),
                 return_dict_in_generate=True,
                 residual_dtype=self.adapters.residual_dtype,
                 **settings,
             )
-        return out.sequences[:, prompt.shape[1] :].tolist(), out.past_key_values
+        stops = self.transformer.generation_config.eos_token_id
+        stops = set(stops if isinstance(stops, list) else [stops])
+        written = out.sequences[:, prompt.shape[1] :].tolist()
+        texts = [tokenizer.decode(_until_stop(tokens, stops)) for tokens in written]
+        return [text.split(END)[0].split(START)[0] for text in texts]
 
     def encode_text(self, text: str, sanitize_control_tokens: bool = False) -> list[EncodedSegment]:
         """A text as what a context reads; special tokens in it may be words like others."""

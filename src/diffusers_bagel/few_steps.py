@@ -12,6 +12,8 @@ from diffusers.utils import logging
 
 from transformers_bagel.errors import shown
 
+from .inputs import check_number, check_sigmas
+
 
 logger = logging.get_logger(__name__)
 
@@ -97,10 +99,15 @@ class FewSteps:
         Args:
             settings (`dict`): Other defaults, by the names of the pipeline's `__call__`.
             given (`Mapping`): What the caller passes, which is no part of the result.
+
+        Raises:
+            TypeError, ValueError: naming what the caller passes, if it is no scale, or no noise levels.
         """
         given = {name: value for name, value in given.items() if value is not None}
         own: dict[str, Any] = {name: getattr(self, name) for name in _SCALES}
+        check_sigmas(given.get("sigmas"))
         for name in _SCALES & given.keys():
+            check_number(name, given[name], 0)
             if given[name] > 1:
                 logger.warning(f"`{name}` is {given[name]:g}, and guidance is in the adapter's weights: leave it out.")
         if given.keys() & {"num_inference_steps", "sigmas"}:

@@ -45,19 +45,21 @@ class Preset:
                 "`preset` is for answers in words, and the pipeline draws. Pass it to `BagelSession.send`, or choose one of "
                 f"{', '.join(name for name, preset in PRESETS.items() if preset.output == 'image')}."
             )
-        settings = copy.deepcopy(dict(self.settings))
-        if "images_kwargs" in settings:
-            settings["images_kwargs"] = _within_tables(settings["images_kwargs"], config)
-        return settings
+        return self._for_model(config)
 
     def of_session(self, config: Any) -> dict[str, Any]:
         """Settings of [`BagelSession.stream`], see `of_pipeline`."""
-        settings = copy.deepcopy(dict(self.settings))
-        if "images_kwargs" in settings:
-            settings["images_kwargs"] = _within_tables(settings["images_kwargs"], config)
+        settings = self._for_model(config)
         if (steps := settings.pop("max_think_tokens", None)) is not None:
             # The published number counts the step that feeds the start token.
             settings["max_new_tokens"] = steps - 1
+        return settings
+
+    def _for_model(self, config: Any) -> dict[str, Any]:
+        """The settings, as a copy, with sizes of images that a model knows."""
+        settings = copy.deepcopy(dict(self.settings))
+        if "images_kwargs" in settings:
+            settings["images_kwargs"] = _within_tables(settings["images_kwargs"], config)
         return settings
 
 

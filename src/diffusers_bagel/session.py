@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from transformers_bagel.errors import shown
 from transformers_bagel.responses import message_of
@@ -27,6 +27,7 @@ from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
 from .recalling import recall, turns_of
 from .saved_sessions import read_description, restored, save_session, saved_protocol
+from .stopping import StopAt
 from .streamers import AnswerStreamer, ended, is_streamer
 from .work import at_once
 
@@ -442,14 +443,14 @@ def _functions(name: str, given: dict[str, Any]) -> list[Callable]:
     return list(functions)
 
 
-def _stop_at(strings: Any, tokenizer: Any) -> StopStringCriteria:
+def _stop_at(strings: Any, tokenizer: Any) -> StopAt:
     """What cuts off a text behind one of these words."""
     strings = [strings] if isinstance(strings, str) else strings
     if not (
         isinstance(strings, (list, tuple)) and strings and all(isinstance(item, str) and item for item in strings)
     ):
         raise TypeError(f"`stop_strings` must be a text or a list of texts, got {shown(strings)}.")
-    return StopStringCriteria(tokenizer, list(strings))
+    return StopAt(strings, tokenizer)
 
 
 def _parts(content: Any) -> list[Any]:

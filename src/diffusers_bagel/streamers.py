@@ -1,5 +1,5 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""Streamers of transformers for an answer of several texts, each of which is a `generate` of its own."""
+"""Streamers of transformers for an answer of several texts, each with a prompt and an end of its own."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from transformers_bagel.errors import shown
 from .answering import SessionEvent
 from .session import BagelReply, BagelSession
 from .streamers import ended
-from .work import KINDS, Running, results
+from .work import KINDS, Running, groups, results
 
 
 @torch.no_grad()
@@ -59,12 +59,10 @@ def _sent(
             running.append(Running(steps, functools.partial(_keep_reply, replies, place)))
         for each in running:
             each.go_on()
-        while waiting := [(each, each.work) for each in running if each.work is not None]:
-            kind = min((type(work) for _, work in waiting), key=KINDS.index)
-            of_kind = [(each, work) for each, work in waiting if type(work) is kind]
-            group = [(each, work) for each, work in of_kind if of_kind[0][1].goes_with(work)]
-            for (each, _), result in zip(group, results([work for _, work in group]), strict=True):
-                each.go_on(result)
+        while kinds := {type(each.work) for each in running if each.work is not None}:
+            for group in groups(running, min(kinds, key=KINDS.index)):
+                for (each, _), result in zip(group, results([work for _, work in group]), strict=True):
+                    each.go_on(result)
     finally:
         for each in running:
             each.steps.close()

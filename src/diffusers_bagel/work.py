@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ class Work(ABC):
         return 1
 
     @property
-    def room(self) -> int:
+    def room(self) -> float:
         """How much is done at a time; a larger piece is done alone."""
-        return 1
+        return math.inf
 
     @abstractmethod
     def goes_with(self, other: Any) -> bool:
@@ -241,6 +242,32 @@ class Running:
             pass
         except Exception as error:
             self.error = error
+
+
+Owner = TypeVar("Owner", bound=Running)
+
+
+def groups(answers: Iterable[Owner], kind: type[Work]) -> list[list[tuple[Owner, Any]]]:
+    """
+    What answers wait for of one kind, by what is done together: what the first of them asks for, and what goes with that and
+    fits in; then the others in the same way.
+    """
+    found: list[list[tuple[Owner, Any]]] = []
+    sizes: list[int] = []
+    for answer in answers:
+        work: Any = answer.work
+        if not isinstance(work, kind):
+            continue
+        for place, ((_, first), *_) in enumerate(found):
+            if first.goes_with(work) and sizes[place] + work.size <= first.room:
+                break
+        else:
+            place = len(found)
+            found.append([])
+            sizes.append(0)
+        found[place].append((answer, work))
+        sizes[place] += work.size
+    return found
 
 
 def at_once(steps: Generator[Any, Any, None]) -> Iterator[Any]:

@@ -39,8 +39,7 @@ class Text:
         self._stops = set(stops if isinstance(stops, list) else [stops])
         self._ids = context.token_ids.to(reader.device)
         self._processors, self._stopping = self._as_generate_would()
-        # The same numbers as those of the global state under this seed.
-        self._generator = None if settings.seed is None else torch.Generator(reader.device).manual_seed(settings.seed)
+        self._generator = settings.random_numbers(reader.device)
         if settings.streamer is not None:
             settings.streamer.put(self._ids.cpu())
 

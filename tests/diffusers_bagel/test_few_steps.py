@@ -106,6 +106,17 @@ def test_what_is_given_by_hand_wins_and_is_warned_of(quick, said, settings, coun
     assert [words in record.getMessage() for record in said.records] == [True]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("guidance_scale", "4"), ("image_guidance_scale", [1]), ("sigmas", 3), ("num_inference_steps", "5")],
+)
+def test_what_cannot_work_is_refused_as_without_the_adapter(quick, name, value):
+    with pytest.raises(TypeError, match=f"^`{name}` must be"):
+        drawn(quick, **{name: value})
+    with pytest.raises(TypeError, match=f"^`{name}` must be"):
+        BagelSession(quick).send(PROMPT, output="image", **{name: value})
+
+
 def test_a_preset_keeps_the_adapters_steps(quick):
     assert steps_of(quick, preset="geneval") == steps_of(quick)
 

@@ -163,6 +163,11 @@ class TestResults:
         for (one,), single in zip(latents, singles, strict=True):
             assert max_error(one, single) <= 5e-4
 
+    def test_no_more_pictures_than_fit_are_decoded_at_a_time(self, pipe, latents, monkeypatch):
+        monkeypatch.setattr("diffusers_bagel.work.MAX_VAE_TOKENS", 2 * 12)
+        send_all([(BagelSession(pipe), "a") for _ in range(5)], output="image", **DRAW)
+        assert [len(together) for together in latents] == [2, 2, 1]
+
     @pytest.mark.parametrize("protocol", ["zebra", "canvas", "cooper", None])
     def test_answers_in_texts_and_pictures(self, protocol, pipe):
         def make() -> list[BagelSession]:
