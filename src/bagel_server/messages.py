@@ -17,7 +17,8 @@ from .settings import ServerSettings
 
 # What a message may also have, which is not read: names of speakers, and what the client's own objects of answers hold.
 _UNREAD = ("name", "id", "type", "status", "phase", "refusal", "annotations", "audio", "function_call", "tool_calls")
-_READ = ("role", "content", "reasoning_content", "images", "parts")
+# LiteLLM's objects keep in `provider_specific_fields` what OpenAI's answers do not have, of which `parts` is read.
+_READ = ("role", "content", "reasoning_content", "images", "parts", "provider_specific_fields")
 
 
 class Reader:
@@ -130,9 +131,15 @@ class Reader:
             for place, part in enumerate(_list(message.get("images"), f"{param}.images"))
         ]
         content = message.get("content")
-        parts = _list(message.get("parts"), f"{param}.parts")
+        where = f"{param}.parts"
+        if (given := message.get("parts")) is None and (kept := message.get("provider_specific_fields")) is not None:
+            where = f"{param}.provider_specific_fields"
+            if not isinstance(kept, dict):
+                raise _wrong(where, "an object")
+            given, where = kept.get("parts"), f"{where}.parts"
+        parts = _list(given, where)
         if parts and isinstance(content, (str, type(None))):
-            return [self._own_part(part, images, f"{param}.parts[{place}]") for place, part in enumerate(parts)]
+            return [self._own_part(part, images, f"{where}[{place}]") for place, part in enumerate(parts)]
         spoken = [] if content is None else list(self.parts(content, f"{param}.content"))
         if (thoughts := message.get("reasoning_content")) is not None:
             thought = self.text(thoughts, f"{param}.reasoning_content")["text"]

@@ -219,6 +219,12 @@ def _message(item: Any, param: str) -> Any:
         if not all(isinstance(text, str) for text in texts):
             raise ApiError(f"`{param}.content` must be a list of texts.", f"{param}.content")
         return {"role": "assistant", "reasoning_content": "\n".join(map(str, texts)), "content": None}
+    if kind == "item_reference":
+        raise ApiError(
+            f"`{param}` is an `item_reference`, and nothing is stored here: send the item itself, as with `store` false.",
+            param,
+            code="unsupported_value",
+        )
     if kind not in (None, "message"):
         raise ApiError(
             f"`{param}` must be a message, or an item of an answer of this server.", param, code="invalid_value"

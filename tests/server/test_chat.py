@@ -73,6 +73,39 @@ def test_texts_and_pictures_come_in_turn_and_are_read_back(shapes):
     engine.close()
 
 
+def test_a_message_as_litellm_keeps_it_is_read_back(client):
+    said = [user("a red circle")]
+    asked = {"model": MODEL, "modalities": ["image"], "seed": 1, "extra_body": SMALL}
+    message = client.chat.completions.create(messages=said, **asked).choices[0].message.model_dump()
+    kept = {name: message[name] for name in ("role", "content", "images")}
+    kept |= {"tool_calls": None, "function_call": None, "provider_specific_fields": {"parts": message["parts"]}}
+    first, second = (
+        client.chat.completions.create(model=MODEL, messages=[*said, answer, user("what is it?")], max_tokens=6)
+        for answer in (message, kept)
+    )
+    assert second.choices[0].message == first.choices[0].message
+    assert second.usage.prompt_tokens == first.usage.prompt_tokens
+
+
+def test_thoughts_that_litellm_keeps_stand_where_the_model_wrote_them(client):
+    written = "<think>a circle</think>red"
+    answers = [
+        {"role": "assistant", "content": "red", "reasoning_content": "a circle", **kept}
+        for kept in (
+            {"parts": [{"type": "text", "text": written}]},
+            {"provider_specific_fields": {"parts": [{"type": "text", "text": written}]}},
+            {"provider_specific_fields": {"refusal": None}},
+            {"provider_specific_fields": None},
+        )
+    ]
+    asked = {"model": MODEL, "max_tokens": 1}
+    counts = {
+        client.chat.completions.create(messages=[user("x"), answer, user("y")], **asked).usage.prompt_tokens
+        for answer in answers
+    }
+    assert len(counts) == 1
+
+
 def test_thoughts_stand_apart(shapes):
     engine = Engine(shapes)
     with served(engine) as url:
@@ -225,6 +258,7 @@ REFUSED = {
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": "x", "secret": 1}], "messages[0].secret"),
+        ([{"role": "assistant", "provider_specific_fields": 1}], "messages[0].provider_specific_fields"),
         ([{"role": "user", "content": "x"}] * 300, "messages"),
     ],
     "model": [("gpt-5", "model")],

@@ -149,3 +149,8 @@ def test_what_is_wrong_is_refused_by_name(settings, param, client):
     with pytest.raises(openai.BadRequestError) as raised:
         client.responses.create(**({"model": MODEL, "input": "x"} | settings))
     assert raised.value.body["param"] == param
+
+
+def test_a_reference_to_an_item_is_refused_with_the_way_out(client):
+    with pytest.raises(openai.BadRequestError, match="send the item itself, as with `store` false"):
+        client.responses.create(model=MODEL, input=[{"type": "item_reference", "id": "msg_1"}])
