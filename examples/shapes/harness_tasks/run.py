@@ -114,7 +114,7 @@ def lm_eval(task: str, count: int) -> Run:
     """`python -m bagel_harnesses.lm_eval run --model hf-multimodal`, which writes, and does not think before."""
     model = ("--model", "hf-multimodal", "--device", "cpu", "--apply_chat_template")
     arguments = _task(f"lm_eval_shapes_{task}", f"pretrained={CHECKPOINT},dtype=float32")
-    took = _command("bagel_harnesses.lm_eval:cli_evaluate", "run", *model, *arguments)
+    took = _command("bagel_harnesses.lm_eval:main", "run", *model, *arguments)
     return Run(_logged("samples_*.jsonl"), *took)
 
 
