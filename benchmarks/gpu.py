@@ -22,9 +22,9 @@ import torch
 from cases import INSTRUCTION, PROMPT, Work, denoise, picture, random_ids
 from diffusers import FlowMatchEulerDiscreteScheduler
 from lines import Lines
+from machine import machine
 from models import CHECKPOINT, IMAGE_SIZES, make_pipeline, published_vae, write_tokens
 from peft import LoraConfig, get_peft_model_state_dict
-from run import machine
 from timing import default_device, forget_peak, median_and_spread, peak_bytes, seconds_of, seconds_once
 
 

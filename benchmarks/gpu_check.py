@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from gpu_check_part import Part
 from gpu_check_report import checks_of, is_good, table
-from run import machine
+from machine import machine
 from timing import default_device
 
 

@@ -96,9 +96,14 @@ def _share(error: Sequence[float]) -> float:
 
 
 def _others(row: Mapping[str, Any]) -> str:
-    others = {key: value for key, value in row.items() if key not in ("section", "name", "seconds", "spread", "peak_gb")}
+    others = {
+        key: value for key, value in row.items() if key not in ("section", "name", "seconds", "spread", "peak_gb")
+    }
     texts = [f"peak {row['peak_gb']:.1f} GB"]
-    texts += [f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in others.items()]
+    texts += [
+        f"{key.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for key, value in others.items()
+    ]
     return ", ".join(texts)
 
 
@@ -106,5 +111,7 @@ def _names(items: Sequence[str], outcome: str) -> str:
     """What failed is named in full, to be run again."""
     if outcome == "failed":
         return ", ".join(f"`{item}`" for item in items)
-    names = Counter(item.rpartition("::")[2].partition("[")[0].removeprefix("test_").replace("_", " ") for item in items)
+    names = Counter(
+        item.rpartition("::")[2].partition("[")[0].removeprefix("test_").replace("_", " ") for item in items
+    )
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in names.items())

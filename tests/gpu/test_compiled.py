@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.conftest import max_error
-from tests.gpu.common import BOUND, GPU, drawn, edited, load, needs_accelerator
+from tests.gpu.common import BOUND, GPU, SMALL, drawn, edited, load, needs_accelerator, noise
 
 
 # A CPU's graphs are counted, and not built: its compiler would take minutes.
