@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny models in the place of the 7B model's sizes")
     parser.add_argument("--tests", nargs="*", default=TESTS, metavar="TEST", help="these files or tests only")
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=SECTIONS, help="these figures only")
-    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="the files' name before .json and .md")
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="name of the two files, before .json and .md")
     args = parser.parse_args()
     if args.device.type == "cpu" and not args.small:
         args.small = True
