@@ -164,6 +164,25 @@ def test_the_vendors_figure_is_of_that_card_alone():
     assert not any(map(peak_flops, unknown))
 
 
+def test_all_files_of_tests_of_an_accelerator_are_asked():
+    from gpu_check import TESTS
+
+    files = (ROOT / "tests" / "gpu").glob("test_*.py")
+    assert {str(file.relative_to(ROOT)) for file in files} == {name for name in TESTS if name.startswith("tests/gpu/")}
+    assert len(set(TESTS)) == len(TESTS) and all((ROOT / name).exists() for name in TESTS)
+
+
+def test_the_model_of_the_full_form_has_the_room_that_is_asked_for():
+    """Without its numbers."""
+    from gpu import make_full_size
+    from gpu_check import NEEDED
+
+    pipe = make_full_size(torch.device("meta"))
+    weights = [weight for part in (pipe.transformer, pipe.vae) for weight in part.state_dict().values()]
+    assert 29e9 < sum(weight.nbytes for weight in weights) < 0.85 * NEEDED
+    assert torch.get_default_dtype() == torch.float32
+
+
 @pytest.mark.parametrize("gigabytes", [24, 80])
 def test_figures_are_skipped_where_the_model_has_no_room(gigabytes, monkeypatch):
     import gpu_check

@@ -50,6 +50,7 @@ def test_by_groups(blocks, stream, check):
     check(pipe)
 
 
+@pytest.mark.skipif(GPU.type == "mps", reason="MPS has no float8")
 def test_weights_in_float8_while_they_rest(expected):
     pipe = load().to(GPU)
     pipe.enable_layerwise_casting()
