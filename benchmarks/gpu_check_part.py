@@ -17,7 +17,8 @@ from typing import Any
 from lines import Lines
 
 
-NO_TIME = "there was no time left"
+# What ends a process that does not end by itself.
+NO_TIME, SILENT = "there was no time left", "nothing was heard of it for {:.0f} s"
 
 
 @dataclass
@@ -54,11 +55,11 @@ class Part:
             if end == NO_TIME:
                 break
             if began in self._missing():
-                self._lose([began], "failed", end)
+                self._lose([began], "cut off" if end == SILENT.format(item_limit) else "failed", end)
             elif len(self.results) == num_results:
                 # Another process would come no farther.
                 self._lose(self._missing(), "failed", end)
-        self._lose(self._missing(), "not run", NO_TIME)
+        self._lose(self._missing(), "cut off", NO_TIME)
 
     def _missing(self) -> list[str]:
         return [item for item in self.items if item not in self.results]
@@ -100,7 +101,7 @@ class Part:
             if now >= deadline:
                 return NO_TIME
             if now > heard + item_limit:
-                return f"nothing was heard of it for {item_limit:.0f} s"
+                return SILENT.format(item_limit)
         return f"its process ended with exit code {process.returncode}"
 
     def _take(self, line: dict[str, Any]) -> None:
