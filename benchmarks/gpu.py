@@ -151,10 +151,10 @@ class Figures:
         self.timed(f"drawing, {pixels // 2} px, {steps} steps", lambda: self._draw(pixels=pixels // 2), warm=False)
 
     def few_steps(self) -> None:
-        """A picture with a few-step adapter, of random weights, loaded from its file."""
+        """A picture with a few-step adapter that has learned nothing, loaded from its file."""
         pipe = self.pipe
         with tempfile.TemporaryDirectory() as folder:
-            pipe.transformer.add_adapter(LoraConfig(r=16, target_modules=LORA_TARGETS["gen"], init_lora_weights=False))
+            pipe.transformer.add_adapter(LoraConfig(r=16, target_modules=LORA_TARGETS["gen"]))
             try:
                 pipe.save_lora_weights(
                     folder,
