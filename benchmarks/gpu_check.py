@@ -94,22 +94,28 @@ def check(device: torch.device, small: bool, files: list[str], sections: list[st
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=default_device(), help="cuda, mps or cpu")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default=default_device().type)
     parser.add_argument("--small", action="store_true", help="tiny models in the place of the 7B model's sizes")
     parser.add_argument("--tests", nargs="*", default=TESTS, metavar="TEST", help="these files or tests only")
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=SECTIONS, help="these figures only")
     parser.add_argument(
         "--output", type=Path, default=Path("gpu_check"), help="name of the two files, before .json and .md"
     )
-    args = parser.parse_args()
-    if args.device.type == "cpu" and not args.small:
+    args = parser.parse_args(arguments)
+    if args.device not in ("cpu", default_device().type):
+        parser.error(f"--device is {args.device}, and this machine has {default_device().type}.")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output is '{args.output}', and there is no folder '{args.output.parent}'.")
+    if not args.tests and not args.sections:
+        parser.error("--tests and --sections name nothing: there is nothing to do.")
+    if args.device == "cpu" and not args.small:
         args.small = True
-        print("There is no accelerator: the small form runs, on the CPU.", file=sys.stderr)
-    report = check(args.device, args.small, args.tests, args.sections)
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
+        print("No accelerator: the small form runs, on the CPU.", file=sys.stderr)
+    report = check(torch.device(args.device), args.small, args.tests, args.sections)
+    Path(f"{args.output}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    Path(f"{args.output}.md").write_text(table(report), encoding="utf-8")
     print(table(report))
     sys.exit(not report["is_good"])
 

@@ -44,8 +44,8 @@ def gpu_check(output: Path, *arguments: str) -> tuple[subprocess.CompletedProces
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--device", "cpu", "--output", str(output), *arguments]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    report = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
-    return done, report, output.with_suffix(".md").read_text(encoding="utf-8")
+    report = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
+    return done, report, Path(f"{output}.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_small_form_passes_and_says_what_it_is(small):
     done, report, table = small
     assert done.returncode == 0, done.stderr[-3000:]
     assert report["is_good"] and report["small"]
-    assert "no accelerator: the small form" in done.stderr
+    assert "No accelerator: the small form" in done.stderr
     assert table.strip() == done.stdout.strip() and table.startswith("cpu, torch")
 
 
@@ -105,8 +105,10 @@ def test_what_was_skipped_has_its_reason(small):
 
 
 @pytest.mark.slow
-def test_failures_are_told_in_a_line_and_cost_the_exit_status(tmp_path):
+def test_failures_are_told_in_a_line_and_cost_the_exit_status(tmp_path, monkeypatch):
     """Of an assertion, of a process that ends, and of a file that cannot be read; the rest goes on."""
+    # These files need nothing of the other tests, whose imports take seconds.
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--noconftest")
     files = [f"tests/benchmarks/failing/{name}.py" for name in ("unreadable", "wrong")]
     done, report, table = gpu_check(tmp_path / "found", "--tests", *files, "--sections")
     assert done.returncode == 1 and not report["is_good"]
@@ -115,6 +117,23 @@ def test_failures_are_told_in_a_line_and_cost_the_exit_status(tmp_path):
     assert f"- RuntimeError: this file cannot be read: `{files[0]}`" in table
     assert f"- assert (1 + 1) == 3: `{files[1]}::test_a_sum`" in table
     assert f"- its process ended with exit code 5: `{files[1]}::test_an_end`" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "mps"], "--device is mps, and this machine has cpu."),
+        (["--output", "nowhere/found"], "--output is 'nowhere/found', and there is no folder 'nowhere'."),
+        (["--tests", "--sections"], "--tests and --sections name nothing"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is(arguments, said, monkeypatch, capsys):
+    import gpu_check
+
+    monkeypatch.setattr(gpu_check, "default_device", lambda: torch.device("cpu"))
+    with pytest.raises(SystemExit) as error:
+        gpu_check.main(arguments)
+    assert error.value.code == 2 and said in capsys.readouterr().err
 
 
 def run_part(*items: str, seconds: float = 60.0, item_limit: float = 6.0):
