@@ -303,7 +303,7 @@ def main() -> None:
     pipe = make_pipeline("golden", DTYPE, args.device) if args.small else make_full_size(args.device)
     figures = Figures(pipe, SMALL if args.small else FULL, args.device, lines)
     figures.note("making the model", time.perf_counter() - start)
-    for section in args.sections:
+    for section in sorted(args.sections, key=SECTIONS.index):
         lines.write(began=section)
         figures.section, start = section, time.perf_counter()
         try:
