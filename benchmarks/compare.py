@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from run import DTYPES, GROUPS, cases, machine
+from machine import machine
+from run import DTYPES, GROUPS, cases
 
 
 HERE = Path(__file__).resolve().parents[1]

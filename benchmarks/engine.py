@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from run import machine
+from machine import machine
 
 from bagel_server import Engine
 from diffusers_bagel import BagelPipeline, BagelSession

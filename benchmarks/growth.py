@@ -21,8 +21,8 @@ import cost
 import matplotlib
 import torch
 from cost import Cost, Rates
+from machine import machine
 from models import WIDTHS, make_config, write_tokens
-from run import machine
 from timing import default_device, seconds_of
 from torch.nn.functional import scaled_dot_product_attention
 

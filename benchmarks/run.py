@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from cases import Case, cases
+from machine import machine
 from models import WIDTHS, make_pipeline
 from timing import default_device, median_and_spread, peak_bytes, seconds_of
 
@@ -115,30 +113,6 @@ def table_row(row: dict[str, Any]) -> str:
     columns += [f"{row['rate']:.4g} {row['unit']}s/s", milliseconds[2], f"{row['ratio']:.3f}"]
     columns.append(f"{row['peak_bytes'] / 2**20:.0f} MiB")
     return f"| {' | '.join(columns)} |"
-
-
-def machine(threads: int | None) -> dict[str, Any]:
-    device = default_device()
-    return {
-        "machine": platform.machine(),
-        "processor": processor_name(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": threads or torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "diffusers": diffusers.__version__,
-    }
-
-
-def processor_name() -> str:
-    """What Linux calls it; elsewhere what Python does."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import torch
-from run import machine
+from machine import machine
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "shapes"))

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from models import WIDTHS, make_pipeline
-from run import DTYPES, machine
+from run import DTYPES
 from timing import default_device, median_and_spread, seconds_of, synchronize
 
 from diffusers_bagel import BagelPipeline, BagelSession, send_all

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import statistics
 import sys
@@ -37,12 +38,17 @@ def seconds_of(runs: Sequence[Callable[[], object]], repeats: int, device: torch
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
         for found, run in zip(seconds, runs, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            found.append(time.perf_counter() - start)
+            found.append(seconds_once(run, device))
     return seconds
+
+
+def seconds_once(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, the first one or not."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
@@ -51,10 +57,21 @@ def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory so far: of the device if it has its own, else of this process."""
+    """Highest memory so far: of the device if it has its own, else of this process. MPS knows what is allocated now alone."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let go of what nobody holds on a device with memory of its own, and count its highest memory from here."""
+    if device.type != "cpu":
+        gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "mps":
+        torch.mps.empty_cache()

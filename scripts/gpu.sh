@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a GPU is asked: the tests that need one, and the golden numbers and the pipeline's tests with their models on it.
-# Arguments go to pytest. PYTHON is the interpreter, by default that of .venv.
+# The tests that need a GPU, and the golden numbers and the tests of the pipeline with their models on it, for who works on them;
+# scripts/gpu_check.sh is for who has a card. Arguments go to pytest. PYTHON is the interpreter, by default that of .venv.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -58,11 +58,13 @@ class EmulatedDevices(TorchDispatchMode):
 
     Attributes:
         reads (`Counter`): Operators by which the host read numbers of a device.
+        dtypes (`set[torch.dtype]`): Of what lay on a device; MPS has no float64.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -92,6 +94,7 @@ class EmulatedDevices(TorchDispatchMode):
         def wrap(item: Any) -> Any:
             if not isinstance(item, torch.Tensor) or device is None or device.type != "meta":
                 return item
+            self.dtypes.add(item.dtype)
             return originals.get(id(item)) if id(item) in originals and wanted is None else OnDevice(item, device)
 
         return tree_map(wrap, outputs)

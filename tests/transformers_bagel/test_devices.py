@@ -93,6 +93,8 @@ def test_drawing_mixes_no_devices_and_reads_nothing_back(device_of, parts, proce
         first = model(**denoising, past_key_values=prefix).velocity
         second = model(**denoising, past_key_values=prefix).velocity
         assert not devices.reads
+        # Which MPS does not have.
+        assert torch.float64 not in devices.dtypes
     assert max_error(numbers(found), logits) <= 1e-5
     assert max_error(numbers(first), velocity) <= 1e-5
     assert torch.equal(numbers(first), numbers(second))
@@ -114,6 +116,7 @@ def test_a_forward_without_a_layout_reads_each_argument_once(device_of, encode):
 def test_emulated_devices_find_a_mix_and_a_read():
     with EmulatedDevices() as devices:
         first, second = (on(f"meta:{index}", torch.ones(3)) for index in (0, 1))
+        assert first.double().dtype in devices.dtypes
         with pytest.raises(RuntimeError, match="on one device"):
             first + second
         with pytest.raises(RuntimeError, match="on one device"):
