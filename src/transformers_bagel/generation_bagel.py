@@ -179,6 +179,12 @@ class BagelGenerationMixin(GenerationMixin):
         if types is not None and (inputs_embeds is None or kwargs.get("mm_token_type_ids") is not None):
             # Also where they were left out: the mask of a static cache is made from them alone.
             kwargs["mm_token_type_ids"] = types
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        positions = kwargs.get("position_ids")
+        is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1] > past
+        if next_sequence_length is None and is_first_iteration and is_whole:
+            # Assisted decoding would feed all of a conversation, also behind a cache that holds its beginning.
+            next_sequence_length = input_ids.shape[1] - past
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
