@@ -58,7 +58,13 @@ class BagelGenerationMixin(GenerationMixin):
             kwargs["image_grid_hw"] = grids_of_frames(kwargs.get("image_grid_hw"), kwargs.pop("image_grid_thw"))
         settings = {
             name: kwargs.get(name, getattr(config, name, None))
-            for name in ("prefill_chunk_size", "cache_implementation", "use_cache", "is_assistant", "assistant_early_exit")
+            for name in (
+                "prefill_chunk_size",
+                "cache_implementation",
+                "use_cache",
+                "is_assistant",
+                "assistant_early_exit",
+            )
         }
         use_cache = settings["use_cache"]
         if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):

@@ -173,9 +173,7 @@ def test_sampling_keeps_the_odds(model, stranger, encode):
     settings = {"do_sample": True, "temperature": 2.0, "top_k": 2, "max_new_tokens": 3, "min_new_tokens": 3}
     torch.manual_seed(0)
     runs = 150
-    texts = Counter(
-        tuple(written(model, inputs, assistant_model=stranger, **settings)[0][:2]) for _ in range(runs)
-    )
+    texts = Counter(tuple(written(model, inputs, assistant_model=stranger, **settings)[0][:2]) for _ in range(runs))
 
     def chances(*tokens: int) -> dict[int, float]:
         ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long, device=model.device)], dim=1)
@@ -195,7 +193,9 @@ def test_sampling_keeps_the_odds(model, stranger, encode):
 
 def test_an_assistant_of_another_tokenizer_is_refused(model, encode):
     other = text_model(model, 2000)
-    with pytest.raises(ValueError, match="`assistant_model` has 2000 tokens and this model 448, so its tokenizer is an"):
+    with pytest.raises(
+        ValueError, match="`assistant_model` has 2000 tokens and this model 448, so its tokenizer is an"
+    ):
         model.generate(**encode(PROMPTS["one_image"]), assistant_model=other)
 
 
