@@ -94,7 +94,7 @@ def compared(
         figures = {"text": name, "candidates": way, "tokens": sum(row.tokens), "forwards": len(row.tokens)}
         equal = sum(own == plain for own, plain in zip(row.texts, found["none"].texts, strict=True))
         rows.append(figures | {"seconds": row.seconds, "equal": equal, "texts": len(row.texts)})
-        rate = figures["tokens"] / figures["forwards"]
+        rate = sum(row.tokens) / len(row.tokens)
         print(
             f"| {name} | {way} | {figures['tokens']} | {figures['forwards']} | {rate:.2f} | {row.seconds:.2f} | "
             f"{equal} of {len(row.texts)} |",
