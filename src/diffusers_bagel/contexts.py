@@ -347,7 +347,8 @@ class ContextReader:
         What the model writes behind each context; to remember it, read it.
 
         Greedy texts are written together. Sampled ones are written one by one, since `generate` draws for all from one
-        random state, and each is to be what its own seed gives it alone.
+        random state, and each is to be what its own seed gives it alone; and those with candidates looked up in the
+        prompt, which the library has for one text at a time.
 
         Args:
             contexts (`Sequence[BagelContext]`): The contexts, which stay as they are.
@@ -359,7 +360,8 @@ class ContextReader:
         sampling = TextSettings(max_new_tokens, do_sample, temperature, temperature_only).sampling
         lengths = [context.length + max_new_tokens for context in contexts]
         batches = [[index] for index in range(len(contexts))]
-        if not do_sample:
+        looks_up = self.transformer.generation_config.prompt_lookup_num_tokens is not None
+        if not do_sample and not looks_up:
             batches = bucket_by_length(lengths, MAX_JOINED_TOKENS)
         texts = [""] * len(contexts)
         for batch in batches:

@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto import modeling_auto
 
 from .adapters import LORA_TARGETS, register_adapter_targets
+from .assisting import ForwardCounter
 from .cache import GrowingCache, PrefixBuffer, PrefixCache, PrefixView, fork_cache
 from .checkpoints import WEIGHT_RENAMINGS
 from .configuration_bagel import BagelConfig, BagelTextConfig, BagelVisionConfig
@@ -75,6 +76,7 @@ __all__ = [
     "BagelTextModel",
     "BagelVisionConfig",
     "BagelVisionModel",
+    "ForwardCounter",
     "GrowingCache",
     "PrefixBuffer",
     "PrefixCache",

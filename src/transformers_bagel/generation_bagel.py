@@ -6,14 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .assisting import TextAssistant
 from .cache import GrowingCache
 from .checks import check_image_inputs, check_placeholders, check_position_range
 from .errors import shown
-from .segments import IMAGE_TOKEN, LATENT_TOKEN
+from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
     SequenceLayout,
     blocks_per_sample,
@@ -42,7 +43,8 @@ class BagelGenerationMixin(GenerationMixin):
                 `"image"` draws pictures instead, see [`diffusers_bagel.any_to_any.draw`].
 
         Raises:
-            ValueError: for images that do not fit the prompt or the model, before they are encoded.
+            ValueError: for images that do not fit the prompt or the model, before they are encoded; for an assistant of
+                another tokenizer.
         """
         mode = kwargs.pop("generation_mode", None) or "text"
         if mode not in self.output_modalities:
@@ -56,7 +58,13 @@ class BagelGenerationMixin(GenerationMixin):
             kwargs["image_grid_hw"] = grids_of_frames(kwargs.get("image_grid_hw"), kwargs.pop("image_grid_thw"))
         settings = {
             name: kwargs.get(name, getattr(config, name, None))
-            for name in ("prefill_chunk_size", "cache_implementation", "use_cache", "is_assistant")
+            for name in (
+                "prefill_chunk_size",
+                "cache_implementation",
+                "use_cache",
+                "is_assistant",
+                "assistant_early_exit",
+            )
         }
         use_cache = settings["use_cache"]
         if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):
@@ -74,11 +82,33 @@ class BagelGenerationMixin(GenerationMixin):
             # An any-to-any pipeline has them in all of its inputs, in case that a picture is asked for.
             del kwargs["vae_pixel_values"]
         self._check_images(kwargs, settings["prefill_chunk_size"])
+        if settings["assistant_early_exit"] is not None:
+            raise ValueError(
+                f"`assistant_early_exit={settings['assistant_early_exit']}` needs a model that was trained to stop at any "
+                "layer, and BAGEL was not: pass `assistant_model` or `prompt_lookup_num_tokens`."
+            )
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, BagelGenerationMixin):
+            kwargs["assistant_model"] = self._text_assistant(assistant, ids, kwargs)
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
             # The library refuses a cache beside `cache_implementation`.
             kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
         return super().generate(inputs, generation_config, **kwargs)
+
+    def _text_assistant(
+        self, assistant: PreTrainedModel, input_ids: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> TextAssistant:
+        vocab_size = self.config.get_text_config().vocab_size
+        if model_kwargs.get("assistant_tokenizer") is not None:
+            return TextAssistant(assistant, vocab_size, None)
+        types = self._full_token_types(input_ids, model_kwargs.get("mm_token_type_ids"))
+        if input_ids is None or types is None:
+            raise ValueError("`assistant_model` reads words: pass the prompt as `input_ids`, not as `inputs_embeds`.")
+        is_word = types == TEXT_TOKEN
+        if model_kwargs.get("attention_mask") is not None:
+            is_word = is_word & (model_kwargs["attention_mask"] != 0)
+        return TextAssistant(assistant, vocab_size, is_word)
 
     def _draw(self, inputs: torch.Tensor | None, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
         # Only here: text needs no diffusers.
@@ -155,6 +185,12 @@ class BagelGenerationMixin(GenerationMixin):
         if types is not None and (inputs_embeds is None or kwargs.get("mm_token_type_ids") is not None):
             # Also where they were left out: the mask of a static cache is made from them alone.
             kwargs["mm_token_type_ids"] = types
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        positions = kwargs.get("position_ids")
+        is_whole = positions is not None and positions.shape[-1] == input_ids.shape[1] > past
+        if next_sequence_length is None and is_first_iteration and is_whole:
+            # Assisted decoding would feed all of a conversation, also behind a cache that holds its beginning.
+            next_sequence_length = input_ids.shape[1] - past
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
