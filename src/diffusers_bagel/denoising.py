@@ -23,6 +23,7 @@ from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerState
 from .contexts import BagelContext, ContextReader
 from .guidance import BagelGuidance
+from .sharing import read_once
 
 
 # Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
@@ -316,8 +317,7 @@ def guidance_contexts(
         for index, settings in enumerate(guidance)
         if settings.text_scale > 1 and settings.image_scale > 1 and len(texts[index]) < len(full[index].segments)
     ]
-    read = reader.read([BagelContext()] * len(compared), [texts[index] for index in compared])
-    no_image = dict(zip(compared, read, strict=True))
+    no_image = dict(zip(compared, read_once(reader, [texts[index] for index in compared]), strict=True))
     contexts = []
     for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
         branches = {"full": context}
