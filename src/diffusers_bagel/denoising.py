@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers_bagel.segments import EncodedSegment, without_images, without_
 from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerState
 from .contexts import BagelContext, ContextReader
-from .guidance import BagelGuidance
+from .guidance import BagelGuidance, HeldBranches
 from .sharing import read_once
 
 
@@ -42,11 +42,13 @@ class Drawing:
         grid (`tuple[int, int]`): Rows and columns of its tokens.
         guidance (`BagelGuidance`): How its branches are joined.
         branches (`dict[str, int]`): Place of each of its branches among those of all images; branches may share one.
+        held (`HeldBranches`): What is known of branches that a step leaves out.
     """
 
     grid: tuple[int, int]
     guidance: BagelGuidance
     branches: dict[str, int]
+    held: HeldBranches = field(default_factory=HeldBranches)
 
     @property
     def num_tokens(self) -> int:
@@ -159,7 +161,8 @@ class Denoiser:
             {name: drawing.branches[name] for name in settings.branches(sigma) if name in drawing.branches}
             for drawing, settings in zip(self.drawings, guidance, strict=True)
         ]
-        active = sorted({branch for branches in needed for branch in branches.values()})
+        drawings = zip(self.drawings, guidance, needed, strict=True)
+        active = sorted(set().union(*(own.held.due(settings, names, sigma) for own, settings, names in drawings)))
         computed, predicted = active, []
         if self.states is not None:
             due = {branch: self.states[branch].advance() for branch in active}
@@ -223,11 +226,23 @@ class DenoisingStep:
     def joined(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
         """The guided velocity, from that of each branch."""
         velocity = torch.zeros_like(self.latents)
-        for index, (settings, branches) in enumerate(zip(self.guidance, self.needed, strict=True)):
-            velocity[index, : self.denoiser.drawings[index].num_tokens] = settings(
-                {name: velocities[branch] for name, branch in branches.items()}
-            )
+        for index, (drawing, settings, found) in enumerate(self._found(velocities)):
+            completed = drawing.held.completed(found, self.needed[index])
+            velocity[index, : drawing.num_tokens] = settings(completed)
         return velocity
+
+    def hold(self, velocities: dict[int, torch.Tensor]) -> None:
+        """Keep what the next steps may leave out, when the velocity of this one is known."""
+        for drawing, settings, found in self._found(velocities):
+            drawing.held.update(settings, found)
+
+    def _found(
+        self, velocities: dict[int, torch.Tensor]
+    ) -> Iterator[tuple[Drawing, BagelGuidance, dict[str, torch.Tensor]]]:
+        """Of each image, the velocities of those of its branches that were computed."""
+        for drawing, settings, branches in zip(self.denoiser.drawings, self.guidance, self.needed, strict=True):
+            found = {name: velocities[branch] for name, branch in branches.items() if branch in velocities}
+            yield drawing, settings, found
 
 
 def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
@@ -255,10 +270,13 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
             latent_hidden_states=torch.cat(expected), residual_dtype=first.adapters.residual_dtype
         )
         found |= dict(zip(predicted, outputs.velocity.split([len(item) for item in expected]), strict=True))
-    joined = [
-        step.joined({branch: found[place, branch] for branch in (*step.computed, *step.predicted)})
+    of_steps = [
+        {branch: found[place, branch] for branch in (*step.computed, *step.predicted)}
         for place, step in enumerate(steps)
     ]
+    joined = [step.joined(own) for step, own in zip(steps, of_steps, strict=True)]
+    for step, own in zip(steps, of_steps, strict=True):
+        step.hold(own)
     for (place, branch), own in features.items():
         if (of_denoiser := steps[place].denoiser.states) is not None:
             of_denoiser[branch].update(own)

@@ -40,6 +40,7 @@ from .inputs import (
     check_choice,
     check_flag,
     check_guidance,
+    check_guidance_tolerance,
     check_images_kwargs,
     check_latents,
     check_number,
@@ -477,6 +478,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         cfg_interval: tuple[float, float] | None = None,
         cfg_renorm_type: str | None = None,
         cfg_renorm_min: float = 0.0,
+        guidance_tolerance: float | None = None,
         think: bool = False,
         max_think_tokens: int = 1024,
         do_sample: bool = False,
@@ -533,6 +535,10 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 `"global"`, or `"text_channel"` with images.
             cfg_renorm_min (`float`, *optional*, defaults to 0.0):
                 Smallest factor of that scaling.
+            guidance_tolerance (`float`, *optional*):
+                Hold what a branch of guidance adds, instead of computing it, for as long as this changes the latents by no
+                more than about this share, such as 0.005. It changes the images a little. By default every branch is
+                computed at every step.
             think (`bool`, *optional*, defaults to `False`):
                 Whether the model writes a plan first, returned in `texts`.
             max_think_tokens (`int`, *optional*, defaults to 1024):
@@ -621,6 +627,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         for name, flag in (flags | {"empty_no_text": empty_no_text}).items():
             check_flag(name, flag)
         check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+        check_guidance_tolerance(guidance_tolerance, has_step_cache=self._taylorseer is not None)
         conversations = as_conversations(prompt, image, messages)
         generators = as_generators(generator, len(conversations) * num_images_per_prompt)
         if self._split_group is not None and None in generators:
@@ -646,6 +653,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                     interval=cfg_interval,
                     renorm_type=cfg_renorm_type,
                     renorm_min=cfg_renorm_min,
+                    tolerance=guidance_tolerance,
                 )
                 for segments in prompts
             ]

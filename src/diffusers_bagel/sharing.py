@@ -56,7 +56,9 @@ def _identity(segments: Sequence[EncodedSegment]) -> tuple[int, ...]:
     return tuple(map(id, segments))
 
 
-def _beginning(segments: Sequence[EncodedSegment], prompts: Sequence[Sequence[EncodedSegment]]) -> Sequence[EncodedSegment]:
+def _beginning(
+    segments: Sequence[EncodedSegment], prompts: Sequence[Sequence[EncodedSegment]]
+) -> Sequence[EncodedSegment]:
     """The longest beginning that pays to be read once for all prompts that have it."""
     key = _identity(segments)
     for count in range(len(segments), 0, -1):
