@@ -30,6 +30,8 @@ from .sharing import read_once
 # its caches (docs/images.md, "Batches"); elsewhere memory sets the bound.
 MAX_STEP_TOKENS_CPU = 1536
 MAX_STEP_TOKENS = 32768
+# Forwards of different branches for which is kept what steps share, which is large: those of one image are at most four.
+MAX_SELECTED = 8
 # Of denoisers, none of which is told of another by itself: it would keep what that one holds.
 _numbers = itertools.count()
 
@@ -189,6 +191,8 @@ class Denoiser:
             }
             views = [denoiser.prefix.views[branch] for denoiser, branch in branches]
             lengths = [denoiser.num_tokens(branch) for denoiser, branch in branches]
+            if len(self._selected) >= MAX_SELECTED:
+                del self._selected[next(iter(self._selected))]
             is_split = isinstance(self.prefix, SplitPrefixCache)
             self._selected[key] = (
                 SplitPrefixCache(views, lengths, self.prefix.group) if is_split else PrefixCache(views)
