@@ -39,7 +39,7 @@ from diffusers_bagel.guidance import BagelGuidance, HeldBranch, HeldBranches  # 
 
 
 TASKS = ("draw_full", "relation", "edit")
-TOLERANCES = (0.005, 0.01, 0.02)
+TOLERANCES = (0.005, 0.01, 0.02, 0.05)
 # Of the other ways: cosines from which a branch is dropped, and steps of which one is computed.
 SIMILARITIES = (0.97, 0.99)
 INTERVALS = (2, 3, 5)
