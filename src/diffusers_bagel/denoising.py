@@ -17,13 +17,11 @@ from transformers_bagel import (
     PrefixView,
     SplitPrefixCache,
 )
-from transformers_bagel.segments import EncodedSegment, without_images, without_last_text
 
 from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerState
-from .contexts import BagelContext, ContextReader
+from .contexts import BagelContext
 from .guidance import BagelGuidance, HeldBranches
-from .sharing import read_once
 
 
 # Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
@@ -309,46 +307,6 @@ def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) ->
 def step_limit(device: torch.device) -> int:
     """Most latent tokens of a denoising forward of several images or branches."""
     return MAX_STEP_TOKENS_CPU if device.type == "cpu" else MAX_STEP_TOKENS
-
-
-def guidance_contexts(
-    reader: ContextReader,
-    prompts: Sequence[Sequence[EncodedSegment]],
-    full: Sequence[BagelContext],
-    guidance: Sequence[BagelGuidance],
-    plan_in_no_image: bool = False,
-    empty_no_text: bool = False,
-) -> list[dict[str, BagelContext]]:
-    """
-    The contexts that guidance compares (original behaviour, points 14-16).
-
-    `full` is everything; `no_text` the same before the last text of the prompt, unless an image follows it; `no_image`
-    all texts but the plan. A context that equals `full` is the same object, and its velocity is not computed twice.
-
-    Args:
-        reader (`ContextReader`): Reads the texts of `no_image`.
-        prompts (`Sequence[Sequence[EncodedSegment]]`): What each image is drawn from, without the plan.
-        full (`Sequence[BagelContext]`): The context of each prompt and its plan.
-        guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
-        plan_in_no_image, empty_no_text: As in the pipeline's `__call__`.
-    """
-    told = [context.segments for context in full] if plan_in_no_image else prompts
-    texts = [without_images(segments) for segments in told]
-    compared = [
-        index
-        for index, settings in enumerate(guidance)
-        if settings.text_scale > 1 and settings.image_scale > 1 and len(texts[index]) < len(full[index].segments)
-    ]
-    no_image = dict(zip(compared, read_once(reader, [texts[index] for index in compared]), strict=True))
-    contexts = []
-    for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
-        branches = {"full": context}
-        if settings.text_scale > 1:
-            kept = 0 if empty_no_text else len(without_last_text(prompt))
-            branches["no_text"] = context if kept == len(context.segments) else context.first(kept)
-            branches["no_image"] = no_image.get(index, context)
-        contexts.append(branches)
-    return contexts
 
 
 class DenoisingLoop:

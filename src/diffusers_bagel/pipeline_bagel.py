@@ -27,7 +27,7 @@ from transformers_bagel.segments import EncodedSegment, Segment, chat_segments
 from .adapter_scale import check_adapter_scale
 from .caching import TaylorSeerConfig
 from .contexts import BagelContext, ContextReader
-from .denoising import Denoiser, DenoisingLoop, guidance_contexts
+from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
@@ -60,8 +60,8 @@ from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
 from .presets import Preset, with_defaults
+from .prompt_contexts import guidance_contexts, read_once, share_segments
 from .randomness import draw_seed
-from .sharing import read_once, share_segments
 
 
 logger = logging.get_logger(__name__)

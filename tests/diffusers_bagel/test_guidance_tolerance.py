@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_bagel import BagelSession, send_all
+from diffusers_bagel import BagelSession, Preset, send_all
 from diffusers_bagel.denoising import Denoiser, velocities
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from diffusers_bagel.work import Decoding
@@ -164,6 +164,19 @@ def test_the_host_reads_one_number_for_each_branch_that_was_computed(pipe):
         for level in (0.9, 0.8, 0.7, 0.6, 0.5):
             denoiser.velocity(latents, torch.tensor(level), reads.put(torch.tensor(level)), 4.0)
     assert len(reads.found) == 1, reads.found
+
+
+def test_a_preset_may_set_it(pipe, latents):
+    preset = Preset("image", "", "", {"guidance_tolerance": LOOSE})
+    expected, found = (
+        pipe("a", generator=seeded(0), **own, **DRAW).images
+        for own in ({"guidance_tolerance": LOOSE}, {"preset": preset})
+    )
+    assert torch.equal(found, expected)
+    settings = SESSION | {"guidance_tolerance": None, "latents": noise(0)}
+    for own in ({"preset": preset}, {"guidance_tolerance": LOOSE}, {}):
+        BagelSession(pipe).send("a", **(settings | own))
+    assert torch.equal(latents[0], latents[1]) and not torch.equal(latents[0], latents[2])
 
 
 class TestBadInput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_bagel import sharing
+from diffusers_bagel import prompt_contexts
 from tests.conftest import conversation, golden_image
 from tests.diffusers_bagel.conftest import EDIT, PLAN, SMALL, TEXTS, assert_equals_single_runs, close, seeded
 
@@ -95,5 +95,5 @@ class TestForwards:
 def test_pictures_without_sharing_are_the_same(pipe, monkeypatch):
     settings = EDIT | MEAN | {"generator": seeded(0, 1, 2, 3)}
     shared = pipe(messages=ONE_IMAGE, **settings).images
-    monkeypatch.setattr(sharing, "FORWARD_COST", float("inf"))
+    monkeypatch.setattr(prompt_contexts, "FORWARD_COST", float("inf"))
     assert close(shared, pipe(messages=ONE_IMAGE, **(settings | {"generator": seeded(0, 1, 2, 3)})).images)
