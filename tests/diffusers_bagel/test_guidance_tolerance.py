@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from diffusers_bagel import BagelSession, Preset, send_all
-from diffusers_bagel.denoising import Denoiser, velocities
+from diffusers_bagel.denoising import MAX_SELECTED, Denoiser, velocities
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE
 from diffusers_bagel.work import Decoding
 from tests.conftest import golden_image, max_error
@@ -151,6 +153,27 @@ def test_a_step_at_the_noise_level_of_the_one_before_keeps_what_is_known(pipe):
     for level in (0.9, 0.9, 0.8, 0.8):
         sigma = torch.tensor(level)
         assert denoiser.velocity(torch.randn(1, 12, 16, generator=seeded(0)), sigma, sigma, 4.0).isfinite().all()
+
+
+def test_what_steps_share_is_kept_for_few_of_the_ways_in_which_branches_come_together(pipe):
+    """It is as large as the latents of all branches, and a batch could have another one at each step."""
+    made, kept = [], []
+
+    def note(module, args, kwargs):
+        if kwargs.get("latents") is not None and kwargs.get("input_ids") is None:
+            made.append(weakref.ref(kwargs["past_key_values"]))
+
+    def count(pipeline, step, timestep, tensors):
+        kept.append(len({id(cache) for reference in made if (cache := reference()) is not None}))
+        return tensors
+
+    hook = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        settings = STEPS | {"num_inference_steps": 24, "guidance_tolerance": 0.003, "cfg_interval": (0.0, 1.0)}
+        pipe(messages=MIXED, generator=seeded(*range(6)), callback_on_step_end=count, **settings)
+    finally:
+        hook.remove()
+    assert len(set(made)) > MAX_SELECTED == max(kept)
 
 
 @torch.no_grad()

@@ -76,6 +76,14 @@ class TestForwards:
         # Three different instructions, behind the image, and then without it.
         assert [len(call["input_ids"]) for call in read] == [1, 3, 3]
 
+    def test_one_instruction_for_different_images_is_read_without_them_once(self, pipe, forwards):
+        messages = [conversation([image, "make it green"]) for image in ("@wide", "@tall")]
+        read = reading(forwards, pipe, messages, **EDIT)
+        assert [(len(call["input_ids"]), call.get("latents") is not None) for call in read] == [
+            *[(1, True), (1, True)],
+            (1, False),
+        ]
+
     def test_the_request_to_think_is_read_once(self, pipe, forwards):
         read = reading(forwards, pipe, [conversation([text]) for text in TEXTS[:3]], **SMALL, **PLAN)
         assert [len(call["input_ids"]) for call in read[:2]] == [1, 3]
