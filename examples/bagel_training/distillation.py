@@ -21,8 +21,9 @@ from transformers import BatchFeature
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.contexts import BagelContext, ContextReader
-from diffusers_bagel.denoising import Denoiser, guidance_contexts
+from diffusers_bagel.denoising import Denoiser
 from diffusers_bagel.guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
+from diffusers_bagel.prompt_contexts import guidance_contexts
 from transformers_bagel import BagelDataCollator
 from transformers_bagel.segments import EncodedSegment, sample_segments
 from transformers_bagel.training.samples import EncodedSample, LatentBlock

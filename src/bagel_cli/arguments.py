@@ -115,6 +115,11 @@ def _pictures() -> _Parser:
     pictures.add_argument("--width", type=side, help="in pixels (default: 1024, or like the last picture)")
     pictures.add_argument("--guidance-scale", type=scale, help="weight of the text (default: 4)")
     pictures.add_argument("--image-guidance-scale", type=scale, help="weight of the pictures (default: 2 in edits)")
+    pictures.add_argument(
+        "--guidance-tolerance",
+        type=_number(float, 0, 1),
+        help="leave out guidance where it changes a picture by no more, such as 0.005 (default: nowhere)",
+    )
     return pictures
 
 

@@ -190,7 +190,10 @@ class Chat:
     def _settings(self) -> dict[str, Any]:
         """Of [`BagelSession.stream`]; what nobody has set is the protocol's."""
         options = vars(self.options)
-        names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think", "max_new_tokens")
+        names = (
+            *("height", "width", "guidance_scale", "image_guidance_scale", "guidance_tolerance", "preset", "think"),
+            "max_new_tokens",
+        )
         settings = {name: options.get(name) for name in names} | {"num_inference_steps": options["steps"]}
         if (temperature := options["temperature"]) is not None:
             settings |= {"do_sample": temperature > 0, "temperature": temperature or None}

@@ -160,7 +160,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def _drawing_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked for, by the names of the pipeline's call."""
-    names = ("height", "width", "guidance_scale", "image_guidance_scale", "preset", "think")
+    names = ("height", "width", "guidance_scale", "image_guidance_scale", "guidance_tolerance", "preset", "think")
     settings = {name: getattr(options, name) for name in names} | {"num_inference_steps": options.steps}
     return {name: value for name, value in settings.items() if value is not None}
 

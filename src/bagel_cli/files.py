@@ -77,6 +77,7 @@ def sentence(error: BaseException) -> str:
         "width",
         "guidance_scale",
         "image_guidance_scale",
+        "guidance_tolerance",
         "max_new_tokens",
         "temperature",
         "protocol",

@@ -42,6 +42,7 @@ class Fields(BaseModel):
     cfg_interval: list[float] | None = None
     cfg_renorm_type: str | None = None
     cfg_renorm_min: float | None = None
+    guidance_tolerance: float | None = None
     preset: str | None = None
     think: bool | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
@@ -65,8 +66,11 @@ class Fields(BaseModel):
 
     def drawing(self) -> dict[str, Any]:
         """Settings of drawing, as a session takes them."""
-        names = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "cfg_renorm_type", "cfg_renorm_min")
-        chosen = {name: getattr(self, name) for name in (*names, "cfg_interval", "preset", "think", "height", "width")}
+        names = (
+            *("num_inference_steps", "guidance_scale", "image_guidance_scale", "cfg_interval", "cfg_renorm_type"),
+            *("cfg_renorm_min", "guidance_tolerance", "preset", "think", "height", "width"),
+        )
+        chosen = {name: getattr(self, name) for name in names}
         if self.size not in (None, "auto"):
             chosen |= dict(zip(("width", "height"), _sides(self.size), strict=True))
         return {name: value for name, value in chosen.items() if value is not None}

@@ -56,6 +56,7 @@ _GUIDANCE = {
     "cfg_interval": "interval",
     "cfg_renorm_type": "renorm_type",
     "cfg_renorm_min": "renorm_min",
+    "guidance_tolerance": "tolerance",
 }
 # Of a plan: a picture is compared with what stands before the last text of the user, and with all texts but the plan, or with it.
 PLAN = Update("keep", "read later")

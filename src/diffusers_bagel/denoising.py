@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,18 +17,19 @@ from transformers_bagel import (
     PrefixView,
     SplitPrefixCache,
 )
-from transformers_bagel.segments import EncodedSegment, without_images, without_last_text
 
 from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerState
-from .contexts import BagelContext, ContextReader
-from .guidance import BagelGuidance
+from .contexts import BagelContext
+from .guidance import BagelGuidance, HeldBranches
 
 
 # Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
 # its caches (docs/images.md, "Batches"); elsewhere memory sets the bound.
 MAX_STEP_TOKENS_CPU = 1536
 MAX_STEP_TOKENS = 32768
+# Forwards of different branches for which is kept what steps share, which is large: those of one image are at most four.
+MAX_SELECTED = 8
 # Of denoisers, none of which is told of another by itself: it would keep what that one holds.
 _numbers = itertools.count()
 
@@ -41,11 +42,13 @@ class Drawing:
         grid (`tuple[int, int]`): Rows and columns of its tokens.
         guidance (`BagelGuidance`): How its branches are joined.
         branches (`dict[str, int]`): Place of each of its branches among those of all images; branches may share one.
+        held (`HeldBranches`): What is known of branches that a step leaves out.
     """
 
     grid: tuple[int, int]
     guidance: BagelGuidance
     branches: dict[str, int]
+    held: HeldBranches = field(default_factory=HeldBranches)
 
     @property
     def num_tokens(self) -> int:
@@ -158,7 +161,8 @@ class Denoiser:
             {name: drawing.branches[name] for name in settings.branches(sigma) if name in drawing.branches}
             for drawing, settings in zip(self.drawings, guidance, strict=True)
         ]
-        active = sorted({branch for branches in needed for branch in branches.values()})
+        drawings = zip(self.drawings, guidance, needed, strict=True)
+        active = sorted(set().union(*(own.held.due(settings, names, sigma) for own, settings, names in drawings)))
         computed, predicted = active, []
         if self.states is not None:
             due = {branch: self.states[branch].advance() for branch in active}
@@ -185,6 +189,8 @@ class Denoiser:
             }
             views = [denoiser.prefix.views[branch] for denoiser, branch in branches]
             lengths = [denoiser.num_tokens(branch) for denoiser, branch in branches]
+            if len(self._selected) >= MAX_SELECTED:
+                del self._selected[next(iter(self._selected))]
             is_split = isinstance(self.prefix, SplitPrefixCache)
             self._selected[key] = (
                 SplitPrefixCache(views, lengths, self.prefix.group) if is_split else PrefixCache(views)
@@ -222,11 +228,23 @@ class DenoisingStep:
     def joined(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
         """The guided velocity, from that of each branch."""
         velocity = torch.zeros_like(self.latents)
-        for index, (settings, branches) in enumerate(zip(self.guidance, self.needed, strict=True)):
-            velocity[index, : self.denoiser.drawings[index].num_tokens] = settings(
-                {name: velocities[branch] for name, branch in branches.items()}
-            )
+        for index, (drawing, settings, found) in enumerate(self._found(velocities)):
+            completed = drawing.held.completed(found, self.needed[index])
+            velocity[index, : drawing.num_tokens] = settings(completed)
         return velocity
+
+    def hold(self, velocities: dict[int, torch.Tensor]) -> None:
+        """Keep what the next steps may leave out, when the velocity of this one is known."""
+        for drawing, settings, found in self._found(velocities):
+            drawing.held.update(settings, found)
+
+    def _found(
+        self, velocities: dict[int, torch.Tensor]
+    ) -> Iterator[tuple[Drawing, BagelGuidance, dict[str, torch.Tensor]]]:
+        """Of each image, the velocities of those of its branches that were computed."""
+        for drawing, settings, branches in zip(self.denoiser.drawings, self.guidance, self.needed, strict=True):
+            found = {name: velocities[branch] for name, branch in branches.items() if branch in velocities}
+            yield drawing, settings, found
 
 
 def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
@@ -254,10 +272,13 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
             latent_hidden_states=torch.cat(expected), residual_dtype=first.adapters.residual_dtype
         )
         found |= dict(zip(predicted, outputs.velocity.split([len(item) for item in expected]), strict=True))
-    joined = [
-        step.joined({branch: found[place, branch] for branch in (*step.computed, *step.predicted)})
+    of_steps = [
+        {branch: found[place, branch] for branch in (*step.computed, *step.predicted)}
         for place, step in enumerate(steps)
     ]
+    joined = [step.joined(own) for step, own in zip(steps, of_steps, strict=True)]
+    for step, own in zip(steps, of_steps, strict=True):
+        step.hold(own)
     for (place, branch), own in features.items():
         if (of_denoiser := steps[place].denoiser.states) is not None:
             of_denoiser[branch].update(own)
@@ -286,47 +307,6 @@ def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) ->
 def step_limit(device: torch.device) -> int:
     """Most latent tokens of a denoising forward of several images or branches."""
     return MAX_STEP_TOKENS_CPU if device.type == "cpu" else MAX_STEP_TOKENS
-
-
-def guidance_contexts(
-    reader: ContextReader,
-    prompts: Sequence[Sequence[EncodedSegment]],
-    full: Sequence[BagelContext],
-    guidance: Sequence[BagelGuidance],
-    plan_in_no_image: bool = False,
-    empty_no_text: bool = False,
-) -> list[dict[str, BagelContext]]:
-    """
-    The contexts that guidance compares (original behaviour, points 14-16).
-
-    `full` is everything; `no_text` the same before the last text of the prompt, unless an image follows it; `no_image`
-    all texts but the plan. A context that equals `full` is the same object, and its velocity is not computed twice.
-
-    Args:
-        reader (`ContextReader`): Reads the texts of `no_image`.
-        prompts (`Sequence[Sequence[EncodedSegment]]`): What each image is drawn from, without the plan.
-        full (`Sequence[BagelContext]`): The context of each prompt and its plan.
-        guidance (`Sequence[BagelGuidance]`): By which scales of at most 1 need no context.
-        plan_in_no_image, empty_no_text: As in the pipeline's `__call__`.
-    """
-    told = [context.segments for context in full] if plan_in_no_image else prompts
-    texts = [without_images(segments) for segments in told]
-    compared = [
-        index
-        for index, settings in enumerate(guidance)
-        if settings.text_scale > 1 and settings.image_scale > 1 and len(texts[index]) < len(full[index].segments)
-    ]
-    read = reader.read([BagelContext()] * len(compared), [texts[index] for index in compared])
-    no_image = dict(zip(compared, read, strict=True))
-    contexts = []
-    for index, (prompt, context, settings) in enumerate(zip(prompts, full, guidance, strict=True)):
-        branches = {"full": context}
-        if settings.text_scale > 1:
-            kept = 0 if empty_no_text else len(without_last_text(prompt))
-            branches["no_text"] = context if kept == len(context.segments) else context.first(kept)
-            branches["no_image"] = no_image.get(index, context)
-        contexts.append(branches)
-    return contexts
 
 
 class DenoisingLoop:

@@ -152,6 +152,23 @@ def check_guidance(
     check_number("cfg_renorm_min", cfg_renorm_min, 0, 1)
 
 
+def check_guidance_tolerance(guidance_tolerance: Any, has_step_cache: bool) -> None:
+    """
+    Refuse a tolerance that is none, or beside something else that leaves out forwards.
+
+    Raises:
+        TypeError, ValueError: naming it.
+    """
+    if guidance_tolerance is None:
+        return
+    check_number("guidance_tolerance", guidance_tolerance, 0, 1)
+    if has_step_cache:
+        raise ValueError(
+            "`guidance_tolerance` was passed, but the pipeline's step cache leaves out forwards, too, and neither knows what "
+            "the other does. Leave it out, or disable the cache."
+        )
+
+
 def check_sigmas(sigmas: Any) -> None:
     """
     Refuse sigmas that are no decreasing series within (0, 1].

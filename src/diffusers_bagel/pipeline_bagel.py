@@ -27,7 +27,7 @@ from transformers_bagel.segments import EncodedSegment, Segment, chat_segments
 from .adapter_scale import check_adapter_scale
 from .caching import TaylorSeerConfig
 from .contexts import BagelContext, ContextReader
-from .denoising import Denoiser, DenoisingLoop, guidance_contexts
+from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
@@ -40,6 +40,7 @@ from .inputs import (
     check_choice,
     check_flag,
     check_guidance,
+    check_guidance_tolerance,
     check_images_kwargs,
     check_latents,
     check_number,
@@ -59,6 +60,7 @@ from .lora import BagelLoraLoaderMixin, check_no_adapters
 from .memory import cast_layers, pipeline_quantization
 from .pipeline_output import BagelPipelineOutput
 from .presets import Preset, with_defaults
+from .prompt_contexts import guidance_contexts, read_once, share_segments
 from .randomness import draw_seed
 
 
@@ -374,10 +376,14 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         together = encode_posterior(self.vae, torch.stack(list(pixels)), self._execution_device)
         latents = []
         for own, generator, mode in zip(together.parameters.split(1), generators, vae_sample_modes, strict=True):
-            posterior = type(together)(own)
-            sample = posterior.sample(generator) if VAE_SAMPLE_MODES[mode] == "sample" else posterior.mode()
-            latents.append(patchify(scale_latents(sample, self.vae.config)[0], self.latent_patch_size))
+            latents.append(self._sampled(type(together)(own), generator, mode))
         return latents
+
+    def _sampled(self, posterior: Any, generator: torch.Generator | None, vae_sample_mode: str) -> torch.Tensor:
+        """Packed latents of what the VAE made of one image."""
+        is_random = VAE_SAMPLE_MODES[vae_sample_mode] == "sample"
+        sample = posterior.sample(generator) if is_random else posterior.mode()
+        return patchify(scale_latents(sample, self.vae.config)[0], self.latent_patch_size)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int], output_type: str = "pil") -> Any:
@@ -446,7 +452,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
             temperature_only, plan_in_no_image, empty_no_text: As in `__call__`.
         """
         reader = ContextReader(self.transformer, self.processor, self._execution_device, attention_kwargs)
-        full = reader.read([BagelContext()] * len(prompts), prompts)
+        full = read_once(reader, prompts)
         plans = None
         if think:
             seeds = [draw_seed(generator) for generator in generators or ()] if do_sample else None
@@ -472,6 +478,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         cfg_interval: tuple[float, float] | None = None,
         cfg_renorm_type: str | None = None,
         cfg_renorm_min: float = 0.0,
+        guidance_tolerance: float | None = None,
         think: bool = False,
         max_think_tokens: int = 1024,
         do_sample: bool = False,
@@ -528,6 +535,10 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 `"global"`, or `"text_channel"` with images.
             cfg_renorm_min (`float`, *optional*, defaults to 0.0):
                 Smallest factor of that scaling.
+            guidance_tolerance (`float`, *optional*):
+                Hold what a branch of guidance adds, instead of computing it, for as long as this changes the latents by no
+                more than about this share, such as 0.005. It changes the images a little. By default every branch is
+                computed at every step.
             think (`bool`, *optional*, defaults to `False`):
                 Whether the model writes a plan first, returned in `texts`.
             max_think_tokens (`int`, *optional*, defaults to 1024):
@@ -616,6 +627,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         for name, flag in (flags | {"empty_no_text": empty_no_text}).items():
             check_flag(name, flag)
         check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+        check_guidance_tolerance(guidance_tolerance, has_step_cache=self._taylorseer is not None)
         conversations = as_conversations(prompt, image, messages)
         generators = as_generators(generator, len(conversations) * num_images_per_prompt)
         if self._split_group is not None and None in generators:
@@ -633,10 +645,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         try:
             # 2. Prepare the contexts, and then the noise: the generators are used in this order
             own_generators = generators[::num_images_per_prompt]
-            prompts = [
-                self._encode_images(segments, own, vae_sample_mode)
-                for segments, own in zip(prompts, own_generators, strict=True)
-            ]
+            prompts = self._encode_images(share_segments(prompts), own_generators, vae_sample_mode)
             guidance = [
                 (EDITING if any(segment.grid for segment in segments) else TEXT_TO_IMAGE).with_changes(
                     text_scale=guidance_scale,
@@ -644,6 +653,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                     interval=cfg_interval,
                     renorm_type=cfg_renorm_type,
                     renorm_min=cfg_renorm_min,
+                    tolerance=guidance_tolerance,
                 )
                 for segments in prompts
             ]
@@ -749,13 +759,32 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         return timesteps, timesteps.float().cpu() / self.scheduler.config.num_train_timesteps
 
     def _encode_images(
-        self, segments: list[EncodedSegment], generator: torch.Generator | None, vae_sample_mode: str
-    ) -> list[EncodedSegment]:
+        self,
+        prompts: Sequence[Sequence[EncodedSegment]],
+        generators: Sequence[torch.Generator | None],
+        vae_sample_mode: str,
+    ) -> list[list[EncodedSegment]]:
+        """
+        The same prompts with the latents of their images. Of segments that are one object, the VAE encodes the image once,
+        and they stay one object unless each is a sample of its own.
+        """
+        is_random, device = VAE_SAMPLE_MODES[vae_sample_mode] == "sample", self._execution_device
+        posteriors: dict[int, Any] = {}
+        found: dict[int, EncodedSegment] = {}
+
+        def encoded(segment: EncodedSegment, generator: torch.Generator | None) -> EncodedSegment:
+            if segment.segment.type != "vae_image":
+                return segment
+            key = id(segment)
+            if key not in posteriors:
+                posteriors[key] = encode_posterior(self.vae, segment.pixels, device)
+            if is_random or key not in found:
+                found[key] = replace(segment, latents=self._sampled(posteriors[key], generator, vae_sample_mode))
+            return found[key]
+
         return [
-            replace(segment, latents=self.encode_image(segment.pixels, generator, vae_sample_mode))
-            if segment.segment.type == "vae_image"
-            else segment
-            for segment in segments
+            [encoded(segment, generator) for segment in segments]
+            for segments, generator in zip(prompts, generators, strict=True)
         ]
 
     def _decode(self, latents: torch.Tensor, grids: list[tuple[int, int]], output_type: str) -> Any:

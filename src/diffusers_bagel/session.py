@@ -21,7 +21,7 @@ from transformers_bagel.segments import check_conversation
 from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent, Steps
 from .contexts import BagelContext, ContextReader
 from .conversation import Conversation
-from .inputs import check_flag, check_guidance, check_whole_number, with_residual_dtype
+from .inputs import check_flag, check_guidance, check_guidance_tolerance, check_whole_number, with_residual_dtype
 from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
 from .read_contexts import ReadContexts
@@ -37,7 +37,7 @@ OUTPUTS = ("auto", "text", "image", "interleaved")
 _DRAWING = (
     *("height", "width", "num_inference_steps", "sigmas", "guidance_scale", "image_guidance_scale", "cfg_interval"),
     *("cfg_renorm_type", "cfg_renorm_min", "vae_sample_mode", "attention_kwargs", "timestep_shift", "size_like"),
-    *("plan_in_no_image", "empty_no_text", "residual_dtype"),
+    *("plan_in_no_image", "empty_no_text", "residual_dtype", "guidance_tolerance"),
 )
 
 
@@ -366,6 +366,7 @@ class BagelSession:
         guidance = ("guidance_scale", "image_guidance_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min")
         defaults = {"guidance_scale": 4.0, "cfg_renorm_min": 0.0}
         check_guidance(*(drawing.get(name, defaults.get(name)) for name in guidance))
+        check_guidance_tolerance(drawing.get("guidance_tolerance"), self.pipe._taylorseer is not None)
         self.pipe.check_inputs(
             "",
             None,

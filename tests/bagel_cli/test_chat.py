@@ -214,7 +214,7 @@ def test_settings_are_changed_by_their_names_on_the_command_line(talk, asked):
     lines += ["b", "/set no-think temperature=0 answer=image", "c", "/set protocol=zebra", "/status"]
     said, errors = talk(lines, ["--max-new-tokens", "2", "--height", "48", "--width", "64"])
     (*_, first), (*_, second), (_, output, third) = asked
-    unset = {"think", "guidance_scale", "image_guidance_scale", "temperature", "do_sample"}
+    unset = {"think", "guidance_scale", "image_guidance_scale", "guidance_tolerance", "temperature", "do_sample"}
     assert not {name for name in unset if first.get(name) is not None} and first["num_inference_steps"] is None
     assert second["num_inference_steps"] == 3 and second["guidance_scale"] == 2 and second["think"] is True
     assert second["do_sample"] is True and second["temperature"] == 0.5

@@ -14,12 +14,13 @@ from bagel_cli.files import description
 def test_a_drawn_png_holds_its_prompt_and_settings(saved, tmp_path):
     file = tmp_path / "out.png"
     asked = ["draw", "ein roter Kreis, größer als 2 €", "--model", saved, "--seed", "3", "--steps", "2"]
-    assert main([*asked, "--height", "64", "--width", "64", "-o", str(file)]) == 0
+    asked += ["--height", "64", "--width", "64", "--guidance-tolerance", "0.01"]
+    assert main([*asked, "-o", str(file)]) == 0
     with PIL.Image.open(file) as image:
         assert image.info["prompt"] == "ein roter Kreis, größer als 2 €"
         settings = json.loads(image.info["settings"])
         assert image.info["model"] == "/".join(Path(saved).parts[-2:])
-    assert settings == {"seed": 3, "num_inference_steps": 2, "height": 64, "width": 64}
+    assert settings == {"seed": 3, "num_inference_steps": 2, "height": 64, "width": 64, "guidance_tolerance": 0.01}
 
 
 def test_formats_without_a_place_for_it_are_written_all_the_same(saved, tmp_path):

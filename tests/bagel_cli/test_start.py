@@ -57,6 +57,10 @@ WRONG = [
         "argument --preset: invalid choice: 'kris' (choose from 'ask', 'vqa',",
     ),
     (["draw", "x", "--seed", str(2**64)], f"argument --seed: must be a whole number from {-(2**63)} to {2**64 - 1}"),
+    (
+        ["edit", "a.png", "x", "--guidance-tolerance", "2"],
+        "argument --guidance-tolerance: must be a number from 0 to 1, got '2'",
+    ),
     (["draw", "x", "--guidance-scale", "nan"], "argument --guidance-scale: must be a number from 0, got 'nan'"),
     (["chat", "--max-new-tokens", "-1"], "argument --max-new-tokens: must be a whole number from 1"),
     (["ask", "in.png", "x", "--temperature", "-1"], "argument --temperature: must be a number from 0, got '-1'"),

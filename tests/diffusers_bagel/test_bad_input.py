@@ -29,7 +29,7 @@ from tests.transformers_bagel.test_bad_input import (
 NAN, INF = float("nan"), float("inf")
 SMALL = {"prompt": "a", "height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
 WHOLE_NUMBERS = ("height", "width", "num_inference_steps", "num_images_per_prompt", "max_think_tokens")
-NUMBERS = ("guidance_scale", "image_guidance_scale", "cfg_renorm_min", "temperature")
+NUMBERS = ("guidance_scale", "image_guidance_scale", "cfg_renorm_min", "temperature", "guidance_tolerance")
 
 BAD_ARGUMENTS = [
     *((name, value) for name in ("height", "width") for value in (24, 0, -16, 144, 1 << 40)),
@@ -42,6 +42,7 @@ BAD_ARGUMENTS = [
     *((name, INF) for name in NUMBERS[:3]),
     *((name, None) for name in ("guidance_scale", "cfg_renorm_min", "temperature")),
     ("cfg_renorm_min", 1.1),
+    ("guidance_tolerance", 1.1),
     ("temperature", 0),
     *(
         ("cfg_interval", value)

@@ -148,11 +148,13 @@ class TestForwards:
 
     def test_the_bounds_hold(self, pipe, forwards, monkeypatch):
         seen = forwards(pipe)
-        lengths = [sum(map(len, pipe.encode_conversation(conversation([text]), think=True))) for text in TEXTS]
-        monkeypatch.setattr(contexts, "MAX_PREFILL_TOKENS", 2 * lengths[1])
-        monkeypatch.setattr(contexts, "MAX_JOINED_TOKENS", 3 * (lengths[2] + 8))
+        prompts = [list(map(len, pipe.encode_conversation(conversation([text]), think=True))) for text in TEXTS]
+        monkeypatch.setattr(contexts, "MAX_PREFILL_TOKENS", 2 * prompts[1][1])
+        monkeypatch.setattr(contexts, "MAX_JOINED_TOKENS", 3 * (sum(prompts[2]) + 8))
         images = pipe(TEXTS, generator=seeded(0, 1, 2, 3), **SMALL, **PLAN).images
-        assert shapes(seen.reading)[:3] == [(2, lengths[1]), (1, lengths[2]), (1, lengths[3])]
+        # All begin with the request to think.
+        ((system, _), (_, second), (_, third), (_, fourth)) = prompts
+        assert shapes(seen.reading)[:4] == [(1, system), (2, second), (1, third), (1, fourth)]
         assert [rows for rows, _ in shapes(seen.writing)] == [3, 1]
         monkeypatch.undo()
         assert close(images, pipe(TEXTS, generator=seeded(0, 1, 2, 3), **SMALL, **PLAN).images)

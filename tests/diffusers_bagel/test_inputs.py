@@ -73,6 +73,7 @@ KINDS = {
 }
 WHOLE = {"height": 32, "width": 48, "max_think_tokens": 4, "num_images_per_prompt": 1, "num_inference_steps": 2}
 NUMBERS = {"guidance_scale": 3.0, "image_guidance_scale": 2.0, "cfg_renorm_min": 0.5, "temperature": 0.5}
+NUMBERS |= {"guidance_tolerance": 0.0625}
 SERIES = {"cfg_interval": (0.25, 1.0), "sigmas": [1.0, 0.5]}
 
 

@@ -265,6 +265,7 @@ def arguments(world: World, folder: Path, rng: random.Random) -> tuple[str, Call
         "cfg_interval": [(0.0, 1.0), [0.4, 1.0], (1.0, 0.0)],
         "cfg_renorm_type": ["global", "channel", "text_channel"],
         "cfg_renorm_min": [0.0, 1, 0.5],
+        "guidance_tolerance": [0.0, 1, 0.01],
         "think": [True, False],
         "max_think_tokens": [2, 3],
         "do_sample": [True, False],

@@ -62,6 +62,16 @@ def test_an_edit_has_the_settings_that_are_lists(client, pipe):
     assert picture(answer.data[0].b64_json).tobytes() == expected.tobytes()
 
 
+def test_branches_of_guidance_are_held_as_a_request_says(client, pipe, forwards):
+    settings, files = {"num_inference_steps": 8}, ("wide.png", png(wide()))
+    expected = drawn(pipe, [wide(), "x"], 3, **settings, guidance_tolerance=0.05)
+    seen = forwards(pipe)
+    own = {"guidance_tolerance": 0.05, "seed": 3}
+    answer = client.images.edit(image=files, prompt="x", extra_body=settings | own)
+    assert picture(answer.data[0].b64_json).tobytes() == expected.tobytes()
+    assert len(seen.branches) == 8 and sum(seen.branches) < 3 * 8
+
+
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_pictures_come_in_other_formats(output_format, client):
     answer = client.images.generate(prompt="x", output_format=output_format, output_compression=50, extra_body=SMALL)

@@ -75,6 +75,7 @@ DRAWING_FIELDS: dict[str, tuple[Any, ...]] = {
     ),
     "cfg_renorm_type": (*_NO_STR, "none of them"),
     "cfg_renorm_min": (*_NO_FLOAT, -1, 2),
+    "guidance_tolerance": (*_NO_FLOAT, -1, 2),
     "preset": (*_NO_STR, "", "none of them"),
     "think": _NO_BOOL,
     "stream": _NO_BOOL,
