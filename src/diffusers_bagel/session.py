@@ -141,7 +141,7 @@ class BagelSession:
         Save what was said, whole or not at all; while an answer is being made, what is whole of it.
 
         The folder gets the messages, protocol and turns as JSON, each picture as PNG as the model saw it (RGB, upright,
-        transparency on white), and its latents. A session that is there is replaced.
+        transparency on white), and its latents, if it has some yet. A session that is there is replaced.
 
         Raises:
             OSError: if the folder is a file, or cannot be written to; it then holds what it held.

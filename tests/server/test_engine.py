@@ -506,6 +506,15 @@ class TestBounds:
             assert waits.result(60).content
             assert session.send("a", output="text", max_new_tokens=1).content
 
+    def test_to_submit_goes_through_no_modules(self, own_pipe, monkeypatch):
+        """In a large model they are many, and the thread that computes waits for who goes through them in Python."""
+        with Engine(own_pipe) as engine, held(engine):
+            session = BagelSession(own_pipe)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.Module, "named_modules", None)
+                answer = engine.submit(session, "a", "image", **DRAW)
+        assert answer.result(60).images
+
     def test_a_full_one_does_not_open_what_it_is_shown(self, pipe, tmp_path):
         with Engine(pipe, max_running=1, max_waiting=0) as engine, held(engine):
             with pytest.raises(EngineFull):
