@@ -277,11 +277,22 @@ class TestEnding:
         assert session.send("b", output="text", max_new_tokens=2).content
 
     def test_a_picture_that_nobody_wants_frees_its_place_within_a_step(self, engine, pipe):
-        answer = engine.submit(BagelSession(pipe), "a", "image", progress=True, **DRAW | {"num_inference_steps": 500})
-        next(iter(answer))
-        answer.cancel()
-        answer.result(60)
-        assert engine.stats().steps < 500
+        """The one that is being made when it is cancelled."""
+        steps, answers = [], []
+
+        def cancel_in_the_third(module, args, kwargs):
+            steps.append(kwargs.get("latents") is not None and kwargs.get("input_ids") is None)
+            if sum(steps) == 3:
+                answers[0].cancel()
+
+        with held(engine):
+            answers.append(engine.submit(BagelSession(pipe), "a", "image", **DRAW | {"num_inference_steps": 500}))
+            hook = pipe.transformer.register_forward_pre_hook(cancel_in_the_third, with_kwargs=True)
+        try:
+            answers[0].result(60)
+        finally:
+            hook.remove()
+        assert engine.stats().steps == sum(steps) == 3
         assert engine.stats().pictures == 0
 
     def test_what_was_whole_of_a_cancelled_one_stays(self, engine, pipe):
