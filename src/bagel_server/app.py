@@ -57,7 +57,8 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     return app
 
 
-def _has_key(request: Request) -> None:
+# In the event loop: what is no coroutine takes a turn in another thread.
+async def _has_key(request: Request) -> None:
     check_key(request.headers, request.app.state.generation.settings)
 
 

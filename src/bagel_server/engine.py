@@ -50,7 +50,7 @@ class Engine:
     Makes the answers of many sessions of one pipeline, in a thread of its own, each as its session would alone.
 
     Args:
-        pipe ([`BagelPipeline`]): The pipeline.
+        pipe ([`BagelPipeline`]): The pipeline, which stays on its device as long as the engine runs.
         max_running (`int`, *optional*, defaults to 32): Most answers that are made at a time.
         max_waiting (`int`, *optional*, defaults to 64): Most answers that wait for that, first come, first served.
 
@@ -72,6 +72,8 @@ class Engine:
                 "`disable_context_split()`."
             )
         self.pipe, self.max_running, self.max_waiting = pipe, max_running, max_waiting
+        # To find it, the pipeline goes through all modules: as much work as all else that begins an answer.
+        self._device = pipe._execution_device
         self._rounds = Rounds(pipe)
         self._waiting: deque[Job] = deque()
         self._durations: deque[float] = deque(maxlen=32)
@@ -121,7 +123,8 @@ class Engine:
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         with self._changed:
             self._check_room()
-        job = Job(session._steps(content, output, settings, streams=True, shows_bar=False), deadline)
+        steps = session._steps(content, output, settings, streams=True, shows_bar=False, device=self._device)
+        job = Job(steps, deadline)
         with self._changed:
             try:
                 self._check_room()

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from transformers_bagel.latents import VAE_SAMPLE_MODES
 from transformers_bagel.segments import (
     END,
     END_OF_TEXT,
@@ -107,6 +108,7 @@ class AnswerSettings:
         streamer ([`AnswerStreamer`], *optional*): For the tokens of all texts.
         streams (`bool`): Whether words are given out as they come.
         shows_bar (`bool`): Whether the pipeline's progress bar is shown.
+        device (`torch.device`, *optional*): Where the pipeline computes, if somebody has found that out.
         drawing (`dict`): Settings of the pipeline's `__call__`.
     """
 
@@ -127,6 +129,7 @@ class AnswerSettings:
     images_kwargs: dict[str, Any] = field(default_factory=dict)
     streams: bool = False
     shows_bar: bool = True
+    device: torch.device | None = None
     drawing: dict[str, Any] = field(default_factory=dict)
 
 
@@ -165,7 +168,7 @@ class Answer:
         self.protocol: InterleaveProtocol = session.protocol
         self.settings = settings
         self.said: Conversation = session._said
-        self.reader = session._reader(settings.drawing.get("attention_kwargs"))
+        self.reader = session._reader(settings.drawing.get("attention_kwargs"), settings.device)
         self.message: dict[str, Any] = {}
         self.output = "auto"
         self.content: list[dict[str, Any]] = []
@@ -215,7 +218,7 @@ class Answer:
                 self.said = self.said.with_image(self._shown_as(part["image"], is_given=True))
 
     def look(self) -> Steps[None]:
-        """What the VAE makes of the images that the user shows, and of those of turns that were recalled."""
+        """What the VAE makes of images that it has yet to see: the user's, pictures that were drawn, those of recalled turns."""
         said = Conversation()
         for turn in self.said.turns:
             said = said.at_next_turn()
@@ -252,6 +255,7 @@ class Answer:
                 if images == self.settings.max_images or texts + images == protocol.max_items:
                     return
                 text = ""
+                yield from self.look()
                 next_token = (yield from self._next_token()) if protocol.after_image == "token" else None
                 if next_token == self._id(END_OF_TEXT):
                     return
@@ -300,9 +304,22 @@ class Answer:
         # Without what draws, latents are never read.
         if self.pipe.vae is None:
             return image
-        mode = self.settings.drawing.get("vae_sample_mode", "sample")
+        mode = image.vae_sample_mode or self._sample_mode
         latents = yield Encoding(self.pipe, image.vae.pixels, self.settings.generator, mode)
         return replace(image, vae=replace(image.vae, latents=latents))
+
+    def _read_back(self, image: Image.Image) -> Steps[SaidImage]:
+        """A picture that was drawn, as a part of what was said."""
+        shown = self._shown_as(image)
+        if VAE_SAMPLE_MODES[self._sample_mode] == "sample":
+            # Drawn now: the generator's next numbers are those of what comes.
+            return (yield from self._encoded(shown))
+        # It may be the last that is said, which nobody reads.
+        return replace(shown, vae_sample_mode=self._sample_mode)
+
+    @property
+    def _sample_mode(self) -> str:
+        return self.settings.drawing.get("vae_sample_mode", "sample")
 
     def _finish(self, **part: Any) -> None:
         """A part of the answer is whole: the session remembers it, whatever comes."""
@@ -431,7 +448,7 @@ class Answer:
         latents = yield from self._drawn(self._loop(contexts, guidance, grid), grid, text)
         image = yield from self._picture(latents, grid, text)
         self._check_interrupted()
-        self.said = self.said.with_image((yield from self._encoded(self._shown_as(image))))
+        self.said = self.said.with_image((yield from self._read_back(image)))
         if protocol.reflection is not None:
             self._say(protocol.reflection, REFLECTION)
         self._finish(type="image", image=image)

@@ -123,6 +123,7 @@ class SaidImage:
         is_given (`bool`): Whether the user showed it.
         is_resized (`bool`): Whether the ViT sees it as the VAE does, resized.
         images_kwargs (`dict`): Settings of the image processor other than its own.
+        vae_sample_mode (`str`, *optional*): By which the VAE is to encode it; by default, that of the turn that does.
     """
 
     vae: EncodedSegment
@@ -132,6 +133,7 @@ class SaidImage:
     is_given: bool
     is_resized: bool
     images_kwargs: dict[str, Any] = field(default_factory=dict)
+    vae_sample_mode: str | None = None
 
 
 @dataclass(frozen=True)

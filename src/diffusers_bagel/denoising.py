@@ -342,7 +342,7 @@ class DenoisingLoop:
         self.denoiser = denoiser
         self.latents = latents
         self._step: tuple[torch.Tensor, ...] = ()
-        self._finite: list[torch.Tensor] = []
+        self._finite: dict[int, torch.Tensor] = {}
         self.timesteps = timesteps
         self.levels = levels
         self.is_interrupted = is_interrupted
@@ -371,10 +371,11 @@ class DenoisingLoop:
     def check(self, step: int | None = None) -> None:
         """Raise a `ValueError` if latents were infinite or NaN, behind a step only where the host need not wait for that."""
         if step is not None:
-            self._finite.append(torch.isfinite(self.latents).all())
+            self._finite[step] = torch.isfinite(self.latents).all()
         # On a CPU an early stop costs nothing.
         if step is None or self.latents.device.type == "cpu":
             _check_finite(self._finite, self.levels)
+            self._finite.clear()
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -392,11 +393,10 @@ class DenoisingLoop:
         return step == len(self.timesteps) - 1 or (step + 1 > warmup and (step + 1) % order == 0)
 
 
-def _check_finite(finite: list[torch.Tensor], sigmas: torch.Tensor) -> None:
+def _check_finite(finite: dict[int, torch.Tensor], sigmas: torch.Tensor) -> None:
     """Raise a `ValueError` if the latents of a step were not finite. The host waits for the device to tell."""
-    is_finite = [bool(flag) for flag in finite]
-    if not all(is_finite):
-        step = is_finite.index(False)
+    step = next((step for step, is_finite in finite.items() if not is_finite), None)
+    if step is not None:
         raise ValueError(
             f"The latents are NaN or infinite after step {step} of {len(sigmas)} (noise level "
             f"{float(sigmas[step]):.3f}). Try float32 or bfloat16, or a lower `guidance_scale`."

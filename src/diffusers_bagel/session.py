@@ -141,7 +141,7 @@ class BagelSession:
         Save what was said, whole or not at all; while an answer is being made, what is whole of it.
 
         The folder gets the messages, protocol and turns as JSON, each picture as PNG as the model saw it (RGB, upright,
-        transparency on white), and its latents. A session that is there is replaced.
+        transparency on white), and its latents, if it has some yet. A session that is there is replaced.
 
         Raises:
             OSError: if the folder is a file, or cannot be written to; it then holds what it held.
@@ -226,9 +226,16 @@ class BagelSession:
     @property
     @torch.no_grad()
     def contexts(self) -> dict[str, BagelContext]:
-        """What the next picture would be drawn from: `full`, and what guidance compares it with."""
+        """
+        What the next picture would be drawn from: `full`, and what guidance compares it with.
+
+        Of images that the VAE has yet to encode, its mode.
+        """
         reader = self._reader(None)
-        track = self._said.drawn_from
+        answer = Answer(self, self._settings({"vae_sample_mode": "argmax"}))
+        for _ in at_once(answer.look()):
+            pass
+        track = answer.said.drawn_from
         return {name: self._read.context(reader, track.segments_of(name)) for name in CONTEXTS}
 
     def send(self, content: str | Sequence[Any], output: str = "auto", **settings: Any) -> BagelReply:
@@ -275,35 +282,35 @@ class BagelSession:
 
     @torch.no_grad()
     def _answered(self, content: Any, output: str, settings: dict[str, Any], streams: bool) -> Iterator[SessionEvent]:
-        steps = self._steps(content, output, settings, streams)
+        steps = self._steps(content, output, settings, streams=streams)
         try:
             yield from at_once(steps)
         finally:
             self.pipe.maybe_free_model_hooks()
 
-    def _steps(
-        self, content: Any, output: str, settings: dict[str, Any], streams: bool = False, shows_bar: bool = True
-    ) -> Steps[None]:
+    def _steps(self, content: Any, output: str, settings: dict[str, Any], **how: Any) -> Steps[None]:
         """
         What an answer does. No model is asked before it goes on, and nothing else may be said before it ends or is closed.
+
+        Args:
+            content, output, settings: As of `stream`.
+            how: Of [`AnswerSettings`], what no caller of `stream` chooses.
 
         Raises:
             TypeError, ValueError: for arguments that cannot work.
         """
-        steps = self._answering(content, output, settings, streams, shows_bar)
+        steps = self._answering(content, output, settings, how)
         # Whatever becomes of it from now on, it leaves the session by itself.
         next(steps)
         return steps
 
-    def _answering(
-        self, content: Any, output: str, settings: dict[str, Any], streams: bool, shows_bar: bool
-    ) -> Steps[None]:
+    def _answering(self, content: Any, output: str, settings: dict[str, Any], how: dict[str, Any]) -> Steps[None]:
         with ended(settings.get("streamer")):
             with self._changing:
                 self._check_idle()
                 self._is_answering = True
             try:
-                answer = self._heard(content, output, settings, streams, shows_bar)
+                answer = self._heard(content, output, settings, how)
                 yield SessionEvent("heard")
                 yield from answer.look()
                 self._begin_turn(answer.message, answer.said)
@@ -315,7 +322,7 @@ class BagelSession:
                 self._is_answering = False
             yield SessionEvent("done", reply=BagelReply(answer.content))
 
-    def _heard(self, content: Any, output: str, settings: dict[str, Any], streams: bool, shows_bar: bool) -> Answer:
+    def _heard(self, content: Any, output: str, settings: dict[str, Any], how: dict[str, Any]) -> Answer:
         """An answer to something, which is not yet said."""
         self._began_at = time.monotonic()
         if output not in OUTPUTS:
@@ -329,7 +336,7 @@ class BagelSession:
             raise ValueError(
                 "`content` is empty, and nothing was said before. Pass a text, an image, or a list of them."
             )
-        answer = Answer(self, replace(self._settings(settings), streams=streams, shows_bar=shows_bar))
+        answer = Answer(self, replace(self._settings(settings), **how))
         answer.hear(message, output)
         return answer
 
@@ -350,7 +357,7 @@ class BagelSession:
         chosen |= {name: value for name, value in given.items() if value is not None}
         drawing = {name: chosen.pop(name) for name in _DRAWING if name in chosen}
         stop_strings = chosen.pop("stop_strings", None)
-        known = AnswerSettings.__dataclass_fields__.keys() - {"streams", "shows_bar", "drawing"}
+        known = AnswerSettings.__dataclass_fields__.keys() - {"streams", "shows_bar", "device", "drawing"}
         if unknown := chosen.keys() - known:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: no setting of a session. Known are those of `stream`; what else `generate` "
@@ -428,9 +435,11 @@ class BagelSession:
             self.messages[-1]["content"].append(part)
             self._said = said
 
-    def _reader(self, attention_kwargs: dict[str, Any] | None) -> ContextReader:
+    def _reader(self, attention_kwargs: dict[str, Any] | None, device: torch.device | None = None) -> ContextReader:
         pipe = self.pipe
-        if self._device is None or self._read.is_empty:
+        if device is not None:
+            self._device = device
+        elif self._device is None or self._read.is_empty:
             # Contexts stay where they were read. To find the device, the pipeline goes through all modules.
             self._device = pipe._execution_device
         return ContextReader(pipe.transformer, pipe.processor, self._device, attention_kwargs)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.protocols import InterleaveProtocol
 from diffusers_bagel.session import BagelSession
 from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, max_error
 from tests.diffusers_bagel.conftest import seeded
@@ -290,6 +291,60 @@ class TestHistory:
         contexts = session.contexts
         kept = session._read._contexts
         assert sum(context.length for context in kept) == contexts["full"].length + contexts["no_image"].length
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """By which mode the VAE has encoded each image."""
+    modes: list[str] = []
+    encode = BagelPipeline.encode_images
+
+    def noted(pipe, pixels, generators, vae_sample_modes):
+        modes.extend(vae_sample_modes)
+        return encode(pipe, pixels, generators, vae_sample_modes)
+
+    monkeypatch.setattr(BagelPipeline, "encode_images", noted)
+    return modes
+
+
+class TestPicturesAreEncoded:
+    SIZE = {"height": 48, "width": 64}
+
+    def test_by_the_mode_only_when_something_is_said_behind_them(self, pipe, encoded):
+        session = BagelSession(pipe)
+        picture = session.send("a", output="image", **DRAW | self.SIZE).images[0]
+        assert encoded == []
+        # The turn that drew it said how.
+        session.send("b", output="image", generator=seeded(1), num_inference_steps=3, **self.SIZE)
+        assert encoded == ["argmax", "sample"]
+        said = session._said.turns[0][1].vae
+        assert torch.equal(said.latents, pipe.encode_image(said.pixels, vae_sample_mode="argmax"))
+        assert said.segment.content.size == picture.size
+
+    def test_as_a_sample_at_once(self, pipe, encoded):
+        """It takes numbers of the answer's generator, whose next ones are those of what comes."""
+        session, generator, other = BagelSession(pipe), seeded(2), seeded(2)
+        session.send("a", output="image", num_inference_steps=3, generator=generator, **self.SIZE)
+        assert encoded == ["sample"]
+        said = session._said.turns[0][1].vae
+        pipe.prepare_latents([(3, 4)], [other])
+        assert torch.equal(said.latents, pipe.encode_image(said.pixels, other))
+        assert torch.equal(generator.get_state(), other.get_state())
+
+    def test_within_an_answer_that_goes_on(self, pipe, encoded):
+        protocol = InterleaveProtocol("mine", trigger="always")
+        settings = {"max_images": 3, "max_new_tokens": 2} | DRAW | self.SIZE
+        reply = BagelSession(pipe, protocol).send("a", output="interleaved", **settings)
+        assert len(reply.images) == 3
+        assert encoded == 2 * ["argmax"]
+
+    def test_for_who_looks_at_the_contexts(self, pipe, encoded):
+        session, recalled = BagelSession(pipe), BagelSession(pipe)
+        session.send("a", output="image", **DRAW | self.SIZE)
+        recalled.recall(session.messages)
+        lengths = [each.contexts["full"].length for each in (session, recalled)]
+        assert lengths[0] == lengths[1]
+        assert set(encoded) == {"argmax"}
 
 
 class TestRefusals:

@@ -277,11 +277,22 @@ class TestEnding:
         assert session.send("b", output="text", max_new_tokens=2).content
 
     def test_a_picture_that_nobody_wants_frees_its_place_within_a_step(self, engine, pipe):
-        answer = engine.submit(BagelSession(pipe), "a", "image", progress=True, **DRAW | {"num_inference_steps": 500})
-        next(iter(answer))
-        answer.cancel()
-        answer.result(60)
-        assert engine.stats().steps < 500
+        """The one that is being made when it is cancelled."""
+        steps, answers = [], []
+
+        def cancel_in_the_third(module, args, kwargs):
+            steps.append(kwargs.get("latents") is not None and kwargs.get("input_ids") is None)
+            if sum(steps) == 3:
+                answers[0].cancel()
+
+        with held(engine):
+            answers.append(engine.submit(BagelSession(pipe), "a", "image", **DRAW | {"num_inference_steps": 500}))
+            hook = pipe.transformer.register_forward_pre_hook(cancel_in_the_third, with_kwargs=True)
+        try:
+            answers[0].result(60)
+        finally:
+            hook.remove()
+        assert engine.stats().steps == sum(steps) == 3
         assert engine.stats().pictures == 0
 
     def test_what_was_whole_of_a_cancelled_one_stays(self, engine, pipe):
@@ -505,6 +516,15 @@ class TestBounds:
             assert 0.1 <= caught.value.retry_after <= 2
             assert waits.result(60).content
             assert session.send("a", output="text", max_new_tokens=1).content
+
+    def test_to_submit_goes_through_no_modules(self, own_pipe, monkeypatch):
+        """In a large model they are many, and the thread that computes waits for who goes through them in Python."""
+        with Engine(own_pipe) as engine, held(engine):
+            session = BagelSession(own_pipe)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.Module, "named_modules", None)
+                answer = engine.submit(session, "a", "image", **DRAW)
+        assert answer.result(60).images
 
     def test_a_full_one_does_not_open_what_it_is_shown(self, pipe, tmp_path):
         with Engine(pipe, max_running=1, max_waiting=0) as engine, held(engine):
