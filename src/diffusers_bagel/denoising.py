@@ -17,12 +17,14 @@ from transformers_bagel import (
     PrefixView,
     SplitPrefixCache,
 )
+from transformers_bagel.image_processing_bagel import unpatchify
 from transformers_bagel.segments import EncodedSegment, without_images, without_last_text
 
 from .adapter_scale import AdapterScale
-from .caching import TaylorSeerConfig, TaylorSeerState
+from .caching import TaylorSeerConfig, TaylorSeerSchedule, TaylorSeerState
 from .contexts import BagelContext, ContextReader
 from .guidance import BagelGuidance
+from .step_caches import LayerCaching, StepCache, all_or_nothing
 
 
 # Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
@@ -61,7 +63,7 @@ class Denoiser:
         contexts (`Sequence[dict[str, BagelContext]]`): Of each image, see `guidance_contexts`.
         grids (`Sequence[tuple[int, int]]`): Rows and columns of the tokens of each image.
         guidance (`Sequence[BagelGuidance]`): Of each image.
-        taylorseer (`TaylorSeerConfig`, *optional*): Predict most steps.
+        caching (`TaylorSeerConfig`, `TaylorSeerSchedule` or `LayerCaching`, *optional*): Predict most steps, or leave out layers.
         group (`torch.distributed.ProcessGroup`, *optional*): Processes that share each step.
         attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
     """
@@ -72,7 +74,7 @@ class Denoiser:
         contexts: Sequence[dict[str, BagelContext]],
         grids: Sequence[tuple[int, int]],
         guidance: Sequence[BagelGuidance],
-        taylorseer: TaylorSeerConfig | None = None,
+        caching: TaylorSeerConfig | TaylorSeerSchedule | LayerCaching | None = None,
         group: torch.distributed.ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ):
@@ -86,7 +88,14 @@ class Denoiser:
         lengths = [self.drawings[owner].num_tokens for owner in self._owners]
         self.prefix: Any = PrefixCache(views) if group is None else SplitPrefixCache(views, lengths, group)
         self.positions = torch.tensor(positions)
-        self.states = None if taylorseer is None else [TaylorSeerState(taylorseer) for _ in views]
+        self.caching = caching
+        # Of the loop that asks, if it is known.
+        self.num_steps: int | None = None
+        self._num_begun = 0
+        self.states: list[TaylorSeerState] | None = None
+        if isinstance(caching, TaylorSeerConfig | TaylorSeerSchedule):
+            self.states = [TaylorSeerState(caching) for _ in views]
+        self._caches: dict[int, StepCache] = {}
 
     def _add_branches(
         self,
@@ -164,7 +173,13 @@ class Denoiser:
             due = {branch: self.states[branch].advance() for branch in active}
             computed = [branch for branch in active if due[branch]]
             predicted = [branch for branch in active if not due[branch]]
-        return DenoisingStep(self, latents, device_sigma, guidance, needed, computed, predicted)
+        self._num_begun += 1
+        place = {
+            "step_index": self._num_begun - 1,
+            "num_inference_steps": self.num_steps,
+            "sigma": float(sigma),
+        }
+        return DenoisingStep(self, latents, device_sigma, guidance, needed, computed, predicted, place)
 
     def num_tokens(self, branch: int) -> int:
         """Latent tokens of a branch."""
@@ -173,6 +188,13 @@ class Denoiser:
     def owner(self, branch: int) -> int:
         """The image that a branch is of."""
         return self._owners[branch]
+
+    def cache(self, branch: int) -> StepCache | None:
+        """What a branch keeps from step to step, if layers are left out."""
+        if branch not in self._caches and isinstance(self.caching, LayerCaching):
+            num_layers = self.transformer.config.text_config.num_hidden_layers
+            self._caches[branch] = self.caching.new(num_layers, self.num_steps)
+        return self._caches.get(branch)
 
     def selected(self, branches: Sequence[tuple[Denoiser, int]]) -> PrefixCache:
         """What the blocks of a forward attend to: the same object at each step, which keeps what the steps share."""
@@ -204,6 +226,7 @@ class DenoisingStep:
         guidance (`list[BagelGuidance]`): Of each image.
         needed (`list[dict[str, int]]`): The branches that it joins.
         computed, predicted (`list[int]`): Branches that are computed now, and those that TaylorSeer predicts.
+        place (`dict`): Where the step is among the others, in the words of diffusers' `cache_context`.
     """
 
     denoiser: Denoiser
@@ -213,11 +236,25 @@ class DenoisingStep:
     needed: list[dict[str, int]]
     computed: list[int]
     predicted: list[int]
+    place: dict[str, Any]
 
     @property
     def num_tokens(self) -> int:
         """Latent tokens that are computed."""
         return sum(map(self.denoiser.num_tokens, self.computed))
+
+    def own_latents(self, branch: int) -> torch.Tensor:
+        """Packed latents of the image that a branch is of, `(tokens, latent_dim)`."""
+        return self.latents[self.denoiser.owner(branch), : self.denoiser.num_tokens(branch)]
+
+    def layers(self, branch: int) -> dict[str, Any]:
+        """What the model is told of a branch that leaves layers out."""
+        if (cache := self.denoiser.cache(branch)) is None:
+            return {}
+        grid = self.denoiser.drawings[self.denoiser.owner(branch)].grid
+        patch_size = self.denoiser.transformer.config.latent_patch_size
+        latents = unpatchify(self.own_latents(branch), grid, patch_size).unsqueeze(1)
+        return {"run_layers": cache.at(latents, **self.place)}
 
     def joined(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
         """The guided velocity, from that of each branch."""
@@ -233,10 +270,21 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
     """
     Guided velocities of several denoisers of one transformer, each at a noise level of its own, in forwards that they share.
 
-    If it fails, for want of memory, the same steps can be taken again.
+    All have the same step cache. If it fails, for want of memory, the same steps can be taken again.
     """
-    limit = step_limit(steps[0].latents.device)
     due = [(place, branch) for place, step in enumerate(steps) for branch in step.computed]
+    caches = [cache for place, branch in due if (cache := steps[place].denoiser.cache(branch)) is not None]
+    # Each branch leaves out other layers than the others, in a forward of its own.
+    limit = 1 if caches else step_limit(steps[0].latents.device)
+    with all_or_nothing(caches):
+        joined = _velocities(steps, due, limit)
+    if isinstance(caching := steps[0].denoiser.caching, LayerCaching):
+        caching.note(caches)
+    return joined
+
+
+def _velocities(steps: Sequence[DenoisingStep], due: list[tuple[int, int]], limit: int) -> list[torch.Tensor]:
+    """The same; `due` names the branches to compute, by the place of their step, in forwards of at most `limit` tokens."""
     features: dict[tuple[int, int], torch.Tensor] = {}
     found: dict[tuple[int, int], torch.Tensor] = {}
     for chunk in chunk_in_order([steps[place].denoiser.num_tokens(branch) for place, branch in due], limit):
@@ -269,17 +317,15 @@ def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) ->
     first = steps[branches[0][0]].denoiser
     own = [(steps[place], branch) for place, branch in branches]
     owners = [step.denoiser.owner(branch) for step, branch in own]
-    pairs = list(zip(own, owners, strict=True))
     with first.adapters.applied():
         return first.transformer(
-            latents=torch.cat(
-                [step.latents[owner, : step.denoiser.num_tokens(branch)] for (step, branch), owner in pairs]
-            ),
-            latent_grid_hw=torch.tensor([step.denoiser.drawings[owner].grid for (step, _), owner in pairs]),
+            latents=torch.cat([step.own_latents(branch) for step, branch in own]),
+            latent_grid_hw=torch.tensor([step.denoiser.drawings[owner].grid for (step, _), owner in zip(own, owners, strict=True)]),
             timesteps=torch.stack([step.sigma for step, _ in own]),
             position_ids=torch.stack([step.denoiser.positions[branch] for step, branch in own]),
             past_key_values=first.selected([(step.denoiser, branch) for step, branch in own]),
             **first.adapters.attention_kwargs,
+            **own[0][0].layers(own[0][1]),
         )
 
 
@@ -361,6 +407,7 @@ class DenoisingLoop:
         self.call = call
         self.denoiser = denoiser
         self.latents = latents
+        denoiser.num_steps = len(timesteps)
         self._step: tuple[torch.Tensor, ...] = ()
         self._finite: list[torch.Tensor] = []
         self.timesteps = timesteps

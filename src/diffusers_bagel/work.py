@@ -124,8 +124,12 @@ class Drawing(Work):
         return step_limit(self.step.latents.device)
 
     def goes_with(self, other: Drawing) -> bool:
-        mine, theirs = (work.step.denoiser.adapters for work in (self, other))
-        return mine.scale == theirs.scale and mine.attention_kwargs == theirs.attention_kwargs
+        mine, theirs = (work.step.denoiser for work in (self, other))
+        return (
+            mine.adapters.scale == theirs.adapters.scale
+            and mine.adapters.attention_kwargs == theirs.adapters.attention_kwargs
+            and mine.caching == theirs.caching
+        )
 
     @staticmethod
     def together(works: Sequence[Drawing]) -> list[torch.Tensor]:
