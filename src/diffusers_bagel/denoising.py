@@ -320,7 +320,9 @@ def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) ->
     with first.adapters.applied():
         return first.transformer(
             latents=torch.cat([step.own_latents(branch) for step, branch in own]),
-            latent_grid_hw=torch.tensor([step.denoiser.drawings[owner].grid for (step, _), owner in zip(own, owners, strict=True)]),
+            latent_grid_hw=torch.tensor(
+                [step.denoiser.drawings[owner].grid for (step, _), owner in zip(own, owners, strict=True)]
+            ),
             timesteps=torch.stack([step.sigma for step, _ in own]),
             position_ids=torch.stack([step.denoiser.positions[branch] for step, branch in own]),
             past_key_values=first.selected([(step.denoiser, branch) for step, branch in own]),

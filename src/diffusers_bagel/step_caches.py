@@ -105,7 +105,9 @@ class StepCache:
         """
         return functools.partial(self._run, latents, place)
 
-    def _run(self, latents: torch.Tensor, place: dict[str, Any], layers: Any, *args: Any, **given: Any) -> torch.Tensor:
+    def _run(
+        self, latents: torch.Tensor, place: dict[str, Any], layers: Any, *args: Any, **given: Any
+    ) -> torch.Tensor:
         with self._layers.cache_context(_CONTEXT, **place):
             return self._layers(*args, latents=latents, layers=layers, **given)
 

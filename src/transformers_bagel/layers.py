@@ -167,7 +167,7 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         return join_experts(_add(states, route(routing, normed, self.mlp, self.mlp_moe_gen)))
 
 
-def run_in_turn(layers: Iterable[nn.Module], hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+def run_in_turn(layers: Iterable[nn.Module], hidden_states: torch.Tensor, /, **given: Any) -> torch.Tensor:
     """Hidden states behind all layers, one after the other, each of which is given the same."""
     for layer in layers:
         hidden_states = layer(hidden_states, **given)
