@@ -450,7 +450,7 @@ class Answer:
             [contexts],
             [grid],
             [guidance],
-            pipe._step_cache,
+            pipe._caching,
             pipe._split_group,
             drawing.get("attention_kwargs"),
         )

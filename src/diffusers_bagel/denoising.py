@@ -23,8 +23,9 @@ from transformers_bagel.segments import EncodedSegment, without_images, without_
 from .adapter_scale import AdapterScale
 from .caching import TaylorSeerConfig, TaylorSeerSchedule, TaylorSeerState
 from .contexts import BagelContext, ContextReader
+from .denoising_layers import DenoisingLayers
 from .guidance import BagelGuidance
-from .step_caches import LayerCaching, StepCache, all_or_nothing
+from .step_caches import Caching, LayerCaching, StepCache, all_or_nothing
 
 
 # Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
@@ -63,7 +64,7 @@ class Denoiser:
         contexts (`Sequence[dict[str, BagelContext]]`): Of each image, see `guidance_contexts`.
         grids (`Sequence[tuple[int, int]]`): Rows and columns of the tokens of each image.
         guidance (`Sequence[BagelGuidance]`): Of each image.
-        caching (`TaylorSeerConfig`, `TaylorSeerSchedule` or `LayerCaching`, *optional*): Predict most steps, or leave out layers.
+        caching (*optional*): By which most steps are predicted, or layers left out, see `StepCacheMixin`.
         group (`torch.distributed.ProcessGroup`, *optional*): Processes that share each step.
         attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
     """
@@ -74,7 +75,7 @@ class Denoiser:
         contexts: Sequence[dict[str, BagelContext]],
         grids: Sequence[tuple[int, int]],
         guidance: Sequence[BagelGuidance],
-        caching: TaylorSeerConfig | TaylorSeerSchedule | LayerCaching | None = None,
+        caching: Caching = None,
         group: torch.distributed.ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ):
@@ -189,6 +190,11 @@ class Denoiser:
         """The image that a branch is of."""
         return self._owners[branch]
 
+    def name(self, branch: int) -> str:
+        """What a branch is called, by the first of its names."""
+        branches = self.drawings[self._owners[branch]].branches
+        return next(name for name, place in branches.items() if place == branch)
+
     def cache(self, branch: int) -> StepCache | None:
         """What a branch keeps from step to step, if layers are left out."""
         if branch not in self._caches and isinstance(self.caching, LayerCaching):
@@ -249,12 +255,14 @@ class DenoisingStep:
 
     def layers(self, branch: int) -> dict[str, Any]:
         """What the model is told of a branch that leaves layers out."""
-        if (cache := self.denoiser.cache(branch)) is None:
+        denoiser = self.denoiser
+        if isinstance(caching := denoiser.caching, DenoisingLayers):
+            return {"run_layers": caching.of_branch(denoiser.name(branch), denoiser, not self.place["step_index"])}
+        if (cache := denoiser.cache(branch)) is None:
             return {}
-        grid = self.denoiser.drawings[self.denoiser.owner(branch)].grid
-        patch_size = self.denoiser.transformer.config.latent_patch_size
-        latents = unpatchify(self.own_latents(branch), grid, patch_size).unsqueeze(1)
-        return {"run_layers": cache.at(latents, **self.place)}
+        grid = denoiser.drawings[denoiser.owner(branch)].grid
+        latents = unpatchify(self.own_latents(branch), grid, denoiser.transformer.config.latent_patch_size)
+        return {"run_layers": cache.at(latents.unsqueeze(1), **self.place)}
 
     def joined(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
         """The guided velocity, from that of each branch."""
@@ -274,21 +282,18 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
     """
     due = [(place, branch) for place, step in enumerate(steps) for branch in step.computed]
     caches = [cache for place, branch in due if (cache := steps[place].denoiser.cache(branch)) is not None]
-    # Each branch leaves out other layers than the others, in a forward of its own.
-    limit = 1 if caches else step_limit(steps[0].latents.device)
     with all_or_nothing(caches):
-        joined = _velocities(steps, due, limit)
+        joined = _velocities(steps, due)
     if isinstance(caching := steps[0].denoiser.caching, LayerCaching):
         caching.note(caches)
     return joined
 
 
-def _velocities(steps: Sequence[DenoisingStep], due: list[tuple[int, int]], limit: int) -> list[torch.Tensor]:
-    """The same; `due` names the branches to compute, by the place of their step, in forwards of at most `limit` tokens."""
+def _velocities(steps: Sequence[DenoisingStep], due: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """The same; `due` names the branches to compute, by the place of their step."""
     features: dict[tuple[int, int], torch.Tensor] = {}
     found: dict[tuple[int, int], torch.Tensor] = {}
-    for chunk in chunk_in_order([steps[place].denoiser.num_tokens(branch) for place, branch in due], limit):
-        branches = [due[index] for index in chunk]
+    for branches in _shared(steps, due):
         outputs = _forward(steps, branches)
         counts = [steps[place].denoiser.num_tokens(branch) for place, branch in branches]
         found |= dict(zip(branches, outputs.velocity.split(counts), strict=True))
@@ -310,6 +315,19 @@ def _velocities(steps: Sequence[DenoisingStep], due: list[tuple[int, int]], limi
         if (of_denoiser := steps[place].denoiser.states) is not None:
             of_denoiser[branch].update(own)
     return joined
+
+
+def _shared(steps: Sequence[DenoisingStep], due: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Which branches share a forward."""
+    caching = steps[0].denoiser.caching
+    if isinstance(caching, LayerCaching | DenoisingLayers):
+        # What is kept is of one branch of one picture, or of the branches of one name.
+        is_own = isinstance(caching, LayerCaching)
+        keys = [(place, branch) if is_own else steps[place].denoiser.name(branch) for place, branch in due]
+        return [[own for own, other in zip(due, keys, strict=True) if other == key] for key in dict.fromkeys(keys)]
+    lengths = [steps[place].denoiser.num_tokens(branch) for place, branch in due]
+    chunks = chunk_in_order(lengths, step_limit(steps[0].latents.device))
+    return [[due[index] for index in chunk] for chunk in chunks]
 
 
 def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) -> Any:

@@ -650,7 +650,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 [own for own in contexts for _ in range(num_images_per_prompt)],
                 grids,
                 [own for own in guidance for _ in range(num_images_per_prompt)],
-                self._step_cache,
+                self._caching,
                 self._split_group,
                 told,
             )

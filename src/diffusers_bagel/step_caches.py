@@ -35,6 +35,7 @@ from transformers_bagel.errors import shown
 from transformers_bagel.layers import run_in_turn
 
 from .caching import TaylorSeerConfig, TaylorSeerSchedule
+from .denoising_layers import DenoisingLayers
 from .inputs import check_number, check_whole_number
 
 
@@ -205,6 +206,10 @@ def _check_mag_cache(config: MagCacheConfig) -> None:
         raise ValueError(f"`mag_ratios` must be finite numbers, got {shown(config.mag_ratios)}.")
 
 
+# What a drawing leaves out steps by.
+Caching: TypeAlias = TaylorSeerConfig | TaylorSeerSchedule | LayerCaching | DenoisingLayers | None
+
+
 class StepCacheMixin:
     """The pipeline's ways to leave out parts of steps, of which one can be enabled at a time."""
 
@@ -212,6 +217,24 @@ class StepCacheMixin:
     _split_group: Any
     _step_cache: TaylorSeerConfig | TaylorSeerSchedule | LayerCaching | None = None
     _calibration: LayerCaching | None = None
+    _denoising_layers: DenoisingLayers | None = None
+
+    @property
+    def denoising_layers(self) -> DenoisingLayers:
+        """
+        The layers as denoising steps go through them, a list for each branch of guidance, for step caches of other libraries.
+
+        What hangs on them sees no texts. It keeps one state for all drawings, which must therefore follow one another.
+        """
+        if self._denoising_layers is None:
+            self._denoising_layers = DenoisingLayers(self.transformer.model.language_model.layers)
+        return self._denoising_layers
+
+    @property
+    def _caching(self) -> Caching:
+        """What the next drawing leaves out steps by."""
+        layers = self._denoising_layers
+        return layers if layers is not None and layers.is_replaced else self._step_cache
 
     @property
     def is_cache_enabled(self) -> bool:
@@ -299,6 +322,15 @@ class StepCacheMixin:
         Raises:
             ValueError
         """
+        if self._step_cache is not None and self._caching is not self._step_cache:
+            raise ValueError(
+                "Two step caches are enabled, of this pipeline and on its `denoising_layers`: disable one of the two."
+            )
+        if self._split_group is not None and isinstance(self._caching, DenoisingLayers):
+            raise ValueError(
+                "The processes of a context split would have to leave out the same layers, which what hangs on `denoising_layers` "
+                "does not see to. Call `disable_context_split()`, or use `enable_cache`."
+            )
         if not isinstance(self._step_cache, LayerCaching):
             return
         num_layers = len(self.transformer.model.language_model.layers)

@@ -16,6 +16,7 @@ from transformers_bagel.segments import EncodedSegment
 
 from .contexts import MAX_PREFILL_TOKENS, BagelContext, ContextReader
 from .denoising import DenoisingStep, step_limit, velocities
+from .denoising_layers import DenoisingLayers
 from .writing import Text, write_together
 
 
@@ -129,6 +130,7 @@ class Drawing(Work):
             mine.adapters.scale == theirs.adapters.scale
             and mine.adapters.attention_kwargs == theirs.adapters.attention_kwargs
             and mine.caching == theirs.caching
+            and not isinstance(mine.caching, DenoisingLayers)
         )
 
     @staticmethod
