@@ -14,7 +14,7 @@ from diffusers_bagel import BagelPipeline
 def main(checkpoint: str = "examples/shapes/checkpoint") -> None:
     pipe = BagelPipeline.from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    calls: Counter[str] = Counter()
+    calls: Counter[int] = Counter()
 
     def draw(prompt: str = "a red circle", **settings: Any) -> Any:
         calls.clear()
@@ -52,7 +52,9 @@ def main(checkpoint: str = "examples/shapes/checkpoint") -> None:
     again = draw()
 
     print(f"computed of each layer, of two branches: plain {plain_calls}, cached {cached_calls}")
-    assert cached_calls[0] == plain_calls[0] and max(cached_calls[index] for index in range(1, 6)) < plain_calls[5] / 1.5
+    assert (
+        cached_calls[0] == plain_calls[0] and max(cached_calls[index] for index in range(1, 6)) < plain_calls[5] / 1.5
+    )
     assert cached.tobytes() != plain.tobytes() == again.tobytes()
 
 

@@ -109,7 +109,12 @@ def test_the_next_call_equals_one_of_a_fresh_pipeline(placement, adapters, speed
 
 def test_adapters_and_speed_change_the_pictures_that_are_compared(model):
     pictures = []
-    for set_up in (ADAPTERS["no adapter"], ADAPTERS["an adapter"], ADAPTERS["a fused adapter"], *list(SPEED.values())[1:3]):
+    for set_up in (
+        ADAPTERS["no adapter"],
+        ADAPTERS["an adapter"],
+        ADAPTERS["a fused adapter"],
+        *list(SPEED.values())[1:3],
+    ):
         pipe = make_pipe(model)
         set_up(pipe)
         pictures.append(drawn(pipe))

@@ -141,7 +141,13 @@ def compare_context_split() -> None:
         found = denoised(model, grid, lambda views, length: SplitPrefixCache(views, [length], group))
         assert_near(str(grid), found, expected)
         assert computed[-2:] == [grid[0] * grid[1], own[group.rank()]]
-    for task in ({}, {"image": golden_image("wide")}, {"height": 48, "width": 80}, {"taylorseer": True}, {"mag": True}):
+    for task in (
+        {},
+        {"image": golden_image("wide")},
+        {"height": 48, "width": 80},
+        {"taylorseer": True},
+        {"mag": True},
+    ):
         assert_near(str(task), drawn(model, group, **task), drawn(model, **task))
 
 
@@ -168,7 +174,9 @@ def denoised(model: torch.nn.Module, grid: tuple[int, int] = (3, 4), make_cache:
     ).velocity
 
 
-def drawn(model: torch.nn.Module, group: Any = None, taylorseer: bool = False, mag: bool = False, **task: Any) -> torch.Tensor:
+def drawn(
+    model: torch.nn.Module, group: Any = None, taylorseer: bool = False, mag: bool = False, **task: Any
+) -> torch.Tensor:
     """Pictures of a batch of two, `(2, 3, height, width)`, in five steps."""
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=model, processor=load_processor())
     pipe.set_progress_bar_config(disable=True)
