@@ -29,7 +29,7 @@ from diffusers_bagel import BagelPipeline
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step_caches.json"
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
-from asking import BATCH_SIZE, DRAWING, EDITING, STEPS  # noqa: E402
+from asking import DRAWING, EDITING, STEPS  # noqa: E402
 from judge import draw_cases, edit_cases, is_drawn, is_edited  # noqa: E402
 from parts import CHECKPOINT  # noqa: E402
 from world import render  # noqa: E402
@@ -57,13 +57,14 @@ class Row:
 
     Attributes:
         forwards (`float`): Of all layers and one branch, a picture.
-        seconds (`float`): A picture.
+        seconds, cpu_seconds (`float`): A picture, and what all threads took for it.
         latents (`float`), psnr (`float`, *optional*): Distance from the plain pictures, relative, and in decibels.
         score (`float`, *optional*): Share of pictures that are as they should be.
     """
 
     forwards: float
     seconds: float
+    cpu_seconds: float
     latents: float
     psnr: float | None
     score: float | None
@@ -71,11 +72,11 @@ class Row:
 
 class Task:
     """
-    Pictures that are drawn again and again, in batches.
+    Pictures that are drawn again and again.
 
     Args:
         pipe ([`BagelPipeline`])
-        calls (`Sequence[dict]`): Arguments of the pipeline, of one batch each.
+        calls (`Sequence[dict]`): Arguments of the pipeline, of one picture each.
         judge (`Callable[[int, PIL.Image.Image], bool]`, *optional*): Whether a picture is as it should be.
     """
 
@@ -85,16 +86,15 @@ class Task:
 
     def row(self) -> Row:
         """The pictures as the pipeline draws them now; the first ones are those that others are compared with."""
-        drawn, seen, start = [], [], time.perf_counter()
+        drawn, seen, start, cpu_start = [], [], time.perf_counter(), time.process_time()
         with counted(self.pipe) as computed:
             for seed, call in enumerate(self.calls):
-                count = len(call["prompt"])
-                generators = [torch.Generator().manual_seed(1000 * seed + index) for index in range(count)]
-                latents = self.pipe(generator=generators, output_type="latent", **call).images
+                generator = torch.Generator().manual_seed(seed)
+                latents = self.pipe(generator=generator, output_type="latent", **call).images
                 side = math.isqrt(latents.shape[1])
                 drawn.append(latents)
                 seen.append(self.pipe.decode_latents(latents, (side, side), "pt"))
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         latents, pictures = torch.cat(drawn), torch.cat(seen)
         self.plain = self.plain or (latents, pictures)
         error = float((latents - self.plain[0]).norm() / self.plain[0].norm())
@@ -105,7 +105,7 @@ class Task:
             score = sum(map(self.judge, range(len(images)), images)) / len(images)
         count = len(pictures)
         psnr = -10 * math.log10(squared) if squared else None
-        return Row(computed[0] / count, seconds / count, error, psnr, score)
+        return Row(computed[0] / count, seconds / count, cpu_seconds / count, error, psnr, score)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def cache_dit(pipe: BagelPipeline, threshold: float) -> Iterator[None]:
 
 def measured(tasks: dict[str, Task], pipe: BagelPipeline, steps: int) -> dict[str, dict[str, Any]]:
     """A row of each task for each means."""
-    print(f"{'':32}" + "".join(f"{name:>17}: forwards, s, error, dB, right" for name in tasks))
+    print(f"{'':32}" + "".join(f"   {name + ': forwards, s, CPU s, error, dB, right':>45}" for name in tasks))
     rows: dict[str, dict[str, Any]] = {}
 
     def add(name: str) -> None:
@@ -186,9 +186,8 @@ def measured(tasks: dict[str, Task], pipe: BagelPipeline, steps: int) -> dict[st
         with cache(pipe, config):
             add(name)
     with cache(pipe, MagCacheConfig(calibrate=True, num_inference_steps=steps)):
-        # Guidance compares with nothing that a drawing does not have.
-        first = next(iter(tasks.values())).calls[0]
-        pipe(**first | {"prompt": first["prompt"][:4]}, output_type="latent")
+        for call in next(iter(tasks.values())).calls[:4]:
+            pipe(output_type="latent", **call)
     rows["mag_ratios"] = {str(steps): [round(ratio, 4) for ratio in pipe.mag_ratios]}
     for threshold in MAG_THRESHOLDS:
         with cache(pipe, MagCacheConfig(threshold, num_inference_steps=steps, mag_ratios=pipe.mag_ratios)):
@@ -205,7 +204,7 @@ def cells(row: Row) -> str:
     """A row's numbers."""
     psnr = "–" if row.psnr is None else f"{row.psnr:.1f}"
     score = "–" if row.score is None else f"{row.score:.1%}"
-    return f"{row.forwards:.1f} {row.seconds:.2f} {row.latents:.4f} {psnr} {score}"
+    return f"{row.forwards:.1f} {row.seconds:.2f} {row.cpu_seconds:.2f} {row.latents:.4f} {psnr} {score}"
 
 
 def shapes(num: int) -> dict[str, Any]:
@@ -213,20 +212,11 @@ def shapes(num: int) -> dict[str, Any]:
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts, edits = draw_cases("draw_full", num, 0), edit_cases(num, 0)
-    starts = range(0, num, BATCH_SIZE)
-    drawing = [
-        {"prompt": [case.prompt for case in prompts[start : start + BATCH_SIZE]], "num_inference_steps": STEPS}
-        | DRAWING
-        for start in starts
-    ]
+    # One at a time: several would share forwards where nothing is left out.
+    drawing = [{"prompt": case.prompt, "num_inference_steps": STEPS} | DRAWING for case in prompts]
     editing = [
-        {
-            "prompt": [case.instruction for case in edits[start : start + BATCH_SIZE]],
-            "image": [[render(case.scene)] for case in edits[start : start + BATCH_SIZE]],
-            "num_inference_steps": STEPS,
-        }
-        | EDITING
-        for start in starts
+        {"prompt": case.instruction, "image": render(case.scene), "num_inference_steps": STEPS} | EDITING
+        for case in edits
     ]
     tasks = {
         "drawing": Task(pipe, drawing, lambda index, picture: is_drawn(picture, prompts[index])),
@@ -240,7 +230,7 @@ def middle(side: int) -> dict[str, Any]:
     pipe = make_pipeline("middle", torch.float32, torch.device("cpu"))
     # A new model draws nothing.
     torch.nn.init.normal_(pipe.transformer.model.llm2vae.weight, std=0.02)
-    call = {"prompt": ["a red circle"], "height": side, "width": side, "num_inference_steps": MIDDLE_STEPS}
+    call = {"prompt": "a red circle", "height": side, "width": side, "num_inference_steps": MIDDLE_STEPS}
     return measured({"drawing": Task(pipe, [call])}, pipe, MIDDLE_STEPS)
 
 

@@ -178,8 +178,8 @@ class LayerCaching:
             return replace(config, num_inference_steps=num_steps + 1)
         if config.num_inference_steps != num_steps and num_steps not in self._configs:
             logger.warning(
-                f"MagCache's ratios are of {config.num_inference_steps} steps, and interpolated for {num_steps}: the next steps are "
-                "further or less far apart, so calibrate for them."
+                f"MagCache's ratios are of {config.num_inference_steps} steps, and are interpolated for {num_steps}. They depend on how "
+                f"far steps are apart: calibrate with {num_steps}."
             )
             self._configs[num_steps] = replace(config, num_inference_steps=num_steps)
         return self._configs.get(num_steps, config)
