@@ -149,7 +149,7 @@ class LayerCaching:
         else:
             config = replace(config, raw_vision_callback=_latents)
         self._configs: dict[int | None, LayerCacheConfig] = {None: replace(config)}
-        self._ratios: list[list[float]] = []
+        self._ratios: dict[int, list[float]] = {}
 
     @property
     def config(self) -> LayerCacheConfig:
@@ -163,7 +163,7 @@ class LayerCaching:
     @property
     def mag_ratios(self) -> list[float]:
         """Of each step, the mean over the branches and pictures that were calibrated."""
-        return [statistics.fmean(ratios) for ratios in self._ratios]
+        return [statistics.fmean(ratios) for _, ratios in sorted(self._ratios.items())]
 
     def new(self, num_layers: int, num_steps: int | None) -> StepCache:
         """A cache for a branch of a drawing of some steps."""
@@ -188,9 +188,8 @@ class LayerCaching:
         """Note the ratios that caches have measured at a step."""
         for cache in caches if self.is_calibrating else ():
             ratios = cache.state.calibration_ratios
-            while len(self._ratios) < len(ratios):
-                self._ratios.append([])
-            self._ratios[len(ratios) - 1].append(ratios[-1])
+            # Threads may calibrate at the same time.
+            self._ratios.setdefault(len(ratios), []).append(ratios[-1])
 
 
 def _latents(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
