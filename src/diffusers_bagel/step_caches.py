@@ -109,6 +109,11 @@ class StepCache:
     def _run(
         self, latents: torch.Tensor, place: dict[str, Any], layers: Any, *args: Any, **given: Any
     ) -> torch.Tensor:
+        if len(layers) != len(self._layers.layers):
+            raise ValueError(
+                f"The transformer has {len(layers)} layers in the place of its {len(self._layers.layers)}, as it does while cache-dit "
+                "is enabled on them. Disable one of the two caches."
+            )
         with self._layers.cache_context(_CONTEXT, **place):
             return self._layers(*args, latents=latents, layers=layers, **given)
 
@@ -225,8 +230,9 @@ class StepCacheMixin:
 
         What hangs on them sees no texts. It keeps one state for all drawings, which must therefore follow one another.
         """
-        if self._denoising_layers is None:
-            self._denoising_layers = DenoisingLayers(self.transformer.model.language_model.layers)
+        layers, known = self.transformer.model.language_model.layers, self._denoising_layers
+        if known is None or not (known.is_replaced or known.full[0] is layers[0]):
+            self._denoising_layers = DenoisingLayers(layers)
         return self._denoising_layers
 
     @property
@@ -325,6 +331,11 @@ class StepCacheMixin:
             raise ValueError(
                 "Two step caches are enabled, of this pipeline and on its `denoising_layers`: disable one of the two."
             )
+        layers = self.transformer.model.language_model.layers
+        if isinstance(self._caching, DenoisingLayers) and self._caching.full[0] is not layers[0]:
+            raise ValueError(
+                "`denoising_layers` are those of another transformer than the pipeline's. Disable the cache that hangs on them."
+            )
         if self._split_group is not None and isinstance(self._caching, DenoisingLayers):
             raise ValueError(
                 "The processes of a context split would have to leave out the same layers, which what hangs on `denoising_layers` "
@@ -332,11 +343,9 @@ class StepCacheMixin:
             )
         if not isinstance(self._step_cache, LayerCaching):
             return
-        num_layers = len(self.transformer.model.language_model.layers)
-        if num_layers < 2:
+        if self.transformer.config.text_config.num_hidden_layers < 2:
             raise ValueError(
-                f"A step cache leaves out layers behind the first, and the transformer has {num_layers}, as it does while cache-dit "
-                "is enabled: disable one of the two."
+                "A step cache leaves out layers behind the first, and the transformer has one. Call `disable_cache()`."
             )
         if self._split_group is not None and (
             isinstance(self._step_cache.config, FirstBlockCacheConfig) or self._step_cache.is_calibrating

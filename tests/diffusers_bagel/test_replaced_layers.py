@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from unittest import mock
 
@@ -136,6 +137,16 @@ class TestDenoisingLayers:
                 pipe("a red circle", **SMALL)
         finally:
             pipe.disable_cache()
+
+    def test_layers_of_a_transformer_that_was_replaced_itself(self, own_pipe):
+        before = own_pipe.denoising_layers
+        own_pipe.transformer = copy.deepcopy(own_pipe.transformer)
+        layers = own_pipe.denoising_layers
+        assert layers is not before and layers is own_pipe.denoising_layers
+        layers.forward = lambda *args, **kwargs: args[1]
+        own_pipe.transformer = copy.deepcopy(own_pipe.transformer)
+        with pytest.raises(ValueError, match="another transformer"):
+            own_pipe("a red circle", **SMALL)
 
     def test_layers_that_nobody_replaced_draw_as_without_them(self, own_pipe: BagelPipeline):
         expected = own_pipe("a red circle", generator=seeded(0), **SMALL).images

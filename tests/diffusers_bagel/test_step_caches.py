@@ -449,9 +449,21 @@ class TestRefusals:
         own_pipe.disable_taylorseer()
         assert not own_pipe.is_cache_enabled
 
+    def test_a_single_layer(self, own_pipe):
+        own_pipe.enable_cache(CACHES["first block"])
+        own_pipe.transformer.config.text_config.num_hidden_layers = 1
+        with pytest.raises(ValueError, match="the transformer has one"):
+            drawn(own_pipe)
+
     def test_layers_that_another_cache_has_replaced(self, own_pipe):
         language_model = own_pipe.transformer.model.language_model
-        language_model.layers = nn.ModuleList([language_model.layers[0]])
+        layers = language_model.layers
+
+        def replace_layers(module, args, kwargs):
+            if kwargs.get("routing") is not None:
+                module.layers = nn.ModuleList([layers[0]])
+
+        language_model.register_forward_pre_hook(replace_layers, with_kwargs=True)
         own_pipe.enable_cache(CACHES["first block"])
         with pytest.raises(ValueError, match="cache-dit"):
             drawn(own_pipe)
