@@ -232,8 +232,8 @@ class StepCacheMixin:
         """
         layers, known = self.transformer.model.language_model.layers, self._denoising_layers
         if known is None or not (known.is_replaced or known.full[0] is layers[0]):
-            self._denoising_layers = DenoisingLayers(layers)
-        return self._denoising_layers
+            self._denoising_layers = known = DenoisingLayers(layers)
+        return known
 
     @property
     def _caching(self) -> Caching:

@@ -849,6 +849,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             residual_dtype (`torch.dtype`, *optional*):
                 Of the hidden states from layer to layer, each of which computes in the type of the weights, which all of
                 them have by default. `torch.float32` rounds less: benchmarks of BAGEL run so.
+            run_layers (`Callable`, *optional*): What leads through the decoder layers, see [`BagelTextModel.forward`].
 
         Returns:
             [`BagelOutput`]
