@@ -244,34 +244,21 @@ class TestPictures:
 
 
 class TestWhoseStateItIs:
-    def sessions(self, pipe: BagelPipeline) -> list[tuple[BagelSession, str, dict]]:
-        return [
-            (
-                BagelSession(pipe),
-                prompt,
-                {"output": "image", "generator": seeded(seed)} | DRAW | {"output_type": "pil"},
-            )
-            for seed, prompt in enumerate(["a red circle", "many small squares"])
-        ]
-
     @staticmethod
-    def asked(session: BagelSession, prompt: str, settings: dict) -> dict:
-        return {name: value for name, value in settings.items() if name != "output_type"}
+    def turns(pipe: BagelPipeline) -> list[tuple[BagelSession, str, dict]]:
+        """Two sessions, what is said to each, and how."""
+        sizes = {"height": 48, "width": 64, "num_inference_steps": STEPS, "output": "image"}
+        prompts = ("a red circle", "many small squares")
+        return [(BagelSession(pipe), prompt, sizes | {"generator": seeded(len(prompt))}) for prompt in prompts]
 
     def alone(self, pipe: BagelPipeline) -> list[bytes]:
-        return [
-            session.send(prompt, **self.asked(session, prompt, settings)).images[0].tobytes()
-            for session, prompt, settings in self.sessions(pipe)
-        ]
+        return [session.send(said, **how).images[0].tobytes() for session, said, how in self.turns(pipe)]
 
     @of_each(CACHES)
     def test_two_sessions_in_turns(self, config, cached):
         pipe = cached(config)
         expected = self.alone(pipe)
-        streams = [
-            session.stream(prompt, progress=True, **self.asked(session, prompt, settings))
-            for session, prompt, settings in self.sessions(pipe)
-        ]
+        streams = [session.stream(said, progress=True, **how) for session, said, how in self.turns(pipe)]
         found: list[list] = [[], []]
         for events in itertools.zip_longest(*streams):
             for images, event in zip(found, events, strict=True):
@@ -284,10 +271,7 @@ class TestWhoseStateItIs:
         pipe = cached(config)
         expected = self.alone(pipe)
         with Engine(pipe) as engine:
-            answers = [
-                engine.submit(session, prompt, **self.asked(session, prompt, settings))
-                for session, prompt, settings in self.sessions(pipe)
-            ]
+            answers = [engine.submit(session, said, **how) for session, said, how in self.turns(pipe)]
             found = [answer.result(60).images[0].tobytes() for answer in answers]
         for image, alone in zip(found, expected, strict=True):
             # The prompts are read together, and the pictures decoded: sums are rounded otherwise.
