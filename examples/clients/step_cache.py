@@ -6,7 +6,7 @@ from typing import Any
 
 import cache_dit
 import torch
-from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern
+from cache_dit import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
 
 from diffusers_bagel import BagelPipeline
 
@@ -14,32 +14,47 @@ from diffusers_bagel import BagelPipeline
 def main(checkpoint: str = "examples/shapes/checkpoint") -> None:
     pipe = BagelPipeline.from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    language_model = pipe.transformer.model.language_model
-    calls: Counter[str] = Counter()
+    calls: Counter[int] = Counter()
 
-    def draw() -> Any:
+    def draw(prompt: str = "a red circle", **settings: Any) -> Any:
         calls.clear()
-        return pipe("a red circle", num_inference_steps=24, generator=torch.Generator().manual_seed(0)).images[0]
+        return pipe(prompt, num_inference_steps=24, generator=torch.Generator().manual_seed(0), **settings).images[0]
 
-    for name, layer in {"first": language_model.layers[0], "last": language_model.layers[-1]}.items():
-        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["routing"] is not None:
+            # Branches of guidance share a forward where nothing is left out.
+            calls.update({module.layer_idx: len(list(kwargs["routing"].block_slices()))})
+
+    for attention in (layer.self_attn for layer in pipe.transformer.model.language_model.layers):
+        attention.register_forward_pre_hook(note, with_kwargs=True)
     plain, plain_calls = draw(), dict(calls)
+    planned = draw(think=True)
+
+    # A list of layers for each branch of guidance, each of which gets a state of its own. Texts do not go through them.
+    layers = pipe.denoising_layers
     adapter = BlockAdapter(
         pipe=pipe,
-        transformer=language_model,
-        blocks=language_model.layers,
-        forward_pattern=ForwardPattern.Pattern_3,
+        transformer=layers,
+        blocks=[layers.full, layers.no_text, layers.no_image],
+        forward_pattern=[ForwardPattern.Pattern_3] * 3,
     )
-    # The prompt is a forward, too; with `think=True` so is each token of the plan.
     cache_dit.enable_cache(
-        adapter, cache_config=DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=8, residual_diff_threshold=0.3)
+        adapter,
+        cache_config=DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.12),
+        calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=1),
     )
     cached, cached_calls = draw(), dict(calls)
+    assert draw().tobytes() == cached.tobytes()
+    draw("a small green star")
+    assert draw(think=True).tobytes() != planned.tobytes()
+    assert draw().tobytes() == cached.tobytes()
     cache_dit.disable_cache(adapter)
     again = draw()
 
-    print(f"plain: {plain_calls}, cached: {cached_calls}")
-    assert cached_calls["first"] == plain_calls["first"] and cached_calls["last"] < plain_calls["last"]
+    print(f"computed of each layer, of two branches: plain {plain_calls}, cached {cached_calls}")
+    assert (
+        cached_calls[0] == plain_calls[0] and max(cached_calls[index] for index in range(1, 6)) < plain_calls[5] / 1.5
+    )
     assert cached.tobytes() != plain.tobytes() == again.tobytes()
 
 

@@ -468,7 +468,7 @@ class Answer:
             [contexts],
             [grid],
             [guidance],
-            pipe._taylorseer,
+            pipe._caching,
             pipe._split_group,
             drawing.get("attention_kwargs"),
         )

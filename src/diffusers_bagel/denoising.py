@@ -17,18 +17,21 @@ from transformers_bagel import (
     PrefixView,
     SplitPrefixCache,
 )
+from transformers_bagel.image_processing_bagel import unpatchify
 
 from .adapter_scale import AdapterScale
-from .caching import TaylorSeerConfig, TaylorSeerState
+from .caching import TaylorSeerConfig, TaylorSeerSchedule, TaylorSeerState
 from .contexts import BagelContext
+from .denoising_layers import DenoisingLayers
 from .guidance import BagelGuidance, HeldBranches
+from .step_caches import Caching, LayerCaching, StepCache, all_or_nothing
 
 
 # Most latent tokens of a denoising forward of several images or branches. On a CPU larger ones do not fit
 # its caches (docs/images.md, "Batches"); elsewhere memory sets the bound.
 MAX_STEP_TOKENS_CPU = 1536
 MAX_STEP_TOKENS = 32768
-# Forwards of different branches for which is kept what steps share, which is large: those of one image are at most four.
+# Forwards of several branches for which is kept what steps share, which is large: those of one image are at most four.
 MAX_SELECTED = 8
 # Of denoisers, none of which is told of another by itself: it would keep what that one holds.
 _numbers = itertools.count()
@@ -64,7 +67,7 @@ class Denoiser:
         contexts (`Sequence[dict[str, BagelContext]]`): Of each image, see `guidance_contexts`.
         grids (`Sequence[tuple[int, int]]`): Rows and columns of the tokens of each image.
         guidance (`Sequence[BagelGuidance]`): Of each image.
-        taylorseer (`TaylorSeerConfig`, *optional*): Predict most steps.
+        caching (*optional*): By which most steps are predicted, or layers left out, see `StepCacheMixin`.
         group (`torch.distributed.ProcessGroup`, *optional*): Processes that share each step.
         attention_kwargs (`dict`, *optional*): Passed on to the attention layers; `scale` is that of the adapters.
     """
@@ -75,7 +78,7 @@ class Denoiser:
         contexts: Sequence[dict[str, BagelContext]],
         grids: Sequence[tuple[int, int]],
         guidance: Sequence[BagelGuidance],
-        taylorseer: TaylorSeerConfig | None = None,
+        caching: Caching = None,
         group: torch.distributed.ProcessGroup | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ):
@@ -89,7 +92,14 @@ class Denoiser:
         lengths = [self.drawings[owner].num_tokens for owner in self._owners]
         self.prefix: Any = PrefixCache(views) if group is None else SplitPrefixCache(views, lengths, group)
         self.positions = torch.tensor(positions)
-        self.states = None if taylorseer is None else [TaylorSeerState(taylorseer) for _ in views]
+        self.caching = caching
+        # Of the loop that asks, if it is known.
+        self.num_steps: int | None = None
+        self._num_begun = 0
+        self.states: list[TaylorSeerState] | None = None
+        if isinstance(caching, TaylorSeerConfig | TaylorSeerSchedule):
+            self.states = [TaylorSeerState(caching) for _ in views]
+        self._caches: dict[int, StepCache] = {}
 
     def _add_branches(
         self,
@@ -168,7 +178,13 @@ class Denoiser:
             due = {branch: self.states[branch].advance() for branch in active}
             computed = [branch for branch in active if due[branch]]
             predicted = [branch for branch in active if not due[branch]]
-        return DenoisingStep(self, latents, device_sigma, guidance, needed, computed, predicted)
+        self._num_begun += 1
+        place = {
+            "step_index": self._num_begun - 1,
+            "num_inference_steps": self.num_steps,
+            "sigma": float(sigma),
+        }
+        return DenoisingStep(self, latents, device_sigma, guidance, needed, computed, predicted, place)
 
     def num_tokens(self, branch: int) -> int:
         """Latent tokens of a branch."""
@@ -177,6 +193,18 @@ class Denoiser:
     def owner(self, branch: int) -> int:
         """The image that a branch is of."""
         return self._owners[branch]
+
+    def name(self, branch: int) -> str:
+        """What a branch is called, by the first of its names."""
+        branches = self.drawings[self._owners[branch]].branches
+        return next(name for name, place in branches.items() if place == branch)
+
+    def cache(self, branch: int) -> StepCache | None:
+        """What a branch keeps from step to step, if layers are left out."""
+        if branch not in self._caches and isinstance(self.caching, LayerCaching):
+            num_layers = self.transformer.config.text_config.num_hidden_layers
+            self._caches[branch] = self.caching.new(num_layers, self.num_steps)
+        return self._caches.get(branch)
 
     def selected(self, branches: Sequence[tuple[Denoiser, int]]) -> PrefixCache:
         """What the blocks of a forward attend to: the same object at each step, which keeps what the steps share."""
@@ -189,8 +217,9 @@ class Denoiser:
             }
             views = [denoiser.prefix.views[branch] for denoiser, branch in branches]
             lengths = [denoiser.num_tokens(branch) for denoiser, branch in branches]
-            if len(self._selected) >= MAX_SELECTED:
-                del self._selected[next(iter(self._selected))]
+            shared = [other for other in self._selected if len(other) > 1]
+            if len(shared) >= MAX_SELECTED:
+                del self._selected[shared[0]]
             is_split = isinstance(self.prefix, SplitPrefixCache)
             self._selected[key] = (
                 SplitPrefixCache(views, lengths, self.prefix.group) if is_split else PrefixCache(views)
@@ -210,6 +239,7 @@ class DenoisingStep:
         guidance (`list[BagelGuidance]`): Of each image.
         needed (`list[dict[str, int]]`): The branches that it joins.
         computed, predicted (`list[int]`): Branches that are computed now, and those that TaylorSeer predicts.
+        place (`dict`): Where the step is among the others, in the words of diffusers' `cache_context`.
     """
 
     denoiser: Denoiser
@@ -219,11 +249,27 @@ class DenoisingStep:
     needed: list[dict[str, int]]
     computed: list[int]
     predicted: list[int]
+    place: dict[str, Any]
 
     @property
     def num_tokens(self) -> int:
         """Latent tokens that are computed."""
         return sum(map(self.denoiser.num_tokens, self.computed))
+
+    def own_latents(self, branch: int) -> torch.Tensor:
+        """Packed latents of the image that a branch is of, `(tokens, latent_dim)`."""
+        return self.latents[self.denoiser.owner(branch), : self.denoiser.num_tokens(branch)]
+
+    def layers(self, branch: int) -> dict[str, Any]:
+        """What the model is told of a branch that leaves layers out."""
+        denoiser = self.denoiser
+        if isinstance(caching := denoiser.caching, DenoisingLayers):
+            return {"run_layers": caching.of_branch(denoiser.name(branch), denoiser, not self.place["step_index"])}
+        if (cache := denoiser.cache(branch)) is None:
+            return {}
+        grid = denoiser.drawings[denoiser.owner(branch)].grid
+        latents = unpatchify(self.own_latents(branch), grid, denoiser.transformer.config.latent_patch_size)
+        return {"run_layers": cache.at(latents.unsqueeze(1), **self.place)}
 
     def joined(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
         """The guided velocity, from that of each branch."""
@@ -251,14 +297,22 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
     """
     Guided velocities of several denoisers of one transformer, each at a noise level of its own, in forwards that they share.
 
-    If it fails, for want of memory, the same steps can be taken again.
+    All have the same step cache. If it fails, for want of memory, the same steps can be taken again.
     """
-    limit = step_limit(steps[0].latents.device)
     due = [(place, branch) for place, step in enumerate(steps) for branch in step.computed]
+    caches = [cache for place, branch in due if (cache := steps[place].denoiser.cache(branch)) is not None]
+    with all_or_nothing(caches):
+        joined = _velocities(steps, due)
+    if isinstance(caching := steps[0].denoiser.caching, LayerCaching):
+        caching.note(caches)
+    return joined
+
+
+def _velocities(steps: Sequence[DenoisingStep], due: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """The same; `due` names the branches to compute, by the place of their step."""
     features: dict[tuple[int, int], torch.Tensor] = {}
     found: dict[tuple[int, int], torch.Tensor] = {}
-    for chunk in chunk_in_order([steps[place].denoiser.num_tokens(branch) for place, branch in due], limit):
-        branches = [due[index] for index in chunk]
+    for branches in _shared(steps, due):
         outputs = _forward(steps, branches)
         counts = [steps[place].denoiser.num_tokens(branch) for place, branch in branches]
         found |= dict(zip(branches, outputs.velocity.split(counts), strict=True))
@@ -285,22 +339,35 @@ def velocities(steps: Sequence[DenoisingStep]) -> list[torch.Tensor]:
     return joined
 
 
+def _shared(steps: Sequence[DenoisingStep], due: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Which branches share a forward."""
+    caching = steps[0].denoiser.caching
+    if isinstance(caching, LayerCaching | DenoisingLayers):
+        # What is kept is of one branch of one picture, or of the branches of one name.
+        is_own = isinstance(caching, LayerCaching)
+        keys = [(place, branch) if is_own else steps[place].denoiser.name(branch) for place, branch in due]
+        return [[own for own, other in zip(due, keys, strict=True) if other == key] for key in dict.fromkeys(keys)]
+    lengths = [steps[place].denoiser.num_tokens(branch) for place, branch in due]
+    chunks = chunk_in_order(lengths, step_limit(steps[0].latents.device))
+    return [[due[index] for index in chunk] for chunk in chunks]
+
+
 def _forward(steps: Sequence[DenoisingStep], branches: list[tuple[int, int]]) -> Any:
     """Velocities of branches, each named by the place of its step, in one forward."""
     first = steps[branches[0][0]].denoiser
     own = [(steps[place], branch) for place, branch in branches]
     owners = [step.denoiser.owner(branch) for step, branch in own]
-    pairs = list(zip(own, owners, strict=True))
     with first.adapters.applied():
         return first.transformer(
-            latents=torch.cat(
-                [step.latents[owner, : step.denoiser.num_tokens(branch)] for (step, branch), owner in pairs]
+            latents=torch.cat([step.own_latents(branch) for step, branch in own]),
+            latent_grid_hw=torch.tensor(
+                [step.denoiser.drawings[owner].grid for (step, _), owner in zip(own, owners, strict=True)]
             ),
-            latent_grid_hw=torch.tensor([step.denoiser.drawings[owner].grid for (step, _), owner in pairs]),
             timesteps=torch.stack([step.sigma for step, _ in own]),
             position_ids=torch.stack([step.denoiser.positions[branch] for step, branch in own]),
             past_key_values=first.selected([(step.denoiser, branch) for step, branch in own]),
             **first.adapters.attention_kwargs,
+            **own[0][0].layers(own[0][1]),
         )
 
 
@@ -341,6 +408,7 @@ class DenoisingLoop:
         self.call = call
         self.denoiser = denoiser
         self.latents = latents
+        denoiser.num_steps = len(timesteps)
         self._step: tuple[torch.Tensor, ...] = ()
         self._finite: dict[int, torch.Tensor] = {}
         self.timesteps = timesteps

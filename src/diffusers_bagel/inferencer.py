@@ -223,7 +223,7 @@ class InterleaveInferencer:
             pipe.disable_taylorseer()
         height, width = image_shape
         grid = (height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-        denoiser = Denoiser(pipe.transformer, [contexts], [grid], [guidance], pipe._taylorseer)
+        denoiser = Denoiser(pipe.transformer, [contexts], [grid], [guidance], pipe._caching)
         noise, call = pipe.prepare_latents([grid], [None]), pipe._new_call(cfg_text_scale, None, timestep_shift)
         loop = pipe._prepare_loop(call, denoiser, noise, num_timesteps - 1, None)
         with pipe.progress_bar(total=len(loop)) as progress_bar:

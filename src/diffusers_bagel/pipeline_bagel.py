@@ -25,7 +25,6 @@ from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_
 from transformers_bagel.segments import EncodedSegment, Segment, chat_segments
 
 from .adapter_scale import check_adapter_scale
-from .caching import TaylorSeerConfig
 from .contexts import BagelContext, ContextReader
 from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
@@ -62,6 +61,7 @@ from .pipeline_output import BagelPipelineOutput
 from .presets import Preset, with_defaults
 from .prompt_contexts import guidance_contexts, read_once, share_segments
 from .randomness import draw_seed
+from .step_caches import StepCacheMixin
 
 
 logger = logging.get_logger(__name__)
@@ -82,7 +82,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixin):
+class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixin, StepCacheMixin):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 
@@ -128,7 +128,6 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         self.interpolate_pos = config.interpolate_pos if config is not None else False
         self.default_sample_size = min(1024, self.max_latent_size * self.vae_scale_factor)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, resample="bicubic")
-        self._taylorseer: TaylorSeerConfig | None = None
         self._split_group: torch.distributed.ProcessGroup | None = None
         self._few_steps = {}
 
@@ -194,21 +193,6 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = cls.__name__
         return config
-
-    def enable_taylorseer(self, interval: int = 3, warmup_steps: int = 5, max_order: int = 6) -> None:
-        """
-        Predict the model's output on most steps instead of computing it, which changes the images a little.
-
-        Args:
-            interval (`int`, defaults to 3): After the warm-up, one step in `interval` is computed.
-            warmup_steps (`int`, defaults to 5): First steps, which are all computed.
-            max_order (`int`, defaults to 6): Highest order of the Taylor expansion.
-        """
-        self._taylorseer = TaylorSeerConfig(interval, warmup_steps, max_order)
-
-    def disable_taylorseer(self) -> None:
-        """Compute every step again."""
-        self._taylorseer = None
 
     def enable_context_split(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """
@@ -310,6 +294,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         check_timestep_shift(timestep_shift, self.scheduler)
         check_images_kwargs(images_kwargs)
         check_choice("size_like", size_like, SIZE_RULES)
+        self._check_step_cache()
 
     def encode_conversation(
         self, messages: list[dict[str, Any]], think: bool = False, images_kwargs: dict[str, Any] | None = None
@@ -627,7 +612,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         for name, flag in (flags | {"empty_no_text": empty_no_text}).items():
             check_flag(name, flag)
         check_guidance(guidance_scale, image_guidance_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
-        check_guidance_tolerance(guidance_tolerance, has_step_cache=self._taylorseer is not None)
+        check_guidance_tolerance(guidance_tolerance, has_step_cache=self._caching is not None)
         conversations = as_conversations(prompt, image, messages)
         generators = as_generators(generator, len(conversations) * num_images_per_prompt)
         if self._split_group is not None and None in generators:
@@ -675,7 +660,7 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
                 [own for own in contexts for _ in range(num_images_per_prompt)],
                 grids,
                 [own for own in guidance for _ in range(num_images_per_prompt)],
-                self._taylorseer,
+                self._caching,
                 self._split_group,
                 told,
             )

@@ -373,7 +373,7 @@ class BagelSession:
         guidance = ("guidance_scale", "image_guidance_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min")
         defaults = {"guidance_scale": 4.0, "cfg_renorm_min": 0.0}
         check_guidance(*(drawing.get(name, defaults.get(name)) for name in guidance))
-        check_guidance_tolerance(drawing.get("guidance_tolerance"), self.pipe._taylorseer is not None)
+        check_guidance_tolerance(drawing.get("guidance_tolerance"), self.pipe._caching is not None)
         self.pipe.check_inputs(
             "",
             None,

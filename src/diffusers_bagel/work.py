@@ -16,6 +16,7 @@ from transformers_bagel.segments import EncodedSegment
 
 from .contexts import MAX_PREFILL_TOKENS, BagelContext, ContextReader
 from .denoising import DenoisingStep, step_limit, velocities
+from .denoising_layers import DenoisingLayers
 from .writing import Text, write_together
 
 
@@ -124,8 +125,13 @@ class Drawing(Work):
         return step_limit(self.step.latents.device)
 
     def goes_with(self, other: Drawing) -> bool:
-        mine, theirs = (work.step.denoiser.adapters for work in (self, other))
-        return mine.scale == theirs.scale and mine.attention_kwargs == theirs.attention_kwargs
+        mine, theirs = (work.step.denoiser for work in (self, other))
+        return (
+            mine.adapters.scale == theirs.adapters.scale
+            and mine.adapters.attention_kwargs == theirs.adapters.attention_kwargs
+            and mine.caching == theirs.caching
+            and not isinstance(mine.caching, DenoisingLayers)
+        )
 
     @staticmethod
     def together(works: Sequence[Drawing]) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +165,13 @@ class BagelDecoderLayer(GradientCheckpointingLayer):
         states = _add(states, attended)
         normed = route(routing, states, self.post_attention_layernorm, self.post_attention_layernorm_moe_gen)
         return join_experts(_add(states, route(routing, normed, self.mlp, self.mlp_moe_gen)))
+
+
+def run_in_turn(layers: Iterable[nn.Module], hidden_states: torch.Tensor, /, **given: Any) -> torch.Tensor:
+    """Hidden states behind all layers, one after the other, each of which is given the same."""
+    for layer in layers:
+        hidden_states = layer(hidden_states, **given)
+    return hidden_states
 
 
 def in_residual_dtype(forward: Callable) -> Callable:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ from .embeddings import (
     sincos_table,
 )
 from .generation_bagel import BagelGenerationMixin
-from .layers import BagelAttention, BagelDecoderLayer, in_residual_dtype
+from .layers import BagelAttention, BagelDecoderLayer, in_residual_dtype, run_in_turn
 from .loading import BagelLoadingMixin, ignored_weights, rename_weights
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
@@ -239,6 +240,7 @@ class BagelTextModel(BagelPreTrainedModel):
         routing: ExpertRouting | None = None,
         position_embeddings: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None,
         residual_dtype: torch.dtype | None = None,
+        run_layers: Callable[..., torch.Tensor] = run_in_turn,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BagelModelOutputWithPast:
         """
@@ -257,6 +259,9 @@ class BagelTextModel(BagelPreTrainedModel):
             position_embeddings (`tuple[tuple[torch.Tensor, torch.Tensor], ...]`, *optional*):
                 What `rotation` makes of `position_ids`, if it was called before.
             residual_dtype (`torch.dtype`, *optional*): See [`BagelForConditionalGeneration.forward`].
+            run_layers (`Callable`, *optional*, defaults to `run_in_turn`):
+                Leads hidden states through the layers. A step cache, which may leave some of them out, belongs to the one who
+                calls: the model keeps nothing of it.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -281,15 +286,15 @@ class BagelTextModel(BagelPreTrainedModel):
                 hidden_states = join_experts((und_states.detach(), gen_states))
         caches = layer_caches(cache, self.config.num_hidden_layers)
         layouts = [attention_layout.layer(index) for index in range(len(caches))]
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_layouts=layouts,
-                layer_caches=caches,
-                position_embeddings=position_embeddings,
-                routing=routing,
-                **kwargs,
-            )
+        hidden_states = run_layers(
+            self.layers,
+            hidden_states,
+            attention_layouts=layouts,
+            layer_caches=caches,
+            position_embeddings=position_embeddings,
+            routing=routing,
+            **kwargs,
+        )
         check_equal_lengths(caches)
         states = split_experts(routing, hidden_states)
         latent_hidden_states = None if routing is None else states[1]
@@ -844,6 +849,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
             residual_dtype (`torch.dtype`, *optional*):
                 Of the hidden states from layer to layer, each of which computes in the type of the weights, which all of
                 them have by default. `torch.float32` rounds less: benchmarks of BAGEL run so.
+            run_layers (`Callable`, *optional*): What leads through the decoder layers, see [`BagelTextModel.forward`].
 
         Returns:
             [`BagelOutput`]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import accelerate
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
 
 from diffusers_bagel import BagelPipeline
@@ -35,6 +36,7 @@ ADAPTERS: dict[str, Callable[[BagelPipeline], object]] = {
 SPEED: dict[str, Callable[[BagelPipeline], object]] = {
     "plain": lambda pipe: None,
     "TaylorSeer": lambda pipe: pipe.enable_taylorseer(interval=2, warmup_steps=1),
+    "first block": lambda pipe: pipe.enable_cache(FirstBlockCacheConfig(0.2)),
     "compiled": lambda pipe: pipe.transformer.compile_repeated_blocks(backend="eager"),
 }
 # What fails, and in which call of which module: the second layer reads the prompt once, and then denoises.
@@ -107,7 +109,12 @@ def test_the_next_call_equals_one_of_a_fresh_pipeline(placement, adapters, speed
 
 def test_adapters_and_speed_change_the_pictures_that_are_compared(model):
     pictures = []
-    for set_up in (ADAPTERS["no adapter"], ADAPTERS["an adapter"], ADAPTERS["a fused adapter"], SPEED["TaylorSeer"]):
+    for set_up in (
+        ADAPTERS["no adapter"],
+        ADAPTERS["an adapter"],
+        ADAPTERS["a fused adapter"],
+        *list(SPEED.values())[1:3],
+    ):
         pipe = make_pipe(model)
         set_up(pipe)
         pictures.append(drawn(pipe))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers import MagCacheConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -141,7 +142,8 @@ def compare_context_split() -> None:
         assert_near(str(grid), found, expected)
         assert computed[-2:] == [grid[0] * grid[1], own[group.rank()]]
     edit = {"image": golden_image("wide")}
-    for task in ({}, edit, {"height": 48, "width": 80}, {"taylorseer": True}, edit | {"guidance_tolerance": 0.05}):
+    tasks = ({}, edit, {"height": 48, "width": 80}, {"taylorseer": True}, {"mag": True})
+    for task in (*tasks, edit | {"guidance_tolerance": 0.05}):
         assert_near(str(task), drawn(model, group, **task), drawn(model, **task))
 
 
@@ -168,7 +170,9 @@ def denoised(model: torch.nn.Module, grid: tuple[int, int] = (3, 4), make_cache:
     ).velocity
 
 
-def drawn(model: torch.nn.Module, group: Any = None, taylorseer: bool = False, **task: Any) -> torch.Tensor:
+def drawn(
+    model: torch.nn.Module, group: Any = None, taylorseer: bool = False, mag: bool = False, **task: Any
+) -> torch.Tensor:
     """Pictures of a batch of two, `(2, 3, height, width)`, in five steps."""
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, transformer=model, processor=load_processor())
     pipe.set_progress_bar_config(disable=True)
@@ -176,6 +180,8 @@ def drawn(model: torch.nn.Module, group: Any = None, taylorseer: bool = False, *
         pipe.enable_context_split(group)
     if taylorseer:
         pipe.enable_taylorseer(warmup_steps=2)
+    if mag:
+        pipe.enable_cache(MagCacheConfig(threshold=1.0, num_inference_steps=5, mag_ratios=[1.0] * 5))
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     if "image" in task:
         task["image"] = [[task["image"]]] * 2

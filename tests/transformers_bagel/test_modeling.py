@@ -144,3 +144,21 @@ def test_the_attention_can_be_changed_after_loading(encode):
     assert calls["sdpa"][0] >= sum(
         part.num_hidden_layers for part in (model.config.text_config, model.config.vision_config)
     )
+
+
+@torch.no_grad()
+def test_whoever_calls_may_lead_through_the_layers(model, encode):
+    inputs = encode(["a red circle"])
+    led: list[int] = []
+
+    def run(layers, hidden_states: torch.Tensor, **given) -> torch.Tensor:
+        for layer in layers:
+            led.append(layer.layer_idx)
+            hidden_states = layer(hidden_states, **given)
+        return hidden_states
+
+    assert torch.equal(model(**inputs, run_layers=run).logits, model(**inputs).logits)
+    assert led == [0, 1, 2]
+    assert not torch.equal(
+        model(**inputs, run_layers=lambda layers, states, **_: states).logits, model(**inputs).logits
+    )
