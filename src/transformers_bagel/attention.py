@@ -4,6 +4,7 @@
 | layout | serves | source |
 |---|---|---|
 | [`MaskedAttention`] | a sequence under one mask of the library; text alone and decoding too | points 5 and 32 |
+| [`BlockwiseAttention`] | one sample with images, where what a mask hides would be computed | point 5 |
 | [`ChunkedAttention`] | flash attention, which takes no block mask | point 5 |
 | [`SampleAttention`] | packed samples where there is no sparse mask for them | point 32 |
 | [`DenoisingAttention`] | noised blocks, each against its own read-only prefix | point 7 |
@@ -108,6 +109,43 @@ class MaskedAttention(AttentionLayout):
         mask = self.mask.to(query.device) if isinstance(self.mask, torch.Tensor) else self.mask
         output, weights = attention(module, query, key, value, mask, **kwargs)
         return _of_experts(routing, output), weights
+
+
+@dataclass
+class BlockwiseAttention(AttentionLayout):
+    """
+    Chunk by chunk, each against what it sees and nothing else: under one mask all would be computed, and then hidden.
+
+    Attributes:
+        chunks (`list[tuple[int, int, torch.BoolTensor | None]]`):
+            Start, stop and mask of each; an image block needs none.
+        past (`int`): Tokens that the cache holds already.
+    """
+
+    chunks: list[tuple[int, int, torch.Tensor | None]]
+    past: int
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, past: int, device: torch.device) -> BlockwiseAttention:
+        """For a layout of one sample behind a past."""
+        chunks: list[tuple[int, int, torch.Tensor | None]] = []
+        for start, stop, is_block in layout.chunks():
+            mask = None
+            if not is_block:
+                seen = torch.ones(stop - start, past + stop, dtype=torch.bool, device=device)
+                mask = seen.tril(past + start)[None, None]
+            chunks.append((start, stop, mask))
+        return cls(chunks, past)
+
+    def attend(self, module: Any, heads: ExpertHeads, routing: Routing, layer_cache: Any, **kwargs: Any) -> Attended:
+        query, key, value = _with_past(routing, heads, layer_cache)
+        outputs = []
+        for start, stop, mask in self.chunks:
+            seen = self.past + stop
+            own_mask = None if mask is None else mask.to(query.device)
+            states = query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen]
+            outputs.append(attention(module, *states, own_mask, **(kwargs | {"is_causal": False}))[0])
+        return _of_experts(routing, torch.cat(outputs, dim=1)), None
 
 
 @dataclass
@@ -240,6 +278,9 @@ def choose_attention(
                 for start, stop, mask in layout.sample_masks()
             ]
         )
+    is_alone = len(inputs_embeds) == 1 and attention_mask is None and not layout.is_packed
+    if is_alone and config._attn_implementation == "sdpa" and not is_torchdynamo_compiling():
+        return BlockwiseAttention.of(layout, past, device)
     mask = create_causal_mask(
         config,
         inputs_embeds,

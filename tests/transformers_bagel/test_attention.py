@@ -125,6 +125,41 @@ def test_one_forward_equals_segment_by_segment(name, latents, model, prompt):
         assert max_error(ours.keys, theirs.keys) <= 1e-5
 
 
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("latents", [False, True])
+@pytest.mark.parametrize("name", ["image", "interleaved"])
+def test_one_sample_computes_what_it_sees_and_nothing_else(name, latents, past, model, prompt, monkeypatch):
+    inputs = prompt(name, latents)
+    ones = inputs.pop("attention_mask")
+    pairs: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, key, value, **kwargs):
+        pairs.append(query.shape[2] * key.shape[2])
+        return attend(query, key, value, **kwargs)
+
+    def logits(mask: torch.Tensor | None) -> torch.Tensor:
+        """Behind some words, if there is a past."""
+        cache, words = DynamicCache(config=model.config.text_config), torch.tensor([[5, 6, 7]], device=model.device)
+        positions = SequenceLayout(inputs["mm_token_type_ids"]).position_ids().to(model.device)
+        if past:
+            model(input_ids=words, past_key_values=cache)
+            positions = positions + 3
+            mask = None if mask is None else torch.nn.functional.pad(mask, (3, 0), value=1)
+        pairs.clear()
+        return model(**inputs, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
+    layout = SequenceLayout(inputs["mm_token_type_ids"].cpu())
+    seen = sum((stop - start) * (stop + 3 * past) for start, stop, _ in layout.chunks())
+    with torch.no_grad():
+        # A mask that hides nothing is a mask.
+        expected = logits(ones)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+        assert max_error(logits(None), expected) <= 1e-5
+    chunks = len(layout.chunks())
+    assert sum(pairs[-chunks:]) == seen < ones.shape[1] * (ones.shape[1] + 3 * past)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_padding_never_influences_other_tokens(backend, encode):
     model = load_model(attn_implementation=backend)
