@@ -21,8 +21,8 @@ from unittest import mock
 
 import torch
 from cases import INSTRUCTION, picture, prompts_of
+from machine import machine
 from models import make_pipeline
-from run import machine
 from torch.nn import functional
 
 

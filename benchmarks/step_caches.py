@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,13 +84,19 @@ class Task:
         self.pipe, self.calls, self.judge = pipe, calls, judge
         self.plain: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def row(self) -> Row:
-        """The pictures as the pipeline draws them now; the first ones are those that others are compared with."""
+    def row(self, forwards: float | None = None, **changes: Any) -> Row:
+        """
+        The pictures as the pipeline draws them now; the first ones are those that others are compared with.
+
+        Args:
+            forwards (`float`, *optional*): A picture, where layers are compiled and cannot be counted.
+            changes: Of the arguments of the pipeline.
+        """
         drawn, seen, start, cpu_start = [], [], time.perf_counter(), time.process_time()
-        with counted(self.pipe) as computed:
+        with counted(self.pipe) if forwards is None else nullcontext([forwards * len(self.calls)]) as computed:
             for seed, call in enumerate(self.calls):
                 generator = torch.Generator().manual_seed(seed)
-                latents = self.pipe(generator=generator, output_type="latent", **call).images
+                latents = self.pipe(generator=generator, output_type="latent", **(call | changes)).images
                 side = math.isqrt(latents.shape[1])
                 drawn.append(latents)
                 seen.append(self.pipe.decode_latents(latents, (side, side), "pt"))
@@ -167,7 +173,7 @@ def cache_dit(pipe: BagelPipeline, threshold: float) -> Iterator[None]:
         cache_dit.disable_cache(adapter)
 
 
-def measured(tasks: dict[str, Task], pipe: BagelPipeline, steps: int) -> dict[str, dict[str, Any]]:
+def measured(pipe: BagelPipeline, tasks: dict[str, Task], steps: int) -> dict[str, dict[str, Any]]:
     """A row of each task for each means."""
     print(f"{'':32}" + "".join(f"   {name + ': forwards, s, CPU s, error, dB, right':>45}" for name in tasks))
     rows: dict[str, dict[str, Any]] = {}
@@ -207,31 +213,42 @@ def cells(row: Row) -> str:
     return f"{row.forwards:.1f} {row.seconds:.2f} {row.cpu_seconds:.2f} {row.latents:.4f} {psnr} {score}"
 
 
-def shapes(num: int) -> dict[str, Any]:
+def shapes_tasks(num: int, steps: int) -> tuple[BagelPipeline, dict[str, Task]]:
     """Drawings and edits of bagel-shapes."""
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts, edits = draw_cases("draw_full", num, 0), edit_cases(num, 0)
     # One at a time: several would share forwards where nothing is left out.
-    drawing = [{"prompt": case.prompt, "num_inference_steps": STEPS} | DRAWING for case in prompts]
+    drawing = [{"prompt": case.prompt, "num_inference_steps": steps} | DRAWING for case in prompts]
     editing = [
-        {"prompt": case.instruction, "image": render(case.scene), "num_inference_steps": STEPS} | EDITING
+        {"prompt": case.instruction, "image": render(case.scene), "num_inference_steps": steps} | EDITING
         for case in edits
     ]
-    tasks = {
+    return pipe, {
         "drawing": Task(pipe, drawing, lambda index, picture: is_drawn(picture, prompts[index])),
         "edit": Task(pipe, editing, lambda index, picture: is_edited(picture, edits[index].target)),
     }
-    return measured(tasks, pipe, STEPS)
+
+
+def shapes(num: int) -> dict[str, Any]:
+    """Rows of bagel-shapes."""
+    pipe, tasks = shapes_tasks(num, STEPS)
+    return measured(pipe, tasks, STEPS)
+
+
+def make_middle() -> BagelPipeline:
+    """Of random weights."""
+    pipe = make_pipeline("middle", torch.float32, torch.device("cpu"))
+    # A new model draws nothing.
+    torch.nn.init.normal_(pipe.transformer.model.llm2vae.weight, std=0.02)
+    return pipe
 
 
 def middle(side: int) -> dict[str, Any]:
     """A drawing at the middle width."""
-    pipe = make_pipeline("middle", torch.float32, torch.device("cpu"))
-    # A new model draws nothing.
-    torch.nn.init.normal_(pipe.transformer.model.llm2vae.weight, std=0.02)
+    pipe = make_middle()
     call = {"prompt": "a red circle", "height": side, "width": side, "num_inference_steps": MIDDLE_STEPS}
-    return measured({"drawing": Task(pipe, [call])}, pipe, MIDDLE_STEPS)
+    return measured(pipe, {"drawing": Task(pipe, [call])}, MIDDLE_STEPS)
 
 
 def main(arguments: list[str] | None = None) -> None:
