@@ -123,8 +123,9 @@ def save_adapter(pipe: BagelPipeline, folder: str) -> None:
 
 def middle(side: int) -> dict[str, Any]:
     """Rows of the middle width."""
-    pipe, size = make_middle(), {"height": side, "width": side, "num_inference_steps": STEPS}
-    calls = {"drawing": {"prompt": PROMPT}, "edit": {"prompt": INSTRUCTION, "image": picture(side)}}
+    pipe = make_middle()
+    size: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": STEPS}
+    calls: dict[str, dict[str, Any]] = {"drawing": {"prompt": PROMPT}, "edit": {"prompt": INSTRUCTION, "image": picture(side)}}
     tasks = {name: Task(pipe, [call | size]) for name, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(pipe, folder)
