@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -121,17 +122,21 @@ def test_no_stage_outlives_the_command(tmp_path):
     command = [sys.executable, str(SHAPES / "train.py"), "--output_dir", str(tmp_path / "run"), "--vit_steps", "1"]
     process = subprocess.Popen([*command, "--understanding_samples", "50"], stderr=subprocess.DEVNULL)
     found: dict[str, psutil.Process] = {}
-    while len(found) < 2:
-        assert process.poll() is None
-        time.sleep(0.2)
-        for child in psutil.Process(process.pid).children():
-            line = " ".join(child.cmdline())
-            found |= {name: child for name in ("spawn_main", "train_full.py") if name in line}
-    # The VAE's process asks to be ended as soon as it has started.
-    while not (tmp_path / "run" / "vae.part").exists():
-        time.sleep(0.2)
-    process.kill()
-    process.wait()
+    try:
+        while len(found) < 2:
+            assert process.poll() is None
+            time.sleep(0.2)
+            for child in psutil.Process(process.pid).children():
+                # Others come and go.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    line = " ".join(child.cmdline())
+                    found |= {name: child for name in ("spawn_main", "train_full.py") if name in line}
+        # The VAE's process asks to be ended as soon as it has started.
+        while not (tmp_path / "run" / "vae.part").exists():
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
     _, alive = psutil.wait_procs(found.values(), timeout=20)
     assert not alive
 
