@@ -230,7 +230,7 @@ class StepCacheMixin:
 
         What hangs on them sees no texts. It keeps one state for all drawings, which must therefore follow one another.
         """
-        layers, known = self.transformer.model.language_model.layers, self._denoising_layers
+        layers, known = self.transformer.get_decoder().layers, self._denoising_layers
         if known is None or not (known.is_replaced or known.full[0] is layers[0]):
             self._denoising_layers = known = DenoisingLayers(layers)
         return known
@@ -331,7 +331,7 @@ class StepCacheMixin:
             raise ValueError(
                 "Two step caches are enabled, of this pipeline and on its `denoising_layers`: disable one of the two."
             )
-        layers = self.transformer.model.language_model.layers
+        layers = self.transformer.get_decoder().layers
         if isinstance(self._caching, DenoisingLayers) and self._caching.full[0] is not layers[0]:
             raise ValueError(
                 "`denoising_layers` are those of another transformer than the pipeline's. Disable the cache that hangs on them."
