@@ -125,7 +125,10 @@ def middle(side: int) -> dict[str, Any]:
     """Rows of the middle width."""
     pipe = make_middle()
     size: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": STEPS}
-    calls: dict[str, dict[str, Any]] = {"drawing": {"prompt": PROMPT}, "edit": {"prompt": INSTRUCTION, "image": picture(side)}}
+    calls: dict[str, dict[str, Any]] = {
+        "drawing": {"prompt": PROMPT},
+        "edit": {"prompt": INSTRUCTION, "image": picture(side)},
+    }
     tasks = {name: Task(pipe, [call | size]) for name, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(pipe, folder)

@@ -24,6 +24,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.files import find_cached, find_file, hub_arguments, in_subfolder
 from transformers_bagel.packed import open_weights
+from transformers_bagel.products import told_products
 from transformers_bagel.quantization import undivided_modules
 from transformers_bagel.weights import find_weights
 
@@ -183,6 +184,9 @@ def choose(
         text += ". That is more than there is: it will be slow, or fail." + (
             " --low-memory needs less." if dtype else ""
         )
+    elif ways[chosen].dtype == torch.float32 and device.type == "cpu":
+        of_text = config.get_text_config()
+        text += f"; {told_products(of_text.hidden_size, of_text.intermediate_size)}"
     _say(text)
     return ways[chosen]
 

@@ -16,6 +16,7 @@ from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.checkpoints import read_json
 from transformers_bagel.files import find_file
 from transformers_bagel.original_config import corrections, is_original_config
+from transformers_bagel.products import told_products
 
 from .fitting import are_packed, free_bytes, needed_bytes, possible_ways, size
 
@@ -89,3 +90,6 @@ def _fits(config: BagelConfig, device: torch.device, packed: bool) -> Iterator[s
         needs = {use: needed_bytes(config, way, draws) for use, draws in uses.items()}
         told = (f"{size(need)} {use}, {'fits' if need <= free else 'too much'}" for use, need in needs.items())
         yield f"  {way.name}: {'; '.join(told)}"
+    if device.type == "cpu":
+        text = config.get_text_config()
+        yield f"  {told_products(text.hidden_size, text.intermediate_size)}"

@@ -25,6 +25,7 @@ from transformers_bagel.latents import VAE_SAMPLE_MODES, decode_latents, encode_
 from transformers_bagel.segments import EncodedSegment, Segment, chat_segments
 
 from .adapter_scale import check_adapter_scale
+from .compiling import CompileMixin
 from .contexts import BagelContext, ContextReader
 from .denoising import Denoiser, DenoisingLoop
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
@@ -82,7 +83,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixin, StepCacheMixin):
+class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixin, StepCacheMixin, CompileMixin):
     r"""
     Pipeline for text-to-image generation and image editing with BAGEL.
 

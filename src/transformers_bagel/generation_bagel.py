@@ -29,7 +29,15 @@ LATENT_INPUTS = ("latents", "latent_grid_hw", "timesteps")
 
 
 class BagelGenerationMixin(GenerationMixin):
-    """[`GenerationMixin`] for sequences whose images take one rope position each."""
+    """
+    [`GenerationMixin`] for sequences whose images take one rope position each.
+
+    Attributes:
+        decoding_settings (`dict`, *optional*):
+            What `generate()` takes where nothing is said of a cache, instead of a [`GrowingCache`].
+    """
+
+    decoding_settings: dict[str, Any] | None = None
 
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
@@ -64,6 +72,7 @@ class BagelGenerationMixin(GenerationMixin):
                 "use_cache",
                 "is_assistant",
                 "assistant_early_exit",
+                "prompt_lookup_num_tokens",
             )
         }
         use_cache = settings["use_cache"]
@@ -92,8 +101,12 @@ class BagelGenerationMixin(GenerationMixin):
             kwargs["assistant_model"] = self._text_assistant(assistant, ids, kwargs)
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
-            # The library refuses a cache beside `cache_implementation`.
-            kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
+            has_candidates = assistant is not None or settings["prompt_lookup_num_tokens"] is not None
+            if self.decoding_settings is None or has_candidates:
+                # The library refuses a cache beside `cache_implementation`.
+                kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
+            else:
+                kwargs |= self.decoding_settings
         return super().generate(inputs, generation_config, **kwargs)
 
     def _text_assistant(

@@ -41,6 +41,7 @@ from .embeddings import (
 from .generation_bagel import BagelGenerationMixin
 from .layers import BagelAttention, BagelDecoderLayer, in_residual_dtype, run_in_turn
 from .loading import BagelLoadingMixin, ignored_weights, rename_weights
+from .products import by_best_products
 from .segments import IMAGE_TOKEN, LATENT_TOKEN, TEXT_TOKEN
 from .sequence import (
     ExpertRouting,
@@ -767,6 +768,7 @@ class BagelForConditionalGeneration(BagelPreTrainedModel, BagelGenerationMixin):
         return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
 
     @can_return_tuple
+    @by_best_products
     @in_residual_dtype
     def forward(
         self,

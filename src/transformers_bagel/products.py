@@ -1,0 +1,164 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""By what a CPU multiplies matrices in float32: MKL, which torch takes, or oneDNN, which is twice as fast on some (docs/speed.md).
+
+torch's setting for oneDNN is of the process, and is named after bfloat16, to which products are rounded on CPUs with a matrix unit for
+it. So both are measured, time and error, and the setting is in force only while a forward of BAGEL runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils import is_torchdynamo_compiling, logging
+
+
+logger = logging.get_logger(__name__)
+
+# Tokens of a forward from which on oneDNN may multiply: of fewer it gains less, and of one it loses.
+LEAST_TOKENS = 128
+# What narrower products take is so little that the two hardly differ, now one way and now the other.
+LEAST_WIDTH = 512
+# By which oneDNN must be faster, so that the choice is the same in each run; and the largest error of a product in float32,
+# by its largest value. Rounding to bfloat16 gives some 1e-3.
+LEAST_GAIN = 1.25
+LARGEST_ERROR = 1e-5
+# Of a measured product, the most columns and rows of its weight; and how often each is taken.
+MOST_COLUMNS, MOST_ROWS = 1024, 4096
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Products:
+    """
+    What products of float32 take on this CPU.
+
+    Attributes:
+        mkl, onednn (`float`): Seconds of one.
+        error (`float`): Of oneDNN's, by the largest value.
+    """
+
+    mkl: float
+    onednn: float
+    error: float
+
+    @property
+    def by_onednn(self) -> bool:
+        """Whether oneDNN is to multiply."""
+        return self.error <= LARGEST_ERROR and self.mkl >= LEAST_GAIN * self.onednn
+
+    def __str__(self) -> str:
+        if self.error > LARGEST_ERROR:
+            return f"products of float32 by MKL: oneDNN would round them to bfloat16 (error {self.error:.0e})"
+        times = f"{self.mkl / self.onednn:.1f} times as fast as MKL"
+        return f"products of float32 by {'oneDNN' if self.by_onednn else 'MKL'}: oneDNN is {times} (error {self.error:.0e})"
+
+
+@functools.cache
+def measured(width: int, hidden: int) -> Products | None:
+    """
+    Time and error of a product of [`LEAST_TOKENS`] tokens, in a tenth of a second, once a process; `None` where there is no choice.
+
+    Args:
+        width, hidden (`int`): Of the model, and inside its MLP.
+    """
+    if width < LEAST_WIDTH or not torch.backends.mkldnn.is_available():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(LEAST_TOKENS, min(width, MOST_COLUMNS), generator=generator)
+    weight = torch.randn(min(hidden, MOST_ROWS), tokens.shape[1], generator=generator)
+    exact = tokens.double() @ weight.double().T
+
+    def timed() -> tuple[float, torch.Tensor]:
+        start = time.perf_counter()
+        product = torch.nn.functional.linear(tokens, weight)
+        return time.perf_counter() - start, product
+
+    mkl, onednn = [], []
+    with torch.no_grad():
+        for _ in range(REPEATS):
+            mkl.append(timed()[0])
+            with onednn_products():
+                seconds, product = timed()
+            onednn.append(seconds)
+    # The first ones warm up.
+    found = Products(min(mkl[1:]), min(onednn[1:]), float((product - exact).abs().max() / exact.abs().max()))
+    logger.info(str(found))
+    return found
+
+
+def told_products(width: int, hidden: int) -> str:
+    """What is chosen for a model, see [`measured`], in a line."""
+    if (products := measured(width, hidden)) is None:
+        return "products of float32 by torch's default: such narrow ones hardly differ"
+    return str(products)
+
+
+class _Setting:
+    """That of the process, which the first of those who want it sets, and the last one puts back."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.found = ""
+
+    def take(self) -> None:
+        with self.lock:
+            if self.users == 0:
+                self.found = torch.backends.mkldnn.matmul.fp32_precision
+                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            self.users += 1
+
+    def put_back(self) -> None:
+        with self.lock:
+            self.users -= 1
+            # Somebody may have chosen something else meanwhile.
+            if self.users == 0 and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+                torch.backends.mkldnn.matmul.fp32_precision = self.found
+
+
+_setting = _Setting()
+
+
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """Products of float32 by oneDNN, in all threads, until the last who wants it leaves."""
+    _setting.take()
+    try:
+        yield
+    finally:
+        _setting.put_back()
+
+
+def by_best_products(forward: Callable) -> Callable:
+    """Let a model's `forward` multiply by what is faster on this CPU, where it is in float32 and takes no gradients."""
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_torchdynamo_compiling() or torch.is_grad_enabled() or self.device.type != "cpu":
+            return forward(self, *args, **kwargs)
+        if self.dtype != torch.float32 or _num_tokens(args, kwargs) < LEAST_TOKENS:
+            return forward(self, *args, **kwargs)
+        text = self.config.get_text_config()
+        products = measured(text.hidden_size, text.intermediate_size)
+        if products is None or not products.by_onednn:
+            return forward(self, *args, **kwargs)
+        with onednn_products():
+            return forward(self, *args, **kwargs)
+
+    return called
+
+
+def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of a forward: text of all samples, or latents of all images."""
+    given = args[0] if args else kwargs.get("input_ids")
+    if given is not None:
+        return given.numel()
+    states = next((kwargs[name] for name in ("inputs_embeds", "latents") if kwargs.get(name) is not None), None)
+    return 0 if states is None else states.shape[:-1].numel()

@@ -1,0 +1,100 @@
+"""`pipe.compile()`: layers and decoding, one graph for all lengths, and what undoing it leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.conftest import max_error
+from tests.diffusers_bagel.conftest import PLAN, SMALL, seeded
+
+
+@pytest.fixture
+def own(own_pipe):
+    torch._dynamo.reset()
+    counters.clear()
+    yield own_pipe
+    torch._dynamo.reset()
+
+
+def drawn(pipe, **settings) -> torch.Tensor:
+    return pipe("a red circle", generator=seeded(0), **SMALL | settings).images
+
+
+def written(pipe, length: int, **settings) -> torch.Tensor:
+    ids = torch.randint(5, 400, (1, length), generator=seeded(length))
+    return pipe.transformer.generate(input_ids=ids, max_new_tokens=6, do_sample=False, **settings)
+
+
+def test_it_says_what_it_does_and_undoing_leaves_nothing(own):
+    expected, text = drawn(own), written(own, 9)
+    report = own.compile(backend="eager", max_cache_len=64)
+    layers = [
+        module for module in own.transformer.modules() if type(module).__name__ in own.transformer._no_split_modules
+    ]
+    assert report.layers == len(layers) and report.cache_len == 64
+    assert [line.split(" ")[0] for line in str(report).splitlines()] == ["layers:", "decoding:", "products"]
+    assert max_error(drawn(own), expected) <= 1e-4
+    assert counters["stats"]["unique_graphs"] > 0
+    own.undo_compile()
+    counters.clear()
+    assert torch.equal(drawn(own), expected)
+    assert torch.equal(written(own, 9), text)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert own.transformer.decoding_settings is None
+
+
+def test_layers_that_were_compiled_before_stay_so(own):
+    own.transformer.compile_repeated_blocks(backend="eager")
+    drawn(own)
+    own.compile(backend="eager")
+    own.undo_compile()
+    counters.clear()
+    torch._dynamo.reset()
+    drawn(own)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_two_pipelines_are_compiled_each_for_itself(own, pipe):
+    own.compile(backend="eager")
+    assert pipe.transformer.decoding_settings is None
+    with pytest.raises(RuntimeError, match="not compiled"):
+        pipe.undo_compile()
+
+
+def test_what_cannot_be_is_refused(own):
+    for wrong in (0, 1.5, "long"):
+        with pytest.raises((TypeError, ValueError), match="^`max_cache_len`"):
+            own.compile(max_cache_len=wrong)
+    with pytest.raises(RuntimeError, match="not compiled"):
+        own.undo_compile()
+    own.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled already"):
+        own.compile()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prompt_lookup_num_tokens": 3}, {"use_cache": False}, {"cache_implementation": "static"}]
+)
+def test_what_is_said_of_a_cache_goes_first(settings, own):
+    expected = written(own, 9, **settings)
+    own.compile(backend="eager")
+    own.undo_compile()
+    own.transformer.decoding_settings = {"cache_implementation": "no such cache"}
+    assert torch.equal(written(own, 9, **settings), expected)
+
+
+@pytest.mark.slow
+def test_texts_are_equal_and_all_lengths_share_a_forward(own):
+    lengths = (5, 9, 17, 21, 30)
+    expected = [written(own, length) for length in lengths]
+    plan = drawn(own, **PLAN)
+    own.compile(backend="eager", max_cache_len=64)
+    for length, text in list(zip(lengths, expected, strict=True))[:2]:
+        assert torch.equal(written(own, length), text)
+    graphs = counters["stats"]["unique_graphs"]
+    for length, text in list(zip(lengths, expected, strict=True))[2:]:
+        assert torch.equal(written(own, length), text)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert max_error(drawn(own, **PLAN), plan) <= 1e-4

@@ -1,0 +1,157 @@
+"""By what a CPU multiplies in float32: measured, in force while a forward runs, and put back."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from tests.conftest import load_model
+from transformers_bagel import products
+from transformers_bagel.products import LEAST_TOKENS, Products, measured, onednn_products, told_products
+
+
+FAST, EXACT = Products(2.0, 1.0, 1e-6), Products(1.1, 1.0, 1e-6)
+ROUNDED = Products(9.0, 1.0, 1e-3)
+
+
+def precision() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What is measured."""
+
+    def set_found(products_found: Products | None) -> None:
+        monkeypatch.setattr(products, "measured", lambda width, hidden: products_found)
+
+    return set_found
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model()
+
+
+@pytest.fixture
+def seen(model):
+    """The setting inside each forward."""
+    during: list[str] = []
+    hook = model.model.register_forward_pre_hook(lambda *args: during.append(precision()))
+    yield during
+    hook.remove()
+
+
+def ids(count: int) -> torch.Tensor:
+    return torch.ones(1, count, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [(FAST, "by oneDNN: oneDNN is 2.0 times"), (EXACT, "by MKL: oneDNN is 1.1 times"), (ROUNDED, "would round them")],
+)
+def test_the_faster_is_chosen_if_it_is_clearly_faster_and_in_float32(choice, words):
+    assert choice.by_onednn == (choice is FAST)
+    assert words in str(choice)
+
+
+def test_this_machine_is_measured_once_and_left_as_it_was():
+    before = precision()
+    choice = measured(512, 1408)
+    assert choice is measured(512, 1408)
+    assert choice is None or (choice.mkl > 0 and choice.onednn > 0 and choice.error > 0)
+    assert precision() == before
+
+
+def test_narrow_models_are_not_measured():
+    assert measured(64, 96) is None
+    assert "narrow" in told_products(64, 96)
+
+
+@pytest.mark.parametrize(("choice", "expected"), [(FAST, "bf16"), (EXACT, "none"), (ROUNDED, "none"), (None, "none")])
+@torch.no_grad()
+def test_it_holds_while_a_forward_runs(choice, expected, found, model, seen):
+    found(choice)
+    model(input_ids=ids(LEAST_TOKENS))
+    assert seen == [expected]
+    assert precision() == "none"
+
+
+def test_few_tokens_gradients_and_other_types_are_as_they_were(found, model, seen):
+    found(FAST)
+    with torch.no_grad():
+        model(input_ids=ids(LEAST_TOKENS - 1))
+    model(input_ids=ids(LEAST_TOKENS))
+    assert seen == ["none", "none"]
+    with torch.no_grad():
+        low = load_model().to(torch.bfloat16)
+        low.model.register_forward_pre_hook(lambda *args: seen.append(precision()))
+        low(input_ids=ids(LEAST_TOKENS))
+    assert seen[2:] == ["none"]
+
+
+@torch.no_grad()
+def test_latents_and_embeddings_count_too(found, model, seen):
+    found(FAST)
+    model(inputs_embeds=torch.zeros(2, LEAST_TOKENS // 2, model.config.get_text_config().hidden_size))
+    side = 4
+    count = LEAST_TOKENS // side**2
+    model(
+        latents=torch.zeros(LEAST_TOKENS, model.config.latent_dim),
+        latent_grid_hw=torch.tensor([[side, side]] * count),
+        timesteps=torch.full((count,), 0.5),
+        position_ids=torch.zeros(count, dtype=torch.long),
+    )
+    assert seen == ["bf16", "bf16"]
+
+
+@torch.no_grad()
+def test_an_error_puts_it_back(found, model):
+    found(FAST)
+    with pytest.raises(RuntimeError):
+        model(input_ids=ids(LEAST_TOKENS), document_ids=torch.zeros(3, 3))
+    assert precision() == "none"
+
+
+def test_the_last_thread_puts_back_what_the_first_found():
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def use() -> None:
+        with onednn_products():
+            inside.wait(20)
+            leave.wait(20)
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    inside.wait(20)
+    with onednn_products():
+        assert precision() == "bf16"
+    assert precision() == "bf16"
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert precision() == "none"
+
+
+def test_what_somebody_chooses_meanwhile_stays():
+    try:
+        with onednn_products():
+            torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        assert precision() == "ieee"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@torch.no_grad()
+def test_numbers_are_those_of_float32(found, model):
+    tokens = torch.arange(LEAST_TOKENS)[None] % 400
+    found(None)
+    expected = model(input_ids=tokens).logits
+    if (choice := measured(512, 1408)) is None or choice.error > products.LARGEST_ERROR:
+        pytest.skip("This CPU would round.")
+    found(FAST)
+    logits = model(input_ids=tokens).logits
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
