@@ -21,17 +21,21 @@ Values = Callable[[Shape], torch.Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer on `(rows, in_features)`."""
+    """A linear layer on `(rows, in_features)`, by what multiplied there."""
 
     rows: int
     layer: nn.Linear
+    precision: str
 
     def bare(self, values: Values, backward: bool) -> Callable[[], object]:
         weight = self.layer.weight.detach()
         inputs, outputs = values((self.rows, weight.shape[1])), values((self.rows, weight.shape[0]))
 
         def run() -> None:
+            found = torch.backends.mkldnn.matmul.fp32_precision
+            torch.backends.mkldnn.matmul.fp32_precision = self.precision
             torch.mm(inputs, weight.T)
+            torch.backends.mkldnn.matmul.fp32_precision = found
             if backward:
                 torch.mm(outputs, weight)
                 torch.mm(outputs.T, inputs)
@@ -89,7 +93,8 @@ def recording(*modules: nn.Module) -> Iterator[list[Any]]:
         if isinstance(module, nn.Conv2d):
             calls.append(Convolution(tuple(args[0].shape), module))
         else:
-            calls.append(Product(args[0].numel() // module.in_features, module))
+            precision = torch.backends.mkldnn.matmul.fp32_precision
+            calls.append(Product(args[0].numel() // module.in_features, module, precision))
 
     hooks = [
         part.register_forward_hook(note)

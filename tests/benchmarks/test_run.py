@@ -33,7 +33,7 @@ def test_the_floor_repeats_the_products_and_attentions_of_a_run(backward):
         layer(torch.randn(2, 3, 8))
         functional.scaled_dot_product_attention(states, states, states)
         layer(torch.randn(0, 8))
-    assert calls == [Product(6, layer), Attention(((1, 2, 5, 4),) * 3, {})]
+    assert calls == [Product(6, layer, "none"), Attention(((1, 2, 5, 4),) * 3, {})]
 
     run = floor_of(calls, torch.float32, torch.device("cpu"), backward)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
