@@ -62,7 +62,8 @@ class RunFolder:
         """The first process to come says of which settings the folder is; the others, and later runs, must agree."""
         file = self.path / SETTINGS
         with FileLock(self.path / f"{LOCK}-settings"):
-            if not file.exists() or not any(self.path.glob(f"{RECORDS}-*")):
+            drawn = any(self.path.glob(f"{RECORDS}-*")) or any(self.pictures.rglob("*.png"))
+            if not file.exists() or not drawn:
                 # Nothing was drawn with them.
                 self._write_json(file, settings)
         found = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
@@ -101,18 +102,23 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Add a line about a picture."""
-        line = json.dumps(values, ensure_ascii=False) + "\n"
-        with self._recording, (self.path / f"{RECORDS}-{self.rank}.jsonl").open("a", encoding="utf-8") as stream:
+        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        with self._recording, (self.path / f"{RECORDS}-{self.rank}.jsonl").open("ab+") as stream:
+            if end := stream.seek(0, os.SEEK_END):
+                stream.seek(end - 1)
+                # A crash may have cut the last line off, and this one must not go on with it.
+                line = line if stream.read(1) == b"\n" else b"\n" + line
             stream.write(line)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of all processes; one that a crash cut off is left out."""
         found = []
         for file in sorted(self.path.glob(f"{RECORDS}-*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            # Not `splitlines`, which ends a line at characters that a prompt may hold.
+            for line in file.read_bytes().split(b"\n"):
                 try:
                     found.append(json.loads(line))
-                except json.JSONDecodeError:
+                except ValueError:
                     continue
         return found
 

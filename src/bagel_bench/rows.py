@@ -136,11 +136,13 @@ def _checked(values: Any) -> dict[str, Any] | BrokenRow:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        try:
-            yield f"line {number}", _parsed(line)
-        except json.JSONDecodeError as error:
-            yield f"line {number}", BrokenRow(f"it is no JSON ({error}).")
+    # Not `splitlines`, which ends a line at characters that a prompt may hold.
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield f"line {number}", _parsed(line)
+            except json.JSONDecodeError as error:
+                yield f"line {number}", BrokenRow(f"it is no JSON ({error}).")
 
 
 def _json(file: Path) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,37 @@
+# Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
+"""What a run's folder keeps through prompts with unusual characters and through crashes."""
+
+import json
+
+import pytest
+
+from bagel_bench.folder import RunFolder
+from bagel_bench.rows import read_rows
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_character_that_some_take_for_the_end_of_a_line_stays_in_its_row_and_record(tmp_path, separator):
+    prompt = f"a blue{separator}square"
+    RunFolder(tmp_path).record(file="0.png", prompt=prompt)
+    assert RunFolder(tmp_path).records() == [{"file": "0.png", "prompt": prompt}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row.fields for row in read_rows(prompts)] == [{"prompt": prompt}]
+
+
+@pytest.mark.parametrize("torn", ['{"file": "1.png", "pro', '{"file": "1.png", "prompt": "\u00e9'])
+def test_a_record_that_a_crash_cut_off_takes_no_other_with_it(tmp_path, torn):
+    folder = RunFolder(tmp_path)
+    folder.record(file="0.png", prompt="a")
+    with (tmp_path / "records-0.jsonl").open("ab") as stream:
+        stream.write(torn.encode()[:-1])
+    folder.record(file="2.png", prompt="c")
+    assert [record["file"] for record in folder.records()] == ["0.png", "2.png"]
+
+
+def test_a_picture_whose_record_a_crash_prevented_keeps_other_settings_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.opened({"steps": 2}):
+        folder.write("0.png", lambda file: file.write_bytes(b"drawn"))
+    with pytest.raises(ValueError, match="`steps` is 2 there, and 5 here"), RunFolder(tmp_path).opened({"steps": 5}):
+        pass
