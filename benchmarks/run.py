@@ -32,7 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
-    parser.add_argument("--onednn", action="store_true", help="products of float32 by oneDNN in all forwards, not only where it is faster")
+    parser.add_argument(
+        "--onednn",
+        action="store_true",
+        help="products of float32 by oneDNN in all forwards, not only where it is faster",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,11 @@ from transformers import CompileConfig
 
 from transformers_bagel.products import told_products
 
-from .inputs import check_whole_number
+from .inputs import check_flag, check_whole_number
+
+
+# Of each transformer that is compiled, its layers and how they were called before: several pipelines may share one.
+_plain_calls: weakref.WeakKeyDictionary[Any, list[tuple[nn.Module, Any]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -22,39 +27,39 @@ class CompileReport:
 
     Attributes:
         layers (`int`): That are compiled, in the first forward of each kind.
-        cache_len (`int`): Tokens for which `generate()` lays out a static cache, for which its forward is compiled once.
+        cache_len (`int`, *optional*): Tokens for which `generate()` lays out a static cache, for which its forward is compiled once.
         products (`str`): By what products of float32 are computed, and why.
     """
 
     layers: int
-    cache_len: int
+    cache_len: int | None
     products: str
 
     def __str__(self) -> str:
-        return "\n".join(
-            (
-                f"layers: {self.layers} are compiled in the first forward of each kind",
-                f"decoding: generate() has a static cache of {self.cache_len} tokens, and a forward compiled for it",
-                self.products,
-            )
-        )
+        decoding = "as before, which is as fast on a CPU"
+        if self.cache_len is not None:
+            decoding = f"generate() has a static cache of {self.cache_len} tokens, and a forward compiled for it"
+        layers = f"layers: {self.layers} are compiled in the first forward of each kind"
+        return f"{layers}\ndecoding: {decoding}\n{self.products}"
 
 
 class CompileMixin:
     """`compile` and `undo_compile` of the pipeline."""
 
     transformer: Any
-    _plain_calls: list[tuple[nn.Module, Any]] | None = None
 
-    def compile(self, max_cache_len: int = 2048, **kwargs: Any) -> CompileReport:
+    def compile(self, decode: bool | None = None, max_cache_len: int = 2048, **kwargs: Any) -> CompileReport:
         """
         Compile the layers, and decoding with a static cache. Nothing is compiled yet when it returns.
 
         Products of float32 need no call: they are by what is faster on this CPU in any case, which the report tells.
 
         Args:
+            decode (`bool`, *optional*):
+                Whether `generate()` takes a static cache and a forward compiled for it. By default on accelerators, where the host
+                limits it; on a CPU what it gains is lost to attention over all places of the cache.
             max_cache_len (`int`, *optional*, defaults to 2048):
-                Tokens of the static cache of `generate()`. A longer text makes a longer one, and compiles once more.
+                Tokens of that cache. A longer text makes a longer one, and compiles once more.
             kwargs: Of [`torch.compile`], such as `mode`, for the layers; `fullgraph` is true by default.
 
         Returns:
@@ -64,23 +69,27 @@ class CompileMixin:
             TypeError, ValueError: for a length that is none.
             RuntimeError: if it was called already.
         """
+        if decode is not None:
+            check_flag("decode", decode)
         check_whole_number("max_cache_len", max_cache_len, 1)
-        if self._plain_calls is not None:
-            raise RuntimeError("The pipeline is compiled already. Call `undo_compile()` first.")
+        if self.transformer in _plain_calls:
+            raise RuntimeError("The transformer is compiled already. Call `undo_compile()` first.")
         kinds = set(self.transformer._no_split_modules)
         layers = [module for module in self.transformer.modules() if type(module).__name__ in kinds]
         plain = [(layer, layer._compiled_call_impl) for layer in layers]
         self.transformer.compile_repeated_blocks(**({"fullgraph": True} | kwargs))
-        settings = CompileConfig(mode="default", fullgraph=True, dynamic=False)
-        # The library compiles on accelerators only, unless it is told.
-        settings._compile_all_devices = True
-        self.transformer.decoding_settings = {
-            "cache_implementation": "static",
-            "max_cache_len": max_cache_len,
-            "compile_config": settings,
-        }
-        self._plain_calls = plain
-        return CompileReport(len(layers), max_cache_len, _told(self.transformer))
+        decodes = self.transformer.device.type != "cpu" if decode is None else decode
+        if decodes:
+            settings = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+            # The library compiles on accelerators only, unless it is told.
+            settings._compile_all_devices = True
+            self.transformer.decoding_settings = {
+                "cache_implementation": "static",
+                "max_cache_len": max_cache_len,
+                "compile_config": settings,
+            }
+        _plain_calls[self.transformer] = plain
+        return CompileReport(len(layers), max_cache_len if decodes else None, _told(self.transformer))
 
     def undo_compile(self) -> None:
         """
@@ -89,12 +98,11 @@ class CompileMixin:
         Raises:
             RuntimeError: if it was not called.
         """
-        if self._plain_calls is None:
-            raise RuntimeError("The pipeline is not compiled.")
-        for layer, call in self._plain_calls:
+        if self.transformer not in _plain_calls:
+            raise RuntimeError("The transformer is not compiled.")
+        for layer, call in _plain_calls.pop(self.transformer):
             layer._compiled_call_impl = call
         self.transformer.decoding_settings = None
-        self._plain_calls = None
 
 
 def _told(transformer: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -29,7 +31,7 @@ def written(pipe, length: int, **settings) -> torch.Tensor:
 
 def test_it_says_what_it_does_and_undoing_leaves_nothing(own):
     expected, text = drawn(own), written(own, 9)
-    report = own.compile(backend="eager", max_cache_len=64)
+    report = own.compile(decode=True, max_cache_len=64, backend="eager")
     layers = [
         module for module in own.transformer.modules() if type(module).__name__ in own.transformer._no_split_modules
     ]
@@ -58,12 +60,30 @@ def test_layers_that_were_compiled_before_stay_so(own):
 
 def test_two_pipelines_are_compiled_each_for_itself(own, pipe):
     own.compile(backend="eager")
-    assert pipe.transformer.decoding_settings is None
     with pytest.raises(RuntimeError, match="not compiled"):
         pipe.undo_compile()
 
 
+def test_decoding_is_compiled_on_a_cpu_only_if_it_is_asked_for(own):
+    report = own.compile(backend="eager")
+    assert report.cache_len is None and own.transformer.decoding_settings is None
+    assert "as before" in str(report)
+    own.undo_compile()
+
+
+def test_pipelines_of_one_transformer_are_compiled_together(own):
+    other = copy.copy(own)
+    own.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="compiled already"):
+        other.compile(backend="eager")
+    other.undo_compile()
+    with pytest.raises(RuntimeError, match="not compiled"):
+        own.undo_compile()
+
+
 def test_what_cannot_be_is_refused(own):
+    with pytest.raises(TypeError, match="^`decode`"):
+        own.compile(decode=torch.ones(2))
     for wrong in (0, 1.5, "long"):
         with pytest.raises((TypeError, ValueError), match="^`max_cache_len`"):
             own.compile(max_cache_len=wrong)
@@ -90,7 +110,7 @@ def test_texts_are_equal_and_all_lengths_share_a_forward(own):
     lengths = (5, 9, 17, 21, 30)
     expected = [written(own, length) for length in lengths]
     plan = drawn(own, **PLAN)
-    own.compile(backend="eager", max_cache_len=64)
+    own.compile(decode=True, max_cache_len=64, backend="eager")
     for length, text in list(zip(lengths, expected, strict=True))[:2]:
         assert torch.equal(written(own, length), text)
     graphs = counters["stats"]["unique_graphs"]
