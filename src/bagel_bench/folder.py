@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .benchmarks import Picture
+
 
 PICTURES, SETTINGS, REPORT, RECORDS = "images", "settings.json", "report.json", "records"
 PARTIAL, LOCK = ".partial", ".lock"
+
+
+def content_hash(file: Path) -> str:
+    """By which a source picture is known again."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 class RunFolder:
@@ -70,22 +78,28 @@ class RunFolder:
         if found:
             raise ValueError(f"'{self.path}' is of a run with other settings: {'; '.join(found)}.")
 
-    def check_pictures(self, prompts: dict[str, str]) -> None:
+    def check_pictures(self, pictures: Sequence[Picture]) -> None:
         """
-        Refuse to go on where other prompts were drawn.
+        Refuse to go on where other prompts were drawn, or other pictures edited.
 
         Args:
-            prompts (`dict[str, str]`): Of each picture file of this run.
+            pictures (`Sequence[Picture]`): Of this run.
 
         Raises:
-            ValueError: naming a picture and both of its prompts.
+            ValueError: naming a picture, and both of its prompts or its source.
         """
+        asked = {picture.file: picture for picture in pictures}
         for record in self.records():
-            file, prompt = record["file"], record["prompt"]
-            if file not in prompts and (self.pictures / file).exists():
-                raise ValueError(f"'{self.path}' has the picture '{file}', which these prompts do not ask for.")
-            if prompts.get(file, prompt) != prompt:
-                raise ValueError(f"'{self.path}': '{file}' was drawn of {prompt!r}, not of {prompts[file]!r}.")
+            file, prompt, sources = record["file"], record["prompt"], record.get("sources", [])
+            if file not in asked:
+                if (self.pictures / file).exists():
+                    raise ValueError(f"'{self.path}' has the picture '{file}', which these prompts do not ask for.")
+                continue
+            if asked[file].prompt != prompt:
+                raise ValueError(f"'{self.path}': '{file}' was drawn of {prompt!r}, not of {asked[file].prompt!r}.")
+            for source, known in zip(asked[file].images, sources, strict=False):
+                if source.exists() and content_hash(source) != known:
+                    raise ValueError(f"'{self.path}': '{file}' was made of another picture than '{source}' is now.")
 
     def write(self, file: str, save: Callable[[Path], Any]) -> None:
         """Let a function write a picture or text file, which then appears at once."""

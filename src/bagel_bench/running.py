@@ -23,7 +23,7 @@ from diffusers_bagel import BagelPipeline
 from transformers_bagel.image_processing_bagel import to_rgb
 
 from .benchmarks import Picture
-from .folder import RunFolder
+from .folder import RunFolder, content_hash
 
 
 PACKAGES = ("transformers-bagel", "transformers", "diffusers", "torch", "pillow")
@@ -99,7 +99,8 @@ class Run:
         self.folder.write(picture.file, drawing.save)
         seeds = [picture_seed(self.seed, name) for name in picture.names]
         seconds = {"pipeline_seconds": round(drew, 4), "seconds": round(time.perf_counter() - started, 4)}
-        said = {"plans": plans} if any(plans) else {}
+        said: dict[str, Any] = {"plans": plans} if any(plans) else {}
+        said |= {"sources": [content_hash(file) for file in picture.images]} if picture.images else {}
         self.folder.record(file=picture.file, prompt=picture.prompt, seeds=seeds, **said, **seconds)
 
     def _call(self, prompt: str, images: list[PIL.Image.Image], name: str) -> tuple[PIL.Image.Image, str | None]:

@@ -143,7 +143,7 @@ def bench(options: argparse.Namespace) -> None:
     folder = RunFolder(Path(os.path.expanduser(options.out)), rank)
     try:
         with folder.opened(settings):
-            folder.check_pictures({picture.file: picture.prompt for picture in options.pictures})
+            folder.check_pictures(options.pictures)
             with _loaded(options) as pipe:
                 pipe.set_progress_bar_config(disable=True)
                 run = Run(pipe, folder, given, options.seed, options.on_error == "skip")

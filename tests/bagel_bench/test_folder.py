@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from bagel_bench.folder import RunFolder
+from bagel_bench.benchmarks import Picture
+from bagel_bench.folder import RunFolder, content_hash
 from bagel_bench.rows import read_rows
 
 
@@ -35,3 +36,16 @@ def test_a_picture_whose_record_a_crash_prevented_keeps_other_settings_out(tmp_p
         folder.write("0.png", lambda file: file.write_bytes(b"drawn"))
     with pytest.raises(ValueError, match="`steps` is 2 there, and 5 here"), RunFolder(tmp_path).opened({"steps": 5}):
         pass
+
+
+def test_other_source_pictures_under_the_same_names_are_refused(tmp_path):
+    source = tmp_path / "source.png"
+    source.write_bytes(b"one")
+    folder = RunFolder(tmp_path / "run")
+    with folder.opened({}):
+        folder.record(file="0.png", prompt="a", sources=[content_hash(source)])
+    picture = Picture("0.png", "a", ("0",), (source,))
+    folder.check_pictures([picture])
+    source.write_bytes(b"other")
+    with pytest.raises(ValueError, match="'0.png' was made of another picture than '.*source.png' is now"):
+        folder.check_pictures([picture])
