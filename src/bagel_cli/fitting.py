@@ -185,8 +185,7 @@ def choose(
             " --low-memory needs less." if dtype else ""
         )
     elif ways[chosen].dtype == torch.float32 and device.type == "cpu":
-        of_text = config.get_text_config()
-        text += f"; {told_products(of_text.hidden_size, of_text.intermediate_size)}"
+        text += f"; {told_products(config)}"
     _say(text)
     return ways[chosen]
 

@@ -91,5 +91,4 @@ def _fits(config: BagelConfig, device: torch.device, packed: bool) -> Iterator[s
         told = (f"{size(need)} {use}, {'fits' if need <= free else 'too much'}" for use, need in needs.items())
         yield f"  {way.name}: {'; '.join(told)}"
     if device.type == "cpu":
-        text = config.get_text_config()
-        yield f"  {told_products(text.hidden_size, text.intermediate_size)}"
+        yield f"  {told_products(config)}"

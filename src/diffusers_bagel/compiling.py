@@ -108,5 +108,4 @@ class CompileMixin:
 def _told(transformer: Any) -> str:
     if transformer.device.type != "cpu" or transformer.dtype != torch.float32:
         return f"products of {str(transformer.dtype).removeprefix('torch.')} on {transformer.device.type}: nothing to choose"
-    text = transformer.config.get_text_config()
-    return told_products(text.hidden_size, text.intermediate_size)
+    return told_products(transformer.config)

@@ -21,6 +21,8 @@ from transformers.utils import is_torchdynamo_compiling, logging
 
 logger = logging.get_logger(__name__)
 
+# torch's setting where nobody has chosen, and where oneDNN multiplies.
+DEFAULT, BY_ONEDNN = "none", "bf16"
 # Tokens of a forward from which on oneDNN may multiply: of fewer it gains less, and of one it loses.
 LEAST_TOKENS = 128
 # What narrower products take is so little that the two hardly differ, now one way and now the other.
@@ -60,6 +62,78 @@ class Products:
         return f"products of float32 by {'oneDNN' if self.by_onednn else 'MKL'}: oneDNN is {times} (error {self.error:.0e})"
 
 
+class _Setting:
+    """That of the process, which the first of those who want it sets, and the last one puts back."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.is_ours = False
+
+    def take(self) -> None:
+        with self.lock:
+            # Who has chosen something, has chosen for us, too.
+            if self.users == 0 and (is_free := _precision() == DEFAULT):
+                _set_precision(BY_ONEDNN)
+                self.is_ours = is_free
+            self.users += 1
+
+    def put_back(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0 and self.is_ours:
+                self.is_ours = False
+                # Somebody may have chosen something else meanwhile.
+                if _precision() == BY_ONEDNN:
+                    _set_precision(DEFAULT)
+
+    @contextmanager
+    def at(self, precision: str) -> Iterator[None]:
+        """One value for as long as it takes to measure, whoever wants what."""
+        with self.lock:
+            found = _precision()
+            _set_precision(precision)
+            try:
+                yield
+            finally:
+                _set_precision(found)
+
+
+_setting = _Setting()
+
+
+def _precision() -> str:
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+def _set_precision(value: str) -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = value
+
+
+@contextmanager
+def onednn_products() -> Iterator[None]:
+    """Products of float32 by oneDNN, in all threads, until the last who wants it leaves; unless somebody has chosen otherwise."""
+    _setting.take()
+    try:
+        yield
+    finally:
+        _setting.put_back()
+
+
+def products_of(config: Any) -> Products | None:
+    """What was measured for a model of this configuration; `None` where there is no choice."""
+    text = config.get_text_config()
+    return measured(text.hidden_size, text.intermediate_size)
+
+
+def told_products(config: Any) -> str:
+    """What is chosen for a model of this configuration, in a line."""
+    products = products_of(config)
+    return (
+        "products of float32 by torch's default: such narrow ones hardly differ" if products is None else str(products)
+    )
+
+
 @functools.cache
 def measured(width: int, hidden: int) -> Products | None:
     """
@@ -74,18 +148,11 @@ def measured(width: int, hidden: int) -> Products | None:
     tokens = torch.randn(LEAST_TOKENS, min(width, MOST_COLUMNS), generator=generator)
     weight = torch.randn(min(hidden, MOST_ROWS), tokens.shape[1], generator=generator)
     exact = tokens.double() @ weight.double().T
-
-    def timed() -> tuple[float, torch.Tensor]:
-        start = time.perf_counter()
-        product = torch.nn.functional.linear(tokens, weight)
-        return time.perf_counter() - start, product
-
     mkl, onednn = [], []
     with torch.no_grad():
         for _ in range(REPEATS):
-            mkl.append(timed()[0])
-            with onednn_products():
-                seconds, product = timed()
+            mkl.append(_timed(tokens, weight, DEFAULT)[0])
+            seconds, product = _timed(tokens, weight, BY_ONEDNN)
             onednn.append(seconds)
     # The first ones warm up.
     found = Products(min(mkl[1:]), min(onednn[1:]), float((product - exact).abs().max() / exact.abs().max()))
@@ -93,47 +160,11 @@ def measured(width: int, hidden: int) -> Products | None:
     return found
 
 
-def told_products(width: int, hidden: int) -> str:
-    """What is chosen for a model, see [`measured`], in a line."""
-    if (products := measured(width, hidden)) is None:
-        return "products of float32 by torch's default: such narrow ones hardly differ"
-    return str(products)
-
-
-class _Setting:
-    """That of the process, which the first of those who want it sets, and the last one puts back."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.found = ""
-
-    def take(self) -> None:
-        with self.lock:
-            if self.users == 0:
-                self.found = torch.backends.mkldnn.matmul.fp32_precision
-                torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-            self.users += 1
-
-    def put_back(self) -> None:
-        with self.lock:
-            self.users -= 1
-            # Somebody may have chosen something else meanwhile.
-            if self.users == 0 and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
-                torch.backends.mkldnn.matmul.fp32_precision = self.found
-
-
-_setting = _Setting()
-
-
-@contextmanager
-def onednn_products() -> Iterator[None]:
-    """Products of float32 by oneDNN, in all threads, until the last who wants it leaves."""
-    _setting.take()
-    try:
-        yield
-    finally:
-        _setting.put_back()
+def _timed(tokens: torch.Tensor, weight: torch.Tensor, precision: str) -> tuple[float, torch.Tensor]:
+    with _setting.at(precision):
+        start = time.perf_counter()
+        product = torch.nn.functional.linear(tokens, weight)
+        return time.perf_counter() - start, product
 
 
 def by_best_products(forward: Callable) -> Callable:
@@ -141,16 +172,13 @@ def by_best_products(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_torchdynamo_compiling() or torch.is_grad_enabled() or self.device.type != "cpu":
-            return forward(self, *args, **kwargs)
-        if self.dtype != torch.float32 or _num_tokens(args, kwargs) < LEAST_TOKENS:
-            return forward(self, *args, **kwargs)
-        text = self.config.get_text_config()
-        products = measured(text.hidden_size, text.intermediate_size)
-        if products is None or not products.by_onednn:
-            return forward(self, *args, **kwargs)
-        with onednn_products():
-            return forward(self, *args, **kwargs)
+        has_choice = not is_torchdynamo_compiling() and _num_tokens(args, kwargs) >= LEAST_TOKENS
+        if has_choice and not torch.is_grad_enabled() and self.device.type == "cpu" and self.dtype == torch.float32:
+            products = products_of(self.config)
+            if products is not None and products.by_onednn:
+                with onednn_products():
+                    return forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
 
     return called
 

@@ -99,8 +99,6 @@ def test_what_cannot_be_is_refused(own):
 )
 def test_what_is_said_of_a_cache_goes_first(settings, own):
     expected = written(own, 9, **settings)
-    own.compile(backend="eager")
-    own.undo_compile()
     own.transformer.decoding_settings = {"cache_implementation": "no such cache"}
     assert torch.equal(written(own, 9, **settings), expected)
 

@@ -67,7 +67,7 @@ def test_this_machine_is_measured_once_and_left_as_it_was():
 
 def test_narrow_models_are_not_measured():
     assert measured(64, 96) is None
-    assert "narrow" in told_products(64, 96)
+    assert "narrow" in told_products(load_model().config)
 
 
 @pytest.mark.parametrize(("choice", "expected"), [(FAST, "bf16"), (EXACT, "none"), (ROUNDED, "none"), (None, "none")])
@@ -134,6 +134,30 @@ def test_the_last_thread_puts_back_what_the_first_found():
     for thread in threads:
         thread.join()
     assert precision() == "none"
+
+
+@pytest.mark.parametrize("chosen", ["ieee", "tf32", "bf16"])
+@torch.no_grad()
+def test_what_somebody_has_chosen_before_holds_inside_and_behind(chosen, found, model, seen):
+    found(FAST)
+    torch.backends.mkldnn.matmul.fp32_precision = chosen
+    try:
+        model(input_ids=ids(LEAST_TOKENS))
+        assert [*seen, precision()] == [chosen, chosen]
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_measuring_beside_a_forward_of_another_thread_finds_the_same():
+    measured.cache_clear()
+    alone = measured(512, 1408)
+    measured.cache_clear()
+    with onednn_products():
+        beside = measured(512, 1408)
+        assert precision() == "bf16"
+    assert (alone is None) == (beside is None)
+    if alone is not None and alone.mkl > 1.5 * alone.onednn:
+        assert beside.mkl > beside.onednn * products.LEAST_GAIN
 
 
 def test_what_somebody_chooses_meanwhile_stays():
