@@ -315,6 +315,13 @@ def decode_latents(pipe: BagelPipeline, pixels: int) -> Work:
     return work(pipe, run, 1, "image")
 
 
+def whole_collator(pipe: BagelPipeline, **settings: Any) -> BagelDataCollator:
+    """One that drops no part of a sample."""
+    generator = torch.Generator().manual_seed(0)
+    dropouts: dict[str, Any] = dict.fromkeys(("text_dropout", "vit_dropout", "vae_dropout"), 0.0)
+    return BagelDataCollator(pipe.processor, vae=pipe.vae, generator=generator, **dropouts, **settings)
+
+
 def training(pipe: BagelPipeline, checkpointing: bool) -> Work:
     """Forward, backward and AdamW on a drawing of 512 pixels, an edit of 256, and a question about a picture.
 
@@ -332,15 +339,7 @@ def training(pipe: BagelPipeline, checkpointing: bool) -> Work:
         return {"messages": [{"role": role, "content": [part(item) for item in parts]} for role, parts in turns]}
 
     samples = [sample([text], [512]), sample([256, INSTRUCTION], [256]), sample([256, text], [text])]
-    collator = BagelDataCollator(
-        pipe.processor,
-        vae=pipe.vae,
-        text_dropout=0.0,
-        vit_dropout=0.0,
-        vae_dropout=0.0,
-        generator=torch.Generator().manual_seed(0),
-    )
-    batch = collator(samples).to(pipe.transformer.device)
+    batch = whole_collator(pipe)(samples).to(pipe.transformer.device)
     model = pipe.transformer.train()
     if checkpointing:
         model.activation_checkpointing_enable()

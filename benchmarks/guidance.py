@@ -23,6 +23,7 @@ import torch
 from cases import INSTRUCTION, picture, prompts_of
 from machine import machine
 from models import make_pipeline
+from timing import least_processor_seconds
 from torch.nn import functional
 
 
@@ -156,18 +157,6 @@ def pictures(num: int, steps: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def least_seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """The least seconds of the processor that each of several functions took. They take turns."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for found, run in zip(seconds, runs, strict=True):
-            start = time.process_time()
-            run()
-            found.append(time.process_time() - start)
-    # The first time warms up.
-    return [min(found[1:]) for found in seconds]
-
-
 def shared_prompts(repeats: int) -> Iterator[dict[str, Any]]:
     """Rows of the table of prompts that have something in common: calls of a single step."""
     pipe = make_pipeline("middle", torch.float32, torch.device("cpu"))
@@ -189,7 +178,7 @@ def shared_prompts(repeats: int) -> Iterator[dict[str, Any]]:
             with mock.patch.object(pipeline_bagel, "share_segments", list):
                 run()
 
-        together, apart = least_seconds((run, run_apart), repeats)
+        together, apart = least_processor_seconds((run, run_apart), repeats)
         yield {"call": name, "shared": together, "apart": apart}
 
 
@@ -216,7 +205,7 @@ def joined_attention(repeats: int) -> Iterator[dict[str, Any]]:
             attend([queries], past)
             attend(each, own)
 
-        apart, joined = least_seconds((partial(attend, (query, other), whole), run_joined), repeats)
+        apart, joined = least_processor_seconds((partial(attend, (query, other), whole), run_joined), repeats)
         yield {"pixels": pixels, "prefix": prefix, "apart": apart, "joined": joined}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from cases import cases
 from models import WIDTHS, make_pipeline
+from timing import least_processor_seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{args.name!r} is in no name of a case.")
     work = case.make(make_pipeline(args.width, torch.float32, torch.device("cpu")))
     runs = (work.run, work.floor)
-    totals = least_seconds(runs, args.repeats)
+    totals = least_processor_seconds(runs, args.repeats)
     kinds = [least_of_kinds(run, args.repeats) for run in runs]
     print(f"{case.group}: {case.name}, {args.width}, {args.threads} thread{'s' * (args.threads > 1)}")
     print("| | run | floor | above, of the floor |")
@@ -66,17 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
         row("Python", [total - sum(of_kind.values()) for total, of_kind in zip(totals, kinds, strict=True)], totals[1])
     )
     print(row("all", totals, totals[1]))
-
-
-def least_seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of the processor of each, without what notes operators; the runs take turns."""
-    found: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats + 1):
-        for seconds, run in zip(found, runs, strict=True):
-            start = time.process_time()
-            run()
-            seconds.append(time.process_time() - start)
-    return [min(seconds[1:]) for seconds in found]
 
 
 def least_of_kinds(run: Callable[[], object], repeats: int) -> Counter[str]:

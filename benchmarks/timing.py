@@ -51,6 +51,17 @@ def seconds_once(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def least_processor_seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The least seconds of the processor that each of several functions took, after one call to warm up. They take turns."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats + 1):
+        for found, run in zip(seconds, runs, strict=True):
+            start = time.process_time()
+            run()
+            found.append(time.process_time() - start)
+    return [min(found[1:]) for found in seconds]
+
+
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     """Median, and highest less lowest."""
     return statistics.median(seconds), max(seconds) - min(seconds)

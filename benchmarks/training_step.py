@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from bagel_training.throughput import StepFlops
-from cases import PROMPT, picture
+from cases import PROMPT, picture, whole_collator
 from peft import LoraConfig
 
 from diffusers_bagel import BagelPipeline
-from transformers_bagel import LORA_TARGETS, BagelDataCollator
+from transformers_bagel import LORA_TARGETS
 
 
 RANK = 16
@@ -71,16 +71,7 @@ class TrainingStep:
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=RANK, target_modules=LORA_TARGETS["both"]))
         model.activation_checkpointing_enable()
-        collator = BagelDataCollator(
-            pipe.processor,
-            vae=pipe.vae,
-            text_dropout=0.0,
-            vit_dropout=0.0,
-            vae_dropout=0.0,
-            generator=torch.Generator().manual_seed(0),
-            return_layout=True,
-        )
-        batch = collator(samples(pixels)).to(model.device)
+        batch = whole_collator(pipe, return_layout=True)(samples(pixels)).to(model.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         flops = StepFlops(model)(batch["layout"])
         return cls(model.train(), batch, torch.optim.AdamW(trained), flops, batch["input_ids"].numel())
