@@ -17,11 +17,6 @@ from diffusers_bagel.work import Decoding, Drawing, Encoding, Reading, Running, 
 from .answers import Outbox
 
 
-# Seconds for which the engine's thread sleeps behind a step, so that an event loop that waits for the interpreter runs: it hands
-# out the step, and sees who has left. Without, whoever computes takes the interpreter back before others wake up.
-TURN_OF_OTHERS = 5e-5
-
-
 class Job(Running):
     """
     An answer that somebody waits for.
@@ -113,8 +108,6 @@ class Rounds:
         start = time.monotonic()
         drawn = groups(self.jobs, Drawing)[:1]
         self._do(drawn)
-        if drawn:
-            time.sleep(TURN_OF_OTHERS)
         writing = groups(self.jobs, Writing)
         if drawn and writing:
             # What was launched is not yet done.
