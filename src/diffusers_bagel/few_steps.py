@@ -106,7 +106,7 @@ class FewSteps:
         given = {name: value for name, value in given.items() if value is not None}
         own: dict[str, Any] = {name: getattr(self, name) for name in _SCALES}
         check_sigmas(given.get("sigmas"))
-        for name in _SCALES & given.keys():
+        for name in sorted(_SCALES & given.keys()):
             check_number(name, given[name], 0)
             if given[name] > 1:
                 logger.warning(f"`{name}` is {given[name]:g}, and guidance is in the adapter's weights: leave it out.")

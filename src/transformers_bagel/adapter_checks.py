@@ -225,7 +225,9 @@ def fitting_adapter(
     if missing:
         config.target_modules = given & named
     if not other_tensors(config):
-        problems += _wrong_pairs(config, own, {name: layers[name] for name in given & named})
+        # In the model's order, so that the first of many faults is the same in each run.
+        adapted = {name: layer for name, layer in layers.items() if name in given & named}
+        problems += _wrong_pairs(config, own, adapted)
     problems += _wrong_numbers(own)
     if problems:
         raise ValueError(f"{label} does not fit the transformer or its own settings: {'; '.join(problems)}.")

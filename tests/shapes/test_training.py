@@ -133,6 +133,7 @@ def test_no_stage_outlives_the_command(tmp_path):
                     found |= {name: child for name in ("spawn_main", "train_full.py") if name in line}
         # The VAE's process asks to be ended as soon as it has started.
         while not (tmp_path / "run" / "vae.part").exists():
+            assert process.poll() is None
             time.sleep(0.2)
     finally:
         process.kill()
