@@ -186,7 +186,8 @@ def by_best_products(forward: Callable) -> Callable:
 def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Of a forward: text of all samples, or latents of all images."""
     given = args[0] if args else kwargs.get("input_ids")
-    if given is not None:
-        return given.numel()
     states = next((kwargs[name] for name in ("inputs_embeds", "latents") if kwargs.get(name) is not None), None)
-    return 0 if states is None else states.shape[:-1].numel()
+    # What is no tensor is refused by the forward itself.
+    if isinstance(given, torch.Tensor):
+        return given.numel()
+    return states.shape[:-1].numel() if isinstance(states, torch.Tensor) else 0
