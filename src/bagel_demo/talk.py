@@ -20,7 +20,7 @@ from bagel_cli.files import description
 from bagel_server import EngineClosed, EngineFull
 from diffusers_bagel import BagelSession, SessionEvent
 from transformers_bagel.image_processing_bagel import to_rgb
-from transformers_bagel.threads import in_own_thread
+from transformers_bagel.threads import run_in_own_thread
 
 from .choices import Choices
 
@@ -191,7 +191,7 @@ class Talk:
             async with self._lock:
                 turn = self.turns.pop()
                 if turn.is_remembered:
-                    (await asyncio.wrap_future(in_own_thread(self._awake, pipe))).back()
+                    (await run_in_own_thread(self._awake, pipe)).back()
         finally:
             self.is_answering = False
         return turn
@@ -224,11 +224,11 @@ class Talk:
         note = ""
         await self._lock.acquire()
         try:
-            session = await asyncio.wrap_future(in_own_thread(self._awake, engine.pipe))
+            session = await run_in_own_thread(self._awake, engine.pipe)
             before = len(session.messages)
             content = [*(await asyncio.to_thread(opened, turn.shown)), *([turn.text] if turn.text else [])]
             submit = partial(engine.submit, session, content, **turn.choices.settings())
-            self._answer = await asyncio.wrap_future(in_own_thread(submit))
+            self._answer = await run_in_own_thread(submit)
             if self._is_stopped:
                 self._answer.cancel()
             try:

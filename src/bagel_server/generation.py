@@ -17,7 +17,7 @@ from PIL import Image
 from diffusers_bagel import BagelSession, SessionEvent
 from diffusers_bagel.answering import AnswerSettings
 from diffusers_bagel.recalling import Turn, count_tokens, is_as_recalled, tokens_of_turn
-from transformers_bagel.threads import in_own_thread
+from transformers_bagel.threads import run_in_own_thread
 
 from .answers import EngineAnswer
 from .engine import Engine
@@ -145,7 +145,7 @@ class Generation:
             ApiError: naming the field that is wrong.
         """
         # A thread for each request: none waits because others fetch their images from a slow place.
-        return await asyncio.wrap_future(in_own_thread(asked_by, *body, self.settings))
+        return await run_in_own_thread(asked_by, *body, self.settings)
 
     @asynccontextmanager
     async def answers(self, request: Request, asked: Asked) -> AsyncIterator[Answers]:
@@ -170,7 +170,7 @@ class Generation:
             ApiError: if they cannot be begun.
         """
         try:
-            return await asyncio.wrap_future(in_own_thread(self._begin, asked))
+            return await run_in_own_thread(self._begin, asked)
         except Exception as error:
             raise as_api_error(error, asked.names) from error
 
@@ -354,7 +354,9 @@ class Answers:
                 part += event.is_whole
         if self._is_cancelled:
             raise ApiError("The client has gone.", status=499, code="cancelled")
-        await asyncio.wrap_future(in_own_thread(self._end, choice, counts["text"], thought))
+        self._count(choice, counts["text"], thought)
+        if self.asked.is_conversation:
+            await run_in_own_thread(self._keep, choice)
 
     async def _picture(self, event: SessionEvent) -> Piece:
         asked, content = self.asked, b""
@@ -363,8 +365,8 @@ class Answers:
         steps = getattr(event, "steps", None)
         return Piece(event.type, "", event.image, content, step=event.step, steps=steps)  # type: ignore[arg-type]
 
-    def _end(self, choice: Choice, text_tokens: int, thought: str) -> None:
-        """Count what an answer took, and keep its conversation."""
+    def _count(self, choice: Choice, text_tokens: int, thought: str) -> None:
+        """Count what an answer took."""
         session, asked = choice.session, self.asked
         tokenizer = session.pipe.processor.tokenizer
         tokens = tokens_of_turn(session, asked.output)
@@ -372,8 +374,10 @@ class Answers:
         cached = min(self.cached, tokens.prompt)
         choice.usage = Usage(tokens.prompt, tokens.prompt_images, cached, text_tokens, thoughts, tokens.drawn)
         self.generation.metrics.count(choice.usage)
-        if not asked.is_conversation:
-            return
+
+    def _keep(self, choice: Choice) -> None:
+        """Keep the conversation with its answer, for who goes on with it."""
+        session, asked = choice.session, self.asked
         turn = Turn(asked.turns[-1].given, tuple(choice.content))
         if turn.answer and is_as_recalled(session, turn, not self.generation.settings.raw_tokens):
             earlier = self.keys[-1] if self.keys else None

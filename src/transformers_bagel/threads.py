@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
@@ -34,4 +35,12 @@ def in_own_thread(function: Callable[..., Result], *args: Any) -> Future[Result]
     return future
 
 
-__all__ = ["in_own_thread"]
+async def run_in_own_thread(function: Callable[..., Result], *args: Any) -> Result:
+    """
+    The same for an event loop. Another thread starts this one: to start a thread is to wait until it runs, which takes
+    milliseconds beside one that computes.
+    """
+    return await asyncio.wrap_future(await asyncio.to_thread(in_own_thread, function, *args))
+
+
+__all__ = ["in_own_thread", "run_in_own_thread"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 
 import pytest
 
-from transformers_bagel.threads import in_own_thread
+from transformers_bagel import threads
+from transformers_bagel.threads import in_own_thread, run_in_own_thread
 
 
 def test_the_thread_ends_with_its_work_and_hands_over_the_result():
@@ -39,3 +42,25 @@ def test_work_that_has_begun_ends_though_nobody_waits():
     assert not future.cancel()
     may_end.set()
     assert ended.wait(10)
+
+
+def test_an_event_loop_goes_on_while_a_thread_starts(monkeypatch):
+    """To start a thread is to wait until it runs, which takes long where others compute."""
+
+    class Slow(threading.Thread):
+        def start(self) -> None:
+            time.sleep(0.5)
+            super().start()
+
+    monkeypatch.setattr(threads, "Thread", Slow)
+
+    async def turns_meanwhile() -> int:
+        found = asyncio.ensure_future(run_in_own_thread(str.upper, "a"))
+        turns = 0
+        while not found.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert await found == "A"
+        return turns
+
+    assert asyncio.run(turns_meanwhile()) > 5
