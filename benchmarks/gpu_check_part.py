@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ class Part:
             try:
                 end = self._wait(process, lines, deadline, item_limit)
             finally:
-                if process.poll() is None:
+                # Those that outlive it, too: who reads what they print would wait for them.
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             told = lines.read()

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 # A process that does each item, or ends, hangs, or fails with an item of that name.
 WORKER = """
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from lines import Lines
 *items, _, file = sys.argv[1:]
@@ -29,6 +29,9 @@ for item in items:
         os._exit(3)
     if item == "hangs":
         time.sleep(60)
+    if item == "leaves a process":
+        subprocess.Popen(["sleep", "60"])
+        sys.exit(3)
     lines.write(row={"name": item})
     lines.write(done=item, outcome="failed" if item == "fails" else "passed", reason="", seconds=0.0)
 """
@@ -152,6 +155,19 @@ def test_a_lost_process_leaves_the_rest_its_turn():
     assert part.results["ends"]["reason"] == "its process ended with exit code 3"
     assert part.results["hangs"]["reason"] == "nothing was heard of it for 6 s"
     assert [row["name"] for row in part.rows] == ["a", "b", "fails", "c"]
+
+
+def test_a_process_ends_with_those_that_it_began(monkeypatch):
+    """Whoever reads what they print would wait for them."""
+    reader, writer = os.pipe()
+    with open(reader) as printed:
+        with open(writer, "w") as stream:
+            monkeypatch.setattr(sys, "stderr", stream)
+            part = run_part("leaves a process")
+        start = time.monotonic()
+        assert printed.read() == ""
+    assert time.monotonic() - start < 30
+    assert part.results["leaves a process"]["reason"] == "its process ended with exit code 3"
 
 
 def test_a_process_that_comes_to_no_item_fails_them_all_once():
