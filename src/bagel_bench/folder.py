@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,17 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not self._is_of_a_run():
             raise ValueError(f"'{self.path}' holds no run, but other files: name a new folder.")
         (self.path / PARTIAL).mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.path / f"{LOCK}-{self.rank}", timeout=0):
+        with ExitStack() as held:
+            with FileLock(self.path / f"{LOCK}-settings"):
+                try:
+                    held.enter_context(FileLock(self.path / f"{LOCK}-{self.rank}", timeout=0))
+                except Timeout as error:
+                    raise ValueError(
+                        f"'{self.path}' is being written by another run: wait for it, or end it."
+                    ) from error
                 self._claim(settings)
-                self.pictures.mkdir(exist_ok=True)
-                yield
-        except Timeout as error:
-            raise ValueError(f"'{self.path}' is being written by another run: wait for it, or end it.") from error
+            self.pictures.mkdir(exist_ok=True)
+            yield
 
     def _is_of_a_run(self) -> bool:
         return (self.path / SETTINGS).is_file() or (self.path / PARTIAL).is_dir()
@@ -69,14 +73,24 @@ class RunFolder:
     def _claim(self, settings: dict[str, Any]) -> None:
         """The first process to come says of which settings the folder is; the others, and later runs, must agree."""
         file = self.path / SETTINGS
-        with FileLock(self.path / f"{LOCK}-settings"):
-            drawn = any(self.path.glob(f"{RECORDS}-*")) or any(self.pictures.rglob("*.png"))
-            if not file.exists() or not drawn:
-                # Nothing was drawn with them.
-                self._write_json(file, settings)
+        drawn = any(self.path.glob(f"{RECORDS}-*")) or any(self.pictures.rglob("*.png"))
+        if not file.exists() or not (drawn or self._others_run()):
+            # Nothing was drawn with them, and nothing will be.
+            self._write_json(file, settings)
         found = differences(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(settings)))
         if found:
             raise ValueError(f"'{self.path}' is of a run with other settings: {'; '.join(found)}.")
+
+    def _others_run(self) -> bool:
+        """Whether processes of other numbers are at it, asked while none can begin."""
+        for file in self.path.glob(f"{LOCK}-[0-9]*"):
+            if file.name != f"{LOCK}-{self.rank}":
+                try:
+                    with FileLock(file, timeout=0):
+                        pass
+                except Timeout:
+                    return True
+        return False
 
     def check_pictures(self, pictures: Sequence[Picture]) -> None:
         """
@@ -97,7 +111,11 @@ class RunFolder:
                 continue
             if asked[file].prompt != prompt:
                 raise ValueError(f"'{self.path}': '{file}' was drawn of {prompt!r}, not of {asked[file].prompt!r}.")
-            for source, known in zip(asked[file].images, sources, strict=False):
+            if len(sources) != len(asked[file].images):
+                raise ValueError(
+                    f"'{self.path}': '{file}' was made of {len(sources)} pictures, and now {len(asked[file].images)} are given."
+                )
+            for source, known in zip(asked[file].images, sources, strict=True):
                 if source.exists() and content_hash(source) != known:
                     raise ValueError(f"'{self.path}': '{file}' was made of another picture than '{source}' is now.")
 

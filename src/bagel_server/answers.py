@@ -185,7 +185,10 @@ class EngineAnswer:
 
 def _let_go(error: BaseException | None) -> None:
     """Leave an error the lines where it was raised, and nothing that was computed there: whoever waits may keep it for long."""
-    while error is not None:
+    seen: set[int] = set()
+    # Chains of errors may be circles.
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         for frame, _ in walk_tb(error.__traceback__):
             # A frame keeps those that it was called from.
             for each, _ in walk_stack(frame):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +38,10 @@ class DenoisingLayers(nn.Module):
     def is_replaced(self) -> bool:
         """Whether somebody has put another `forward` in the place of this one's, as cache-dit does."""
         return getattr(self.forward, "__func__", None) is not DenoisingLayers.forward
+
+    def are_of(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether they are these layers, each of them."""
+        return len(self.full) == len(layers) and all(map(operator.is_, self.full, layers))
 
     def of_branch(self, name: str, drawing: object, is_first: bool) -> Callable[..., torch.Tensor]:
         """

@@ -236,6 +236,8 @@ class BagelSession:
         for _ in at_once(answer.look()):
             pass
         track = answer.said.drawn_from
+        # Of images that were encoded for an earlier look alone, nobody else will go on from there.
+        self._read.forget_all_but(self._said.segment_lists())
         return {name: self._read.context(reader, track.segments_of(name)) for name in CONTEXTS}
 
     def send(self, content: str | Sequence[Any], output: str = "auto", **settings: Any) -> BagelReply:

@@ -87,6 +87,7 @@ class StepCache:
     """
 
     def __init__(self, config: LayerCacheConfig, num_layers: int):
+        self.config = config
         self._layers = _Layers(num_layers)
         self._layers.enable_cache(config)
         (hook,) = HookRegistry.check_if_exists_or_initialize(self._layers.layers[0]).hooks.values()
@@ -152,9 +153,14 @@ class LayerCaching:
         elif config.raw_vision_callback is not None:
             raise ValueError("`raw_vision_callback`: the pipeline gives SeaCache its latents by itself. Leave it out.")
         else:
+            check_number("threshold", config.threshold, 0)
+            for name in ("retention_steps", "cache_end_steps"):
+                check_whole_number(name, getattr(config, name), 0)
             config = replace(config, raw_vision_callback=_latents)
         self._configs: dict[int | None, LayerCacheConfig] = {None: replace(config)}
-        self._ratios: dict[int, list[float]] = {}
+        # By the number of steps, on which they depend, and the step.
+        self._ratios: dict[int, dict[int, list[float]]] = {}
+        self._calibrated = 0
 
     @property
     def config(self) -> LayerCacheConfig:
@@ -167,8 +173,9 @@ class LayerCaching:
 
     @property
     def mag_ratios(self) -> list[float]:
-        """Of each step, the mean over the branches and pictures that were calibrated."""
-        return [statistics.fmean(ratios) for _, ratios in sorted(self._ratios.items())]
+        """Of each step, the mean over the branches and pictures of as many steps as the last one that was calibrated."""
+        ratios = self._ratios.get(self._calibrated, {})
+        return [statistics.fmean(each) for _, each in sorted(ratios.items())]
 
     def new(self, num_layers: int, num_steps: int | None) -> StepCache:
         """A cache for a branch of a drawing of some steps."""
@@ -193,8 +200,9 @@ class LayerCaching:
         """Note the ratios that caches have measured at a step."""
         for cache in caches if self.is_calibrating else ():
             ratios = cache.state.calibration_ratios
+            self._calibrated = steps = cache.config.num_inference_steps
             # Threads may calibrate at the same time.
-            self._ratios.setdefault(len(ratios), []).append(ratios[-1])
+            self._ratios.setdefault(steps, {}).setdefault(len(ratios), []).append(ratios[-1])
 
 
 def _latents(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -206,8 +214,16 @@ def _check_mag_cache(config: MagCacheConfig) -> None:
     check_whole_number("max_skip_steps", config.max_skip_steps, 0)
     check_number("retention_ratio", config.retention_ratio, 0, 1)
     check_whole_number("num_inference_steps", config.num_inference_steps, 1)
-    if not config.calibrate and not torch.isfinite(torch.as_tensor(config.mag_ratios)).all():
-        raise ValueError(f"`mag_ratios` must be finite numbers, got {shown(config.mag_ratios)}.")
+    if config.calibrate:
+        return
+    try:
+        ratios = torch.as_tensor(config.mag_ratios, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`mag_ratios` must be a list of numbers, got {shown(config.mag_ratios)}.") from error
+    if ratios.ndim != 1 or not len(ratios) or not (torch.isfinite(ratios) & (ratios >= 0)).all():
+        raise ValueError(
+            f"`mag_ratios` must be finite numbers of at least 0, one for each step, got {shown(config.mag_ratios)}."
+        )
 
 
 # What a drawing leaves out steps by.
@@ -231,7 +247,7 @@ class StepCacheMixin:
         What hangs on them sees no texts. It keeps one state for all drawings, which must therefore follow one another.
         """
         layers, known = self.transformer.get_decoder().layers, self._denoising_layers
-        if known is None or not (known.is_replaced or known.full[0] is layers[0]):
+        if known is None or not (known.is_replaced or known.are_of(layers)):
             self._denoising_layers = known = DenoisingLayers(layers)
         return known
 
@@ -309,7 +325,7 @@ class StepCacheMixin:
         """
         What `MagCacheConfig(calibrate=True)` has found so far: the `mag_ratios` of one that leaves out steps.
 
-        Each is the mean over all branches and pictures since it was enabled.
+        Each is the mean over all branches and pictures since it was enabled, of as many steps as the last one.
 
         Raises:
             ValueError: if no picture was drawn with it.
@@ -332,9 +348,9 @@ class StepCacheMixin:
                 "Two step caches are enabled, of this pipeline and on its `denoising_layers`: disable one of the two."
             )
         layers = self.transformer.get_decoder().layers
-        if isinstance(self._caching, DenoisingLayers) and self._caching.full[0] is not layers[0]:
+        if isinstance(self._caching, DenoisingLayers) and not self._caching.are_of(layers):
             raise ValueError(
-                "`denoising_layers` are those of another transformer than the pipeline's. Disable the cache that hangs on them."
+                "`denoising_layers` are others than the transformer has now. Disable the cache that hangs on them."
             )
         if self._split_group is not None and isinstance(self._caching, DenoisingLayers):
             raise ValueError(

@@ -24,8 +24,9 @@ def in_own_thread(function: Callable[..., Result], *args: Any) -> Future[Result]
     future: Future[Result] = Future()
 
     def run() -> None:
-        # From now on, whoever no longer waits for it changes nothing.
-        future.set_running_or_notify_cancel()
+        # From now on, whoever no longer waits for it changes nothing; if nobody does by now, nothing is done.
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(function(*args))
         except BaseException as error:  # Raised where it is waited for.

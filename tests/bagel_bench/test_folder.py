@@ -49,3 +49,35 @@ def test_other_source_pictures_under_the_same_names_are_refused(tmp_path):
     source.write_bytes(b"other")
     with pytest.raises(ValueError, match="'0.png' was made of another picture than '.*source.png' is now"):
         folder.check_pictures([picture])
+
+
+def test_a_source_more_or_less_is_another_picture(tmp_path):
+    source = tmp_path / "source.png"
+    source.write_bytes(b"one")
+    folder = RunFolder(tmp_path / "run")
+    with folder.opened({}):
+        folder.record(file="0.png", prompt="a", sources=[content_hash(source)])
+        folder.record(file="1.png", prompt="a")
+    for picture, counts in [
+        (Picture("0.png", "a", ("0",), ()), "1 pictures, and now 0"),
+        (Picture("0.png", "a", ("0",), (source, source)), "1 pictures, and now 2"),
+        (Picture("1.png", "a", ("1",), (source,)), "0 pictures, and now 1"),
+    ]:
+        with pytest.raises(ValueError, match=counts):
+            folder.check_pictures([picture])
+
+
+def test_a_process_that_comes_later_does_not_change_what_another_is_at(tmp_path):
+    one, two = RunFolder(tmp_path, 0), RunFolder(tmp_path, 1)
+    with one.opened({"seed": 1}):
+        with pytest.raises(ValueError, match="`seed` is 1 there, and 2 here"), two.opened({"seed": 2}):
+            pass
+        with (
+            two.opened({"seed": 1}),
+            pytest.raises(ValueError, match="by another run"),
+            RunFolder(tmp_path).opened({}),
+        ):
+            pass
+    # Nobody is at it, and nothing was drawn.
+    with two.opened({"seed": 2}), one.opened({"seed": 2}):
+        pass

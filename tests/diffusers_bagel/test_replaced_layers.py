@@ -145,8 +145,21 @@ class TestDenoisingLayers:
         assert layers is not before and layers is own_pipe.denoising_layers
         layers.forward = lambda *args, **kwargs: args[1]
         own_pipe.transformer = copy.deepcopy(own_pipe.transformer)
-        with pytest.raises(ValueError, match="another transformer"):
+        with pytest.raises(ValueError, match="others than the transformer has now"):
             own_pipe("a red circle", **SMALL)
+
+    @pytest.mark.parametrize("is_replaced", [False, True])
+    def test_layers_of_which_one_was_replaced(self, is_replaced, own_pipe):
+        before = own_pipe.denoising_layers
+        if is_replaced:
+            before.forward = lambda *args, **kwargs: args[1]
+        layers = own_pipe.transformer.get_decoder().layers
+        layers[1] = copy.deepcopy(layers[1])
+        if is_replaced:
+            with pytest.raises(ValueError, match="others than the transformer has now"):
+                own_pipe("a red circle", **SMALL)
+        else:
+            assert own_pipe.denoising_layers.no_text[1] is layers[1]
 
     def test_layers_that_nobody_replaced_draw_as_without_them(self, own_pipe: BagelPipeline):
         expected = own_pipe("a red circle", generator=seeded(0), **SMALL).images

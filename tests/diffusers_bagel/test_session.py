@@ -12,6 +12,7 @@ import torch
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.protocols import InterleaveProtocol
+from diffusers_bagel.recalling import kept_bytes
 from diffusers_bagel.session import BagelSession
 from tests.conftest import CHECKPOINT, golden_image, load_model, load_processor, max_error
 from tests.diffusers_bagel.conftest import seeded
@@ -291,6 +292,12 @@ class TestHistory:
         contexts = session.contexts
         kept = session._read._contexts
         assert sum(context.length for context in kept) == contexts["full"].length + contexts["no_image"].length
+
+    def test_looking_at_the_contexts_again_keeps_no_more(self, pipe):
+        session = BagelSession(pipe)
+        session.send("a red circle", output="image", height=48, width=64, **DRAW)
+        looks = [(session.contexts, kept_bytes(session))[1] for _ in range(3)]
+        assert looks == looks[:1] * 3
 
 
 @pytest.fixture

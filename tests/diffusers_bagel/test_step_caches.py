@@ -375,6 +375,19 @@ class TestMagCache:
             drawn(pipe)
         assert 0 < calls[0] < 2 * STEPS - 1
 
+    def test_ratios_of_other_numbers_of_steps_are_kept_apart(self, cached):
+        config = MagCacheConfig(calibrate=True, num_inference_steps=STEPS)
+        pipe = cached(config)
+        drawn(pipe, num_inference_steps=4)
+        alone = pipe.mag_ratios
+        pipe = cached(config)
+        drawn(pipe)
+        of_more = pipe.mag_ratios
+        drawn(pipe, num_inference_steps=4)
+        assert len(alone) == 4 and pipe.mag_ratios == alone
+        drawn(pipe)
+        assert pipe.mag_ratios == pytest.approx(of_more)
+
     def test_ratios_of_other_steps_are_interpolated_and_that_is_said_once(self, cached, monkeypatch):
         said: list[str] = []
         monkeypatch.setattr(step_caches.logger, "warning", said.append)
@@ -387,6 +400,13 @@ class TestMagCache:
         assert torch.equal(drawn(cached(replace(MAG, num_inference_steps=6)), num_inference_steps=6), found)
 
 
+def changed(config: Any, **values: Any) -> Any:
+    """A configuration of which something was set after it was made, and checked by the library."""
+    config = replace(config)
+    vars(config).update(values)
+    return config
+
+
 REFUSALS = [
     (PyramidAttentionBroadcastConfig(), ValueError, "PyramidAttentionBroadcastConfig.*attention classes"),
     (FasterCacheConfig(), ValueError, "FasterCacheConfig.*contexts of their own"),
@@ -397,6 +417,11 @@ REFUSALS = [
     (FirstBlockCacheConfig(-0.1), ValueError, "`threshold`"),
     (FirstBlockCacheConfig("0.1"), TypeError, "`threshold`"),
     (MagCacheConfig(mag_ratios=[float("nan")] * 28), ValueError, "`mag_ratios`"),
+    (MagCacheConfig(mag_ratios=torch.ones(28, 2)), ValueError, "`mag_ratios`.*one for each step"),
+    (MagCacheConfig(mag_ratios=[-1.0] * 28), ValueError, "`mag_ratios`.*at least 0"),
+    (changed(MAG, mag_ratios=None), TypeError, "`mag_ratios` must be a list of numbers, got None"),
+    (SeaCacheConfig(retention_steps=1.5), TypeError, "`retention_steps`"),
+    (SeaCacheConfig(cache_end_steps=float("nan")), TypeError, "`cache_end_steps`"),
     (MagCacheConfig(calibrate=True, num_inference_steps=0), ValueError, "`num_inference_steps`"),
     (MagCacheConfig(calibrate=True, retention_ratio=2), ValueError, "`retention_ratio`"),
     (MagCacheConfig(calibrate=True, max_skip_steps=1.5), TypeError, "`max_skip_steps`"),

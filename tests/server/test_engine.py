@@ -394,6 +394,18 @@ class TestFailures:
                 wrong.result(60)
         assert engine.submit(BagelSession(pipe), "a", "text", max_new_tokens=2).result(60).content
 
+    def test_an_error_that_leads_back_to_itself_ends_its_answer(self, pipe):
+        def fails(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            one, two = ValueError("one"), KeyError("two")
+            one.__cause__, two.__context__ = two, one
+            raise one
+
+        with Engine(pipe) as engine:
+            wrong = engine.submit(BagelSession(pipe), "a", "text", logits_processor=[fails])
+            with pytest.raises(ValueError, match="one"):
+                wrong.result(60)
+            assert engine.submit(BagelSession(pipe), "a", "text", max_new_tokens=2).result(60).content
+
     def test_a_decoding_that_fails_ends_its_picture_alone(self, own_pipe):
         decode, seen = own_pipe.decode_latents, []
 

@@ -44,6 +44,21 @@ def test_work_that_has_begun_ends_though_nobody_waits():
     assert ended.wait(10)
 
 
+def test_what_nobody_waits_for_before_it_begins_is_not_done(monkeypatch):
+    starts: list[threading.Thread] = []
+
+    class Later(threading.Thread):
+        def start(self) -> None:
+            starts.append(self)
+
+    monkeypatch.setattr(threads, "Thread", Later)
+    done: list[int] = []
+    future = in_own_thread(done.append, 1)
+    assert future.cancel()
+    starts[0].run()
+    assert done == []
+
+
 def test_an_event_loop_goes_on_while_a_thread_starts(monkeypatch):
     """To start a thread is to wait until it runs, which takes long where others compute."""
 
