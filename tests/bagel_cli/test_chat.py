@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -367,24 +368,27 @@ class Terminal:
         streams = {name: os.fdopen(os.dup(terminal), mode) for name, mode in (("stdin", "r"), ("stdout", "w"))}
         os.close(terminal)
         typing = threading.Thread(target=self._type, args=(controller,))
-        with monkeypatch.context() as patch:
-            for name, stream in streams.items():
-                patch.setattr(sys, name, stream)
-            typing.start()
-            code = main(["chat", *options])
-        for stream in streams.values():
-            stream.close()
-        typing.join()
-        return code
+        try:
+            with monkeypatch.context() as patch:
+                for name, stream in streams.items():
+                    patch.setattr(sys, name, stream)
+                typing.start()
+                return main(["chat", *options])
+        finally:
+            for stream in streams.values():
+                stream.close()
+            typing.join()
 
     def _type(self, controller: int) -> None:
         place, steps = 0, list(self.steps)
+        # A character may come in two pieces.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             if not select.select([controller], [], [], 60)[0]:
                 # Nothing that it waits for comes: the chat is not to wait, either.
                 os.write(controller, CTRL_D.encode())
             try:
-                self.shown += os.read(controller, 65536).decode()
+                self.shown += decoder.decode(os.read(controller, 65536))
             except OSError:
                 # The chat has ended.
                 os.close(controller)

@@ -64,7 +64,8 @@ def stop(job: subprocess.Popen) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes)
+    # Those whose parent was killed may stay as zombies, until the system asks for their codes.
+    psutil.wait_procs(processes, timeout=20)
 
 
 @dataclass
