@@ -131,5 +131,5 @@ class ForwardCounter(BaseStreamer):
 
     @property
     def rate(self) -> float:
-        """Tokens of a forward, on average."""
-        return sum(self.tokens) / len(self.tokens)
+        """Tokens of a forward, on average; 0 before the first."""
+        return sum(self.tokens) / max(len(self.tokens), 1)

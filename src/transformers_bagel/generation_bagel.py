@@ -34,7 +34,8 @@ class BagelGenerationMixin(GenerationMixin):
 
     Attributes:
         decoding_settings (`dict`, *optional*):
-            What `generate()` takes where nothing is said of a cache, instead of a [`GrowingCache`].
+            What `generate()` takes instead of a [`GrowingCache`], but for what a call says itself. Not where it names the kind
+            of cache, nor where it hands out the cache, which is to go on growing.
     """
 
     decoding_settings: dict[str, Any] | None = None
@@ -51,6 +52,7 @@ class BagelGenerationMixin(GenerationMixin):
                 `"image"` draws pictures instead, see [`diffusers_bagel.any_to_any.draw`].
 
         Raises:
+            TypeError: for an assistant that is no model.
             ValueError: for images that do not fit the prompt or the model, before they are encoded; for an assistant of
                 another tokenizer.
         """
@@ -69,6 +71,7 @@ class BagelGenerationMixin(GenerationMixin):
             for name in (
                 "prefill_chunk_size",
                 "cache_implementation",
+                "return_dict_in_generate",
                 "use_cache",
                 "is_assistant",
                 "assistant_early_exit",
@@ -79,7 +82,8 @@ class BagelGenerationMixin(GenerationMixin):
         if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):
             # What is false and not `False` has a cache made, into which everything is fed again at every token.
             settings["use_cache"] = kwargs["use_cache"] = use_cache is None or bool(use_cache)
-        ids, types = kwargs.get("input_ids", inputs), kwargs.get("mm_token_type_ids")
+        ids, types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
+        ids = inputs if ids is None else ids
         if ids is not None and types is not None and ids.ndim == 2 and types.shape[1] < ids.shape[1]:
             # Those of the prompt, when what was generated goes on: it is text.
             kwargs["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
@@ -97,16 +101,26 @@ class BagelGenerationMixin(GenerationMixin):
                 "layer, and BAGEL was not: pass `assistant_model` or `prompt_lookup_num_tokens`."
             )
         assistant = kwargs.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, torch.nn.Module):
+            raise TypeError(f"`assistant_model` must be a model, got {shown(assistant)}.")
         if assistant is not None and not isinstance(assistant, BagelGenerationMixin):
             kwargs["assistant_model"] = self._text_assistant(assistant, ids, kwargs)
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
             has_candidates = assistant is not None or settings["prompt_lookup_num_tokens"] is not None
-            if self.decoding_settings is None or has_candidates:
+            is_named = settings["cache_implementation"] is not None
+            own = (
+                {}
+                if has_candidates or is_named or settings["return_dict_in_generate"]
+                else self.decoding_settings or {}
+            )
+            if own:
+                kwargs |= {
+                    name: value for name, value in own.items() if kwargs.get(name, getattr(config, name, None)) is None
+                }
+            else:
                 # The library refuses a cache beside `cache_implementation`.
                 kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
-            else:
-                kwargs |= self.decoding_settings
         return super().generate(inputs, generation_config, **kwargs)
 
     def _text_assistant(

@@ -2,7 +2,8 @@
 """By what a CPU multiplies matrices in float32: MKL, which torch takes, or oneDNN, which is twice as fast on some (docs/speed.md).
 
 torch's setting for oneDNN is of the process, and is named after bfloat16, to which products are rounded on CPUs with a matrix unit for
-it. So both are measured, time and error, and the setting is in force only while a forward of BAGEL runs.
+it. So both are measured, time and error, and the setting is in force only while a forward of BAGEL runs. Who has chosen a precision
+has chosen for these products, too: then nothing is measured, set or put back.
 """
 
 from __future__ import annotations
@@ -70,9 +71,14 @@ class _Setting:
         self.users = 0
         self.is_ours = False
 
+    def chosen(self) -> str | None:
+        """What somebody else has chosen, for these products or for all."""
+        with self.lock:
+            found = _precision()
+            return None if self.is_ours or found == DEFAULT else found
+
     def take(self) -> None:
         with self.lock:
-            # Who has chosen something, has chosen for us, too.
             if self.users == 0 and (is_free := _precision() == DEFAULT):
                 _set_precision(BY_ONEDNN)
                 self.is_ours = is_free
@@ -121,17 +127,22 @@ def onednn_products() -> Iterator[None]:
 
 
 def products_of(config: Any) -> Products | None:
-    """What was measured for a model of this configuration; `None` where there is no choice."""
+    """What was measured for a model of this configuration; `None` where there is no choice, or somebody has made it."""
+    if _setting.chosen() is not None:
+        return None
     text = config.get_text_config()
     return measured(text.hidden_size, text.intermediate_size)
 
 
 def told_products(config: Any) -> str:
     """What is chosen for a model of this configuration, in a line."""
+    if (chosen := _setting.chosen()) is not None:
+        return f"products of float32 by the precision that was chosen for them, {chosen}"
     products = products_of(config)
-    return (
-        "products of float32 by torch's default: such narrow ones hardly differ" if products is None else str(products)
-    )
+    if products is not None:
+        return str(products)
+    reason = "such narrow ones hardly differ" if torch.backends.mkldnn.is_available() else "it has no oneDNN"
+    return f"products of float32 by torch's default: {reason}"
 
 
 @functools.cache

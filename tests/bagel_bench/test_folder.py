@@ -2,6 +2,7 @@
 """What a run's folder keeps through prompts with unusual characters and through crashes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,12 +39,19 @@ def test_a_picture_whose_record_a_crash_prevented_keeps_other_settings_out(tmp_p
         pass
 
 
-def test_other_source_pictures_under_the_same_names_are_refused(tmp_path):
+@pytest.fixture
+def edited(tmp_path) -> tuple[RunFolder, Path]:
+    """A run that has edited a source picture."""
     source = tmp_path / "source.png"
     source.write_bytes(b"one")
     folder = RunFolder(tmp_path / "run")
     with folder.opened({}):
         folder.record(file="0.png", prompt="a", sources=[content_hash(source)])
+    return folder, source
+
+
+def test_other_source_pictures_under_the_same_names_are_refused(edited):
+    folder, source = edited
     picture = Picture("0.png", "a", ("0",), (source,))
     folder.check_pictures([picture])
     source.write_bytes(b"other")
@@ -51,13 +59,9 @@ def test_other_source_pictures_under_the_same_names_are_refused(tmp_path):
         folder.check_pictures([picture])
 
 
-def test_a_source_more_or_less_is_another_picture(tmp_path):
-    source = tmp_path / "source.png"
-    source.write_bytes(b"one")
-    folder = RunFolder(tmp_path / "run")
-    with folder.opened({}):
-        folder.record(file="0.png", prompt="a", sources=[content_hash(source)])
-        folder.record(file="1.png", prompt="a")
+def test_a_source_more_or_less_is_another_picture(edited):
+    folder, source = edited
+    folder.record(file="1.png", prompt="a")
     for picture, counts in [
         (Picture("0.png", "a", ("0",), ()), "1 pictures, and now 0"),
         (Picture("0.png", "a", ("0",), (source, source)), "1 pictures, and now 2"),

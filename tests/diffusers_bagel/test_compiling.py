@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import GenerationConfig, GenerationMixin
 
+from diffusers_bagel import BagelPipeline
 from tests.conftest import max_error
 from tests.diffusers_bagel.conftest import PLAN, SMALL, seeded
+from transformers_bagel.cache import GrowingCache
 
 
 @pytest.fixture
@@ -101,6 +104,68 @@ def test_what_is_said_of_a_cache_goes_first(settings, own):
     expected = written(own, 9, **settings)
     own.transformer.decoding_settings = {"cache_implementation": "no such cache"}
     assert torch.equal(written(own, 9, **settings), expected)
+
+
+def test_what_a_call_says_goes_before_what_compile_has_set(own, monkeypatch):
+    own.transformer.decoding_settings = {"cache_implementation": "static", "max_cache_len": 64}
+    taken: list[dict] = []
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, inputs, config, **kwargs: taken.append(kwargs))
+    written(own, 9)
+    written(own, 9, max_cache_len=80)
+    written(own, 9, generation_config=GenerationConfig(max_cache_len=96))
+    assert [each["cache_implementation"] for each in taken] == 3 * ["static"]
+    # The last one's is in its configuration.
+    assert [each.get("max_cache_len") for each in taken] == [64, 80, None]
+    written(own, 9, cache_implementation="dynamic")
+    written(own, 9, generation_config=GenerationConfig(cache_implementation="dynamic"))
+    written(own, 9, return_dict_in_generate=True)
+    assert [type(each["past_key_values"]) for each in taken[3:]] == 3 * [GrowingCache]
+
+
+def test_a_second_turn_goes_on_from_the_cache_as_without_compile(own):
+    """A static cache would have no room for it."""
+
+    def turns(**settings) -> torch.Tensor:
+        first = written(own, 9, return_dict_in_generate=True)
+        more = torch.randint(5, 400, (1, 70), generator=seeded(70))
+        return own.transformer.generate(
+            input_ids=torch.cat([first.sequences, more], 1),
+            past_key_values=first.past_key_values,
+            max_new_tokens=6,
+            do_sample=False,
+            **settings,
+        )
+
+    candidates = {"prompt_lookup_num_tokens": 3}
+    expected = turns()
+    assert torch.equal(turns(**candidates), expected)
+    own.compile(decode=True, max_cache_len=64, backend="eager")
+    assert torch.equal(turns(), expected)
+    assert torch.equal(turns(**candidates), expected)
+
+
+def test_undoing_puts_back_the_decoding_that_was_set_before(own):
+    settings = {"cache_implementation": "static"}
+    own.transformer.decoding_settings = settings
+    own.compile(decode=True, max_cache_len=64, backend="eager")
+    own.undo_compile()
+    assert own.transformer.decoding_settings is settings
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_decoding_is_compiled_by_itself_only_where_the_weights_stay_on_an_accelerator(place, own, monkeypatch):
+    """Offloaded ones are on the CPU, or nowhere, between forwards."""
+    monkeypatch.setattr(BagelPipeline, "_execution_device", torch.device("cuda"))
+    monkeypatch.setattr(type(own.transformer), "device", torch.device(place))
+    report = own.compile(backend="eager")
+    assert report.cache_len is None and "the weights are elsewhere" in str(report)
+    assert "on cuda: nothing to choose" in str(report)
+
+
+def test_weights_that_are_offloaded_to_the_same_cpu(own):
+    own.enable_sequential_cpu_offload(device="cpu")
+    report = own.compile(backend="eager")
+    assert report.cache_len is None and report.products.startswith("products of float32 by")
 
 
 @pytest.mark.slow

@@ -240,3 +240,13 @@ def test_plans_are_looked_up_in_their_prompts(processor, vae):
         settings = {"think": True, "max_think_tokens": STEPS, "do_sample": False, "num_inference_steps": 1}
         plans.append(pipe(["a red circle", "two blue squares"], height=32, width=32, **settings).texts)
     assert plans[0] == plans[1] and all(plans[0])
+
+
+@pytest.mark.parametrize("assistant", ["Qwen/Qwen2.5-0.5B", True])
+def test_what_is_no_model_assists_nobody(assistant, model, encode):
+    with pytest.raises(TypeError, match=f"`assistant_model` must be a model, got {assistant!r}"):
+        model.generate(**encode("hi"), max_new_tokens=3, assistant_model=assistant)
+
+
+def test_a_counter_of_no_forward():
+    assert ForwardCounter().rate == 0

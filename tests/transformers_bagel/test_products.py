@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import load_model
-from transformers_bagel import products
-from transformers_bagel.products import LEAST_TOKENS, Products, measured, onednn_products, told_products
+from transformers_bagel import BagelConfig, products
+from transformers_bagel.products import LEAST_TOKENS, Products, measured, onednn_products, products_of, told_products
 
 
 FAST, EXACT = Products(2.0, 1.0, 1e-6), Products(1.1, 1.0, 1e-6)
@@ -63,6 +63,44 @@ def test_this_machine_is_measured_once_and_left_as_it_was():
     assert choice is measured(512, 1408)
     assert choice is None or (choice.mkl > 0 and choice.onednn > 0 and choice.error > 0)
     assert precision() == before
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Settings of the process, all of which are put back."""
+    places = [torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    before = [place.fp32_precision for place in places]
+    yield
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("place", [torch.backends, torch.backends.mkldnn.matmul], ids=["of all", "of products"])
+def test_what_somebody_has_chosen_is_told_and_not_measured(place, chosen, monkeypatch):
+    """A measurement would be of that, and would write what is inherited where it was not said."""
+    monkeypatch.setattr(products, "measured", lambda *args: pytest.fail("measured"))
+    config = BagelConfig()
+    place.fp32_precision = "ieee"
+    assert told_products(config) == "products of float32 by the precision that was chosen for them, ieee"
+    assert products_of(config) is None
+    place.fp32_precision = "none"
+    assert precision() == "none"
+
+
+@torch.no_grad()
+def test_a_forward_measures_nothing_where_somebody_has_chosen(chosen, model, seen, monkeypatch):
+    monkeypatch.setattr(products, "measured", lambda *args: pytest.fail("measured"))
+    torch.backends.fp32_precision = "ieee"
+    model(input_ids=ids(LEAST_TOKENS))
+    torch.backends.fp32_precision = "none"
+    assert seen == ["ieee"] and precision() == "none"
+
+
+def test_what_is_ours_counts_as_no_choice(monkeypatch, found):
+    found(FAST)
+    with onednn_products():
+        assert told_products(load_model().config) == str(FAST)
 
 
 def test_narrow_models_are_not_measured():
