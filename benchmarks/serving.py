@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -252,7 +253,7 @@ def rows(figures: dict[str, Any], args: argparse.Namespace) -> list[tuple[str, s
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT))
+    parser.add_argument("--checkpoint", default=os.path.relpath(CHECKPOINT))
     parser.add_argument("--seconds", type=float, default=300, help="of the load")
     parser.add_argument("--clients", type=int, default=100, help="of the load")
     parser.add_argument("--text-clients", type=int, default=16)

@@ -7,6 +7,7 @@ Killed and started again it goes on where it last saved.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ SETTINGS = [
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="a repository of this world, or the shipped one")
+    # The adapter names it, so it is no path of one machine.
+    shipped = os.path.relpath(CHECKPOINT)
+    parser.add_argument("--checkpoint", default=shipped, help="a repository of this world, or the shipped one")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--samples", type=int, default=12_000)

@@ -108,19 +108,14 @@ class BagelGenerationMixin(GenerationMixin):
         is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
         if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
             has_candidates = assistant is not None or settings["prompt_lookup_num_tokens"] is not None
-            is_named = settings["cache_implementation"] is not None
-            own = (
-                {}
-                if has_candidates or is_named or settings["return_dict_in_generate"]
-                else self.decoding_settings or {}
-            )
-            if own:
-                kwargs |= {
-                    name: value for name, value in own.items() if kwargs.get(name, getattr(config, name, None)) is None
-                }
-            else:
+            is_asked_for = settings["cache_implementation"] is not None or settings["return_dict_in_generate"]
+            if self.decoding_settings is None or has_candidates or is_asked_for:
                 # The library refuses a cache beside `cache_implementation`.
                 kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
+            else:
+                for name, value in self.decoding_settings.items():
+                    if kwargs.get(name, getattr(config, name, None)) is None:
+                        kwargs[name] = value
         return super().generate(inputs, generation_config, **kwargs)
 
     def _text_assistant(

@@ -79,9 +79,9 @@ class _Setting:
 
     def take(self) -> None:
         with self.lock:
-            if self.users == 0 and (is_free := _precision() == DEFAULT):
+            if self.users == 0 and _precision() == DEFAULT:
                 _set_precision(BY_ONEDNN)
-                self.is_ours = is_free
+                self.is_ours = True
             self.users += 1
 
     def put_back(self) -> None:

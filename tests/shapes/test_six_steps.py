@@ -31,6 +31,8 @@ def test_it_is_small_and_of_the_shipped_checkpoint(caplog, quick):
     assert file.stat().st_size < 2_000_000
     assert quick.few_steps.num_inference_steps == 6
     assert "other weights" not in caplog.text
+    base = BagelPipeline.lora_state_dict(ADAPTER, return_lora_metadata=True)[1]["transformer.base_model_name_or_path"]
+    assert base == "examples/shapes/checkpoint"
 
 
 def test_it_draws_and_edits_right_with_nothing_said(quick, monkeypatch):
