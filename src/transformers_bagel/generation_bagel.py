@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -63,25 +64,21 @@ class BagelGenerationMixin(GenerationMixin):
             )
         if mode == "image":
             return self._draw(inputs, generation_config, kwargs)
-        config = generation_config or self.generation_config
+        # The library takes from the model what a configuration leaves open.
+        configs = (
+            [self.generation_config] if generation_config is None else [generation_config, self.generation_config]
+        )
+
+        def said(name: str) -> Any:
+            values = [kwargs[name]] if name in kwargs else [getattr(config, name, None) for config in configs]
+            return next((value for value in values if value is not None), None)
+
         if "image_grid_thw" in kwargs:
             kwargs["image_grid_hw"] = grids_of_frames(kwargs.get("image_grid_hw"), kwargs.pop("image_grid_thw"))
-        settings = {
-            name: kwargs.get(name, getattr(config, name, None))
-            for name in (
-                "prefill_chunk_size",
-                "cache_implementation",
-                "return_dict_in_generate",
-                "use_cache",
-                "is_assistant",
-                "assistant_early_exit",
-                "prompt_lookup_num_tokens",
-            )
-        }
-        use_cache = settings["use_cache"]
+        use_cache = said("use_cache")
         if not isinstance(use_cache, bool) and ("use_cache" in kwargs or use_cache is not None):
             # What is false and not `False` has a cache made, into which everything is fed again at every token.
-            settings["use_cache"] = kwargs["use_cache"] = use_cache is None or bool(use_cache)
+            use_cache = kwargs["use_cache"] = use_cache is None or bool(use_cache)
         ids, types = kwargs.get("input_ids"), kwargs.get("mm_token_type_ids")
         ids = inputs if ids is None else ids
         if ids is not None and types is not None and ids.ndim == 2 and types.shape[1] < ids.shape[1]:
@@ -94,10 +91,10 @@ class BagelGenerationMixin(GenerationMixin):
         ):
             # An any-to-any pipeline has them in all of its inputs, in case that a picture is asked for.
             del kwargs["vae_pixel_values"]
-        self._check_images(kwargs, settings["prefill_chunk_size"])
-        if settings["assistant_early_exit"] is not None:
+        self._check_images(kwargs, said("prefill_chunk_size"))
+        if said("assistant_early_exit") is not None:
             raise ValueError(
-                f"`assistant_early_exit={settings['assistant_early_exit']}` needs a model that was trained to stop at any "
+                f"`assistant_early_exit={said('assistant_early_exit')}` needs a model that was trained to stop at any "
                 "layer, and BAGEL was not: pass `assistant_model` or `prompt_lookup_num_tokens`."
             )
         assistant = kwargs.get("assistant_model")
@@ -105,17 +102,19 @@ class BagelGenerationMixin(GenerationMixin):
             raise TypeError(f"`assistant_model` must be a model, got {shown(assistant)}.")
         if assistant is not None and not isinstance(assistant, BagelGenerationMixin):
             kwargs["assistant_model"] = self._text_assistant(assistant, ids, kwargs)
-        is_default = settings["cache_implementation"] in (None, "dynamic") and settings["use_cache"] is not False
-        if is_default and kwargs.get("past_key_values") is None and not settings["is_assistant"]:
-            has_candidates = assistant is not None or settings["prompt_lookup_num_tokens"] is not None
-            is_asked_for = settings["cache_implementation"] is not None or settings["return_dict_in_generate"]
+        kind = said("cache_implementation")
+        is_default = kind in (None, "dynamic") and use_cache is not False
+        if is_default and kwargs.get("past_key_values") is None and not said("is_assistant"):
+            has_candidates = assistant is not None or said("prompt_lookup_num_tokens") is not None
+            is_asked_for = kind is not None or said("return_dict_in_generate")
             if self.decoding_settings is None or has_candidates or is_asked_for:
-                # The library refuses a cache beside `cache_implementation`.
-                kwargs |= {"past_key_values": GrowingCache(self.config), "cache_implementation": None}
+                kwargs["past_key_values"] = GrowingCache(self.config)
+                if kind is not None:
+                    # The library refuses a cache beside the name of one.
+                    kwargs["cache_implementation"] = None
             else:
-                for name, value in self.decoding_settings.items():
-                    if kwargs.get(name, getattr(config, name, None)) is None:
-                        kwargs[name] = value
+                left = {name: value for name, value in self.decoding_settings.items() if said(name) is None}
+                generation_config = _with_settings(generation_config, kwargs, left)
         return super().generate(inputs, generation_config, **kwargs)
 
     def _text_assistant(
@@ -306,3 +305,15 @@ def _blocks_left(types: torch.Tensor, kind: int, cached: int) -> list[bool]:
     """For each image of one kind, sample by sample: whether its block lies behind the first `cached` tokens."""
     total, before = blocks_per_sample(types, kind).tolist(), blocks_per_sample(types[:, :cached], kind).tolist()
     return [index >= seen for count, seen in zip(total, before, strict=True) for index in range(count)]
+
+
+def _with_settings(
+    generation_config: GenerationConfig | None, kwargs: dict[str, Any], settings: dict[str, Any]
+) -> GenerationConfig | None:
+    """Say something where the caller said the rest, a copy of his configuration or `kwargs`: the library wants it in one place."""
+    if generation_config is None or kwargs.keys() & settings.keys():
+        kwargs |= settings
+        return generation_config
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.update(**settings)
+    return generation_config

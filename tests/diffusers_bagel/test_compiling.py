@@ -108,18 +108,25 @@ def test_what_is_said_of_a_cache_goes_first(settings, own):
 
 def test_what_a_call_says_goes_before_what_compile_has_set(own, monkeypatch):
     own.transformer.decoding_settings = {"cache_implementation": "static", "max_cache_len": 64}
-    taken: list[dict] = []
-    monkeypatch.setattr(GenerationMixin, "generate", lambda self, inputs, config, **kwargs: taken.append(kwargs))
+    taken: list[tuple[GenerationConfig | None, dict]] = []
+    monkeypatch.setattr(
+        GenerationMixin, "generate", lambda self, inputs, config, **kwargs: taken.append((config, kwargs))
+    )
     written(own, 9)
     written(own, 9, max_cache_len=80)
-    written(own, 9, generation_config=GenerationConfig(max_cache_len=96))
-    assert [each["cache_implementation"] for each in taken] == 3 * ["static"]
-    # The last one's is in its configuration.
-    assert [each.get("max_cache_len") for each in taken] == [64, 80, None]
+    assert [kwargs["cache_implementation"] for _, kwargs in taken] == 2 * ["static"]
+    assert [kwargs["max_cache_len"] for _, kwargs in taken] == [64, 80]
+    # The library wants all in one place, and the caller's stays as it is.
+    config = GenerationConfig(max_cache_len=96)
+    written(own, 9, generation_config=config)
+    found, kwargs = taken.pop()
+    assert (found.cache_implementation, found.max_cache_len, config.cache_implementation) == ("static", 96, None)
+    assert not kwargs.keys() & {"cache_implementation", "max_cache_len", "past_key_values"}
+    taken.clear()
     written(own, 9, cache_implementation="dynamic")
     written(own, 9, generation_config=GenerationConfig(cache_implementation="dynamic"))
     written(own, 9, return_dict_in_generate=True)
-    assert [type(each["past_key_values"]) for each in taken[3:]] == 3 * [GrowingCache]
+    assert [type(kwargs["past_key_values"]) for _, kwargs in taken] == 3 * [GrowingCache]
 
 
 def test_a_second_turn_goes_on_from_the_cache_as_without_compile(own):

@@ -6,7 +6,15 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, pipeline
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tests.conftest import conversation, golden_image, load_model, max_error
@@ -541,3 +549,19 @@ def test_whatever_is_true_or_false_says_whether_to_use_a_cache(given, meant, mod
     inputs = encode(["@wide", "what?"])
     expected = model.generate(**inputs, max_new_tokens=4, use_cache=meant)
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, use_cache=given), expected)
+
+
+def test_a_configuration_stays_the_only_place_of_settings(model, monkeypatch):
+    """The library warns who passes some beside it."""
+    taken: list[set[str]] = []
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, inputs, config, **kwargs: taken.append(set(kwargs)))
+    model.generate(input_ids=torch.tensor([[70, 71]]), generation_config=GenerationConfig(max_new_tokens=3))
+    assert taken == [{"input_ids", "past_key_values"}]
+
+
+def test_a_kind_of_cache_that_the_models_own_configuration_names(model, monkeypatch):
+    """From which the library takes what another one leaves open."""
+    ids, config = torch.tensor([[70, 71]]), GenerationConfig(max_new_tokens=3, do_sample=False)
+    expected = model.generate(input_ids=ids, generation_config=config)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "dynamic")
+    assert torch.equal(model.generate(input_ids=ids, generation_config=config), expected)
