@@ -12,6 +12,7 @@ multiplied in.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import ModelCard, ModelCardData
 from repositories import run
 from safe_files import check_links
@@ -30,6 +32,7 @@ from streaming import FORMAT, free_folder, whole_folder
 from torch import nn
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.few_steps import FewSteps
 from diffusers_bagel.lora import DIFFUSERS_PREFIX, lora_config
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.adapter_checks import PEFT_PREFIX, fitting_adapter
@@ -90,18 +93,24 @@ def convert_lora(
     base_model = base_model or (metadata or {}).get(f"{DIFFUSERS_PREFIX}base_model_name_or_path")
     if not base_model:
         raise ValueError(f"'{src}' does not say what it adapts. Name it with --base-model: a Hub id, or a folder.")
+    few_steps = FewSteps.from_metadata(metadata, f"'{src}'")
     config = lora_config(weights, metadata, base_model, f"'{src}'")
     # For its errors alone: settings and tensors stay as they are.
     fitting_adapter(described_model(weights), config, weights, f"'{src}'", allow_missing_layers)
     with whole_folder(dst) as unfinished:
         if to == "peft":
             named = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in weights.items()}
-            save_file(named, unfinished / "adapter_model.safetensors", metadata=FORMAT)
+            # Settings that peft knows none of are in the header of the weights, under diffusers' name for it.
+            own = {} if few_steps is None else {LORA_ADAPTER_METADATA_KEY: json.dumps(few_steps.metadata())}
+            save_file(named, unfinished / "adapter_model.safetensors", metadata=FORMAT | own)
             config.inference_mode = True
             config.save_pretrained(str(unfinished))
         else:
             BagelPipeline.save_lora_weights(
-                unfinished, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config.to_dict()
+                unfinished,
+                transformer_lora_layers=weights,
+                transformer_lora_adapter_metadata=config.to_dict(),
+                few_steps=few_steps,
             )
         for number, (_, picture) in enumerate(samples):
             (unfinished / PICTURES).mkdir(exist_ok=True)

@@ -24,13 +24,24 @@ from huggingface_hub import ModelCardData
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from repositories import run, write_card
-from safe_files import PICKLES, check_links
+from safe_files import PICKLES, check_links, read_json_object
 from sources import CARD, in_parts_or_flat, model_files, opened, tensors_of
-from streaming import FORMAT, SPARE_BYTES, Shard, check_disk_space, free_folder, read_tensor, whole_folder, write_shard
+from streaming import (
+    FORMAT,
+    SPARE_BYTES,
+    Shard,
+    check_disk_space,
+    free_folder,
+    read_tensor,
+    whole_folder,
+    write_json,
+    write_shard,
+)
 from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.few_steps import FewSteps
 from diffusers_bagel.lora import DIFFUSERS_PREFIX, lora_config
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.adapter_checks import fitting_adapter
@@ -98,7 +109,7 @@ def merge(
     with init_empty_weights():
         model = BagelForConditionalGeneration(config)
     check_tensors(model, {tensor.name: tensor for shard in shards for tensor in shard.tensors}, src)
-    layers = adapted_layers(model, loras, scales, allow_missing_layers)
+    layers, few_steps = adapted_layers(model, loras, scales, allow_missing_layers)
     num_bytes = sum(shard.num_bytes for shard in shards)
     check_disk_space(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)
 
@@ -117,6 +128,9 @@ def merge(
             place = unfinished / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
+        if few_steps is not None:
+            settings = unfinished / model_folder / "config.json"
+            write_json(settings, read_json_object(settings) | {"few_steps": few_steps.merged()})
         with tqdm(total=num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
             for shard in shards:
                 write_shard(shard, unfinished / model_folder, progress, compute)
@@ -133,19 +147,25 @@ def merge(
             processor_place=processor_folder.rstrip("/"),
         )
     print(f"{dst}: {len(layers)} layers with {', '.join(loras)}.")
+    if few_steps is not None:
+        print(f"By default it draws in {few_steps.num_inference_steps} steps.")
 
 
 def adapted_layers(
     model: BagelForConditionalGeneration, loras: Sequence[str], scales: Sequence[float], allow_missing_layers: bool
-) -> dict[str, Any]:
-    """The layers of peft of a model without weights, by name: they have the LoRAs' weights, and wait for their own.
+) -> tuple[dict[str, Any], FewSteps | None]:
+    """The layers of peft of a model without weights, by name: they have the LoRAs' weights, and wait for their own. And how the
+    first LoRA wants to be drawn with that was made for few steps.
 
     Raises:
         OSError, ValueError: if a LoRA is not there, or does not fit the model.
     """
-    for index, lora in enumerate(loras):
+    few_steps = None
+    for index, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
         state_dict, metadata = BagelPipeline.lora_state_dict(lora, return_lora_metadata=True, use_safetensors=True)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
+        if scale:
+            few_steps = few_steps or FewSteps.from_metadata(metadata, f"'{lora}'")
         config = lora_config(weights, metadata, None, f"'{lora}'")
         settings, weights = fitting_adapter(model, config, weights, f"'{lora}'", allow_missing_layers)
         weights = {name: tensor.float() for name, tensor in weights.items()}
@@ -156,7 +176,7 @@ def adapted_layers(
         for index, scale in enumerate(scales):
             if f"lora_{index}" in layer.scaling:
                 layer.scaling[f"lora_{index}"] *= scale
-    return layers
+    return layers, few_steps
 
 
 def merged_parameter(layer: Any, module: str, parameter: str, tensors: dict[str, StoredTensor]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffusers_bagel import PRESETS
+from diffusers_bagel.few_steps import FewSteps
 
 
 # As the page calls them, and as `BagelSession.stream` does.
@@ -57,9 +58,7 @@ class Choices:
             "preset": None if self.preset == NO_PRESET else self.preset,
             "think": self.think,
             "generator": torch.Generator().manual_seed(self.seed),
-            "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "image_guidance_scale": self.image_guidance_scale or None,
+            **self.drawing(),
             "width": width,
             "height": height,
             "max_new_tokens": self.max_new_tokens,
@@ -71,17 +70,37 @@ class Choices:
             "progress": True,
         }
 
+    def drawing(self) -> dict[str, Any]:
+        """Settings of steps and guidance."""
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "image_guidance_scale": self.image_guidance_scale or None,
+        }
+
     def described(self) -> dict[str, Any]:
         """What is written into the file of a picture."""
         return asdict(self) | {"output": OUTPUTS[self.output]}
 
     @classmethod
-    def of_preset(cls, name: str) -> Choices:
-        """What the page shows when a preset is chosen."""
-        if name == NO_PRESET:
+    def usual(cls, few_steps: FewSteps | None) -> Choices:
+        """What the page shows at first; of a model of few steps they are its own."""
+        if few_steps is None:
             return cls()
-        preset, usual = PRESETS[name], cls()
-        own = preset.settings
+        return cls(
+            steps=few_steps.num_inference_steps,
+            guidance_scale=few_steps.guidance_scale,
+            image_guidance_scale=few_steps.image_guidance_scale,
+        )
+
+    @classmethod
+    def of_preset(cls, name: str, few_steps: FewSteps | None = None) -> Choices:
+        """What the page shows when a preset is chosen, which leaves a model's few steps as they are."""
+        usual = cls.usual(few_steps)
+        if name == NO_PRESET:
+            return usual
+        preset = PRESETS[name]
+        own = preset.settings if few_steps is None else {**preset.settings, **usual.drawing()}
         # The published number counts the step that feeds the start token.
         longest = own.get("max_new_tokens", own.get("max_think_tokens", usual.max_new_tokens + 1) - 1)
         return cls(

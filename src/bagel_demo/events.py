@@ -136,7 +136,7 @@ class Events:
 
     def take_preset(self, name: str) -> Updates:
         """Show the settings of a preset."""
-        chosen = Choices.of_preset(name)
+        chosen = Choices.of_preset(name, self.engine.pipe.few_steps)
         shown = {field.name for field in fields(Choices)} - {"seed", "size", "preset"}
         info = PRESET_INFO if name == NO_PRESET else PRESETS[name].description
         return {getattr(self.parts, field): getattr(chosen, field) for field in shown} | {

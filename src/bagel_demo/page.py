@@ -119,7 +119,7 @@ def _laid_out(pipe: Any) -> Parts:
 
 
 def _settings(pipe: Any) -> dict[str, Any]:
-    usual = Choices()
+    usual = Choices.usual(pipe.few_steps)
     with gr.Accordion("Settings", open=True, elem_id="settings"):
         preset = gr.Dropdown(
             [NO_PRESET, *PRESETS], value=usual.preset, label="Preset", info=PRESET_INFO, elem_id="preset"
@@ -127,7 +127,7 @@ def _settings(pipe: Any) -> dict[str, Any]:
         with gr.Row():
             seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0, maximum=2**63 - 1, min_width=120)
             is_new_seed = gr.Checkbox(True, label="New one each time", min_width=120, elem_id="new-seed")
-        steps = gr.Slider(2, 100, usual.steps, step=1, label="Steps of a picture")
+        steps = gr.Slider(1, 100, usual.steps, step=1, label="Steps of a picture")
         guidance = gr.Slider(1, 10, usual.guidance_scale, step=0.1, label="Weight of the text")
         image_guidance = gr.Slider(
             0, 5, usual.image_guidance_scale, step=0.1, label="Weight of the pictures (0: as usual)"

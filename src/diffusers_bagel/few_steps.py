@@ -1,28 +1,35 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What the file of a few-step adapter says beside its weights: the steps that it was made for, and of which model."""
+"""What weights of few steps say beside their numbers, in the file of an adapter or the configuration of a model that one was merged
+into: the steps that they were made for, and of which model."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from diffusers.utils import logging
+from torch import nn
 
 from transformers_bagel.errors import shown
 
-from .inputs import check_number, check_sigmas
+from .adapter_scale import lora_layers
+from .inputs import MAX_STEPS, check_number, check_sigmas, check_whole_number, takes_sigmas
 
 
 logger = logging.get_logger(__name__)
 
-_SCALES = {"guidance_scale", "image_guidance_scale"}
+_SCALES = ("guidance_scale", "image_guidance_scale")
 
 # Of the file's settings, beside those of peft, which begin with `transformer.`.
 PREFIX = "few_steps."
-# How many values of a weight tell models apart.
-SAMPLE_SIZE = 32
+# How many values of each matrix tell models apart, and how far they may lie apart: types round by less.
+SAMPLE_SIZE = 2
+TOLERANCE = {"rel_tol": 0.01, "abs_tol": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,11 @@ class FewSteps:
 
     Attributes:
         num_inference_steps (`int`)
-        sigmas (`list[float]`): Of the steps, before the scheduler's shift.
+        sigmas (`list[float]`): Of the steps, before the shift.
         guidance_scale, image_guidance_scale (`float`): 1 where guidance is in the weights.
         timestep_shift (`float`): Of the scheduler that it was made with.
-        base (`list[float]`): Values of the model that it was made for.
+        base (`dict[str, list[float]]`): Values of the model that it was made for, by the name of the layer. Nothing is known of
+            the model that an adapter was merged into.
     """
 
     num_inference_steps: int
@@ -43,96 +51,187 @@ class FewSteps:
     guidance_scale: float
     image_guidance_scale: float
     timestep_shift: float
-    base: list[float]
+    base: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_whole_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        check_sigmas(self.sigmas)
+        if len(self.sigmas) != self.num_inference_steps:
+            raise ValueError(f"`sigmas` must be {self.num_inference_steps}, got {len(self.sigmas)}.")
+        for name in _SCALES:
+            check_number(name, getattr(self, name), 0)
+        check_number("timestep_shift", self.timestep_shift, 1e-6)
+        for values in self.base.values():
+            for value in values:
+                check_number("base", value, -1e9)
 
     @classmethod
     def of(cls, pipe: Any, num_inference_steps: int) -> FewSteps:
         """Of an adapter that is made for even steps of a pipeline, with guidance in its weights."""
         sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
-        return cls(
-            num_inference_steps, sigmas, 1.0, 1.0, float(pipe.scheduler.config.shift), values_of(pipe.transformer)
-        )
+        shift = float(pipe.scheduler.config.shift)
+        return cls(num_inference_steps, sigmas, 1.0, 1.0, shift, values_of(pipe.transformer))
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any] | None) -> FewSteps | None:
-        """What the settings of a LoRA's file say, if they do.
+    def from_settings(cls, settings: Mapping[str, Any], source: str) -> FewSteps:
+        """
+        What was written down.
 
         Raises:
-            ValueError: if something is missing, or no such number.
+            ValueError: naming the source, if something is missing, or cannot be drawn with.
         """
-        found = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items() if key.startswith(PREFIX)}
-        if not found:
-            return None
         try:
-            own = cls(**found)
-            numbers = [own.guidance_scale, own.image_guidance_scale, own.timestep_shift, *own.sigmas, *own.base]
-            is_right = own.num_inference_steps == len(own.sigmas) >= 1 and all(map(_is_number, numbers))
-        except TypeError:
-            is_right = False
-        if not is_right:
-            raise ValueError(f"the settings of a few-step adapter are broken: {shown(found)}.")
-        return own
+            return cls(**settings)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{source}: the settings of a few-step adapter are broken: {error}") from error
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any] | None, source: str) -> FewSteps | None:
+        """What the settings of a LoRA's file say, if they do; see [`FewSteps.from_settings`]."""
+        found = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items() if key.startswith(PREFIX)}
+        return cls.from_settings(found, source) if found else None
 
     def metadata(self) -> dict[str, Any]:
-        """For the file."""
-        return {f"{PREFIX}{name}": value for name, value in asdict(self).items()}
+        """For the file of an adapter."""
+        return {f"{PREFIX}{name}": value for name, value in dataclasses.asdict(self).items()}
 
-    def introduce(self, name: str, pipe: Any) -> None:
+    def merged(self) -> dict[str, Any]:
+        """For the configuration of a model that the adapter is merged into."""
+        settings = dataclasses.asdict(self)
+        del settings["base"]
+        return settings
+
+    def is_of(self, values: Mapping[str, list[float]]) -> bool:
+        """Whether it was made for a model with these [`values_of`], as far as both tell; quantised weights tell nothing."""
+        return all(
+            math.isclose(own, other, **TOLERANCE)
+            for name in self.base.keys() & values.keys()
+            for own, other in zip(self.base[name], values[name], strict=False)
+        )
+
+    def introduce(self, name: str, is_of_this_model: bool, is_active: bool, scheduler: Any) -> None:
         """Say what an adapter changes, and what does not fit."""
         logger.warning(
             f"The adapter '{name}' draws in {self.num_inference_steps} steps with guidance_scale={self.guidance_scale:g} and "
-            f"image_guidance_scale={self.image_guidance_scale:g}, which are now the defaults."
+            f"image_guidance_scale={self.image_guidance_scale:g}, which "
+            + ("are now the defaults." if is_active else "are the defaults where it is active.")
         )
-        values = values_of(pipe.transformer)
-        if sum(own != other for own, other in zip(values, self.base, strict=False)) > len(self.base) / 2:
+        if not is_of_this_model:
             logger.warning(f"The adapter '{name}' was made for a model with other weights: its pictures may be worse.")
-        shift = pipe.scheduler.config.get("shift")
-        if shift != self.timestep_shift:
+        if (shift := scheduler.config.get("shift")) != self.timestep_shift:
+            consequence = "drawings get the adapter's" if hasattr(scheduler, "set_shift") else "it takes no other"
             logger.warning(
-                f"The adapter '{name}' was made with a scheduler of shift={self.timestep_shift:g}; this one has {shift}."
+                f"The adapter '{name}' was made with a scheduler of shift={self.timestep_shift:g}; this one has {shown(shift)}: "
+                f"{consequence}."
             )
 
-    def over(self, settings: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults(self, scheduler: Any) -> dict[str, Any]:
+        """Settings of the pipeline's `__call__`, as far as a scheduler takes them."""
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("num_inference_steps", *_SCALES)}
+        if takes_sigmas(scheduler):
+            own["sigmas"] = self.sigmas
+        if hasattr(scheduler, "set_shift"):
+            own["timestep_shift"] = self.timestep_shift
+        return own
+
+    def over(self, settings: dict[str, Any], given: Mapping[str, Any], scheduler: Any) -> dict[str, Any]:
         """
-        Defaults of a drawing, with the adapter's in the place of others. What the caller gave against them is warned of.
+        Defaults of a drawing, with the adapter's in the place of others. What the caller gave against them is warned of, and so is
+        what the scheduler cannot be given.
 
         Args:
             settings (`dict`): Other defaults, by the names of the pipeline's `__call__`.
             given (`Mapping`): What the caller passes, which is no part of the result.
+            scheduler (`SchedulerMixin`): What makes the noise levels.
 
         Raises:
-            TypeError, ValueError: naming what the caller passes, if it is no scale, or no noise levels.
+            TypeError, ValueError: naming what the caller passes, if it cannot work.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        own: dict[str, Any] = {name: getattr(self, name) for name in _SCALES}
+        own = self.defaults(scheduler)
         check_sigmas(given.get("sigmas"))
-        for name in sorted(_SCALES & given.keys()):
-            check_number(name, given[name], 0)
-            if given[name] > 1:
+        for name in _SCALES:
+            check_number(name, given.get(name, 1.0), 0)
+            if given.get(name, 1.0) > 1:
                 logger.warning(f"`{name}` is {given[name]:g}, and guidance is in the adapter's weights: leave it out.")
-        if given.keys() & {"num_inference_steps", "sigmas"}:
-            steps = len(given["sigmas"]) if "sigmas" in given else given["num_inference_steps"]
-            if steps != self.num_inference_steps:
-                logger.warning(
-                    f"The adapter was made for {self.num_inference_steps} steps, and this call has {steps}."
-                )
-        else:
-            own |= {"num_inference_steps": self.num_inference_steps, "sigmas": self.sigmas}
+        check_whole_number("num_inference_steps", given.get("num_inference_steps", 1), 1, MAX_STEPS)
+        steps = len(given["sigmas"]) if "sigmas" in given else given.get("num_inference_steps", len(self.sigmas))
+        if steps != self.num_inference_steps:
+            logger.warning(f"The adapter was made for {self.num_inference_steps} steps, and this call has {steps}.")
+            own.pop("sigmas", None)
+        elif not _is_close(given.get("sigmas", self.sigmas), self.sigmas):
+            logger.warning(
+                f"`sigmas` are {shown(given['sigmas'])}, and the adapter was made for {shown(self.sigmas)}."
+            )
+        elif "sigmas" not in own:
+            logger.warning(
+                f"{type(scheduler).__name__} makes its own `sigmas`, and the adapter was made for {shown(self.sigmas)}."
+            )
+        shift = given.get("timestep_shift", own.get("timestep_shift", scheduler.config.get("shift")))
+        if shift != self.timestep_shift:
+            logger.warning(
+                f"The shift of the noise levels is {shown(shift)}, and the adapter was made with {self.timestep_shift:g}."
+            )
         return settings | own
 
 
+def few_steps_in_effect(transformer: Any, attention_kwargs: Any = None) -> dict[str, FewSteps]:
+    """
+    How the adapters that a model draws with want it, by their names, of those that want something; else what the model's
+    configuration says, of an adapter that was merged into its weights.
+
+    Args:
+        transformer ([`BagelForConditionalGeneration`])
+        attention_kwargs (`dict`, *optional*): Of a call, whose `scale` of 0 leaves adapters out that are not fused.
+    """
+    known = {name: of for name, config in _configs(transformer).items() if (of := vars(config).get("few_steps"))}
+    if known:
+        is_off = isinstance(attention_kwargs, dict) and attention_kwargs.get("scale") == 0
+        names = dict.fromkeys(name for layer in lora_layers(transformer) for name in _in_effect(layer, is_off))
+        if found := {name: known[name] for name in names if name in known}:
+            return found
+    settings = getattr(getattr(transformer, "config", None), "few_steps", None)
+    return {} if settings is None else {"": FewSteps.from_settings(settings, "`config.few_steps`")}
+
+
+def keep(transformer: Any, name: str, few_steps: FewSteps | None) -> None:
+    """Let the settings of a loaded adapter, with which it goes, say what its file said."""
+    vars(_configs(transformer)[name])["few_steps"] = few_steps
+
+
 def without_few_steps(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Settings of a LoRA's file for peft."""
-    if metadata is None:
-        return None
-    return {key: value for key, value in metadata.items() if not key.startswith(PREFIX)}
+    """Settings of a LoRA's file for peft, or `None` if it has none."""
+    return {key: value for key, value in (metadata or {}).items() if not key.startswith(PREFIX)} or None
 
 
-def values_of(transformer: Any) -> list[float]:
-    """A few values of what leads out of the decoder, as bfloat16 has them: the same in whatever type a model is loaded."""
-    weight = transformer.model.llm2vae.weight
-    return weight.detach().flatten()[:SAMPLE_SIZE].bfloat16().float().cpu().tolist()
+def values_of(transformer: Any) -> dict[str, list[float]]:
+    """The first values of each linear layer, without adapters, wherever its weights lie. They are rounded to
+    bfloat16, as the published weights are: the same in whatever type a model is loaded."""
+    values = {}
+    # What is compiled has the names of what is inside.
+    for name, module in getattr(transformer, "_orig_mod", transformer).named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in name:
+            # Where they wait for their forward: nothing has to be moved.
+            with align_module_device(module, "cpu"):
+                weight = module.weight.data
+                if type(weight) is torch.Tensor and weight.is_floating_point():
+                    first = weight.flatten()[:SAMPLE_SIZE]
+                    values[name.removesuffix(".base_layer")] = first.bfloat16().float().tolist()
+    return values
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _configs(transformer: Any) -> dict[str, Any]:
+    return getattr(transformer, "peft_config", {})
+
+
+def _in_effect(layer: Any, is_off: bool) -> list[str]:
+    """Names of the adapters that a layer of peft computes with. Where some are merged, it computes with no others."""
+    if layer.disable_adapters or (is_off and not layer.merged):
+        return []
+    return [
+        name for name in (layer.merged_adapters if layer.merged else layer.active_adapters) if layer.scaling.get(name)
+    ]
+
+
+def _is_close(values: Any, others: list[float]) -> bool:
+    return all(math.isclose(value, other, abs_tol=1e-6) for value, other in zip(values, others, strict=True))

@@ -203,6 +203,13 @@ class InterleaveInferencer:
         _check_shape(self.pipe, image_shape)
         _check_steps(self.pipe, num_timesteps, timestep_shift)
         check_guidance(cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+        if (few_steps := self.pipe.few_steps) is not None:
+            chosen: dict[str, Any] = {"num_inference_steps": num_timesteps - 1, "timestep_shift": timestep_shift}
+            chosen |= {"guidance_scale": cfg_text_scale}
+            if cfg_text_scale > 1:
+                chosen["image_guidance_scale"] = cfg_img_scale
+            # For its warnings alone: the published defaults stay what they are.
+            few_steps.over({}, chosen, self.pipe.scheduler)
         low, high = cfg_interval
         guidance = BagelGuidance(cfg_text_scale, cfg_img_scale, (low, high), cfg_renorm_type, cfg_renorm_min)
         contexts = {"full": gen_context["past_key_values"]}

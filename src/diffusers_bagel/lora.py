@@ -27,7 +27,7 @@ from transformers_bagel.files import HUB_ARGUMENTS
 from transformers_bagel.weights import check_no_model
 
 from .adapter_scale import lora_layers
-from .few_steps import FewSteps, without_few_steps
+from .few_steps import FewSteps, few_steps_in_effect, keep, values_of, without_few_steps
 
 
 logger = logging.get_logger(__name__)
@@ -49,18 +49,16 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
     transformer_name = "transformer"
 
     transformer: Any
-    # By the name of the adapter. The pipeline makes one for itself.
-    _few_steps: dict[str, FewSteps]
-    _fused_few_steps: FewSteps | None = None
 
     @property
     def few_steps(self) -> FewSteps | None:
-        """How the active adapter wants to be drawn with, or one that is fused, if it was made for few steps."""
-        if self._fused_few_steps is not None or not self._few_steps:
-            return self._fused_few_steps
-        layers = (layer for layer in lora_layers(self.transformer) if not layer.disable_adapters)
-        active = getattr(next(layers, None), "active_adapters", [])
-        return next((self._few_steps[name] for name in active if name in self._few_steps), None)
+        """How the adapter that is active or fused wants to be drawn with, if it was made for few steps; else one that is in the
+        weights. Of several it is the first one's."""
+        return self.few_steps_of(None)
+
+    def few_steps_of(self, attention_kwargs: dict[str, Any] | None) -> FewSteps | None:
+        """`few_steps` of a call, whose `scale` of 0 leaves out adapters that are not fused."""
+        return next(iter(few_steps_in_effect(self.transformer, attention_kwargs).values()), None)
 
     @classmethod
     def lora_state_dict(
@@ -84,8 +82,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
 
         Returns:
             `dict[str, torch.Tensor]`, names starting with `transformer.`; with `return_lora_metadata` also the
-            arguments of the `LoraConfig` (`dict` with keys starting with `transformer.`), or `None` where the file
-            does not hold them. Then alpha equals the rank, and alphas among the tensors are multiplied in.
+            arguments of the `LoraConfig` (`dict` with keys starting with `transformer.`, and those of
+            [`~few_steps.FewSteps`] with `few_steps.`), or `None` where the file does not hold them. Then alpha equals the
+            rank, and alphas among the tensors are multiplied in.
 
         Raises:
             OSError: if there are no such weights.
@@ -112,8 +111,11 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 f"{SOURCE}: no LoRA weights at {str(pretrained_model_name_or_path_or_dict)!r} ({error}). It must be "
                 f"{SOURCES}."
             ) from error
-        if metadata is None and any(name.startswith(PEFT_PREFIX) for name in state_dict):
-            metadata = _read_peft_config(pretrained_model_name_or_path_or_dict, weight_name, hub)
+        settings = without_few_steps(metadata)
+        if settings is None and any(name.startswith(PEFT_PREFIX) for name in state_dict):
+            settings = _read_peft_config(pretrained_model_name_or_path_or_dict, weight_name, hub)
+            if settings is not None:
+                metadata = settings | (metadata or {})
         # Files trained with the original code have the original names.
         named = {
             module_name(name.removeprefix(DIFFUSERS_PREFIX).removeprefix(PEFT_PREFIX)): tensor
@@ -121,7 +123,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         }
         if len(named) < len(state_dict):
             raise ValueError(f"{SOURCE} holds a tensor twice, by its original name and by that of this package.")
-        weights = _without_alphas(named, multiply=metadata is None)
+        weights = _without_alphas(named, multiply=settings is None)
         weights = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
         return (weights, metadata) if return_lora_metadata else weights
 
@@ -157,13 +159,15 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
-        few_steps = FewSteps.from_metadata(metadata)
+        few_steps = FewSteps.from_metadata(metadata, SOURCE)
+        # Before the layers are changed, and before anything is said.
+        is_of_this_model = few_steps is None or few_steps.is_of(values_of(self.transformer))
         before = set(getattr(self.transformer, "peft_config", {}))
         self.load_lora_into_transformer(
             state_dict,
             self.transformer,
             adapter_name=adapter_name,
-            metadata=without_few_steps(metadata),
+            metadata=metadata,
             _pipeline=self,
             low_cpu_mem_usage=low_cpu_mem_usage,
             hotswap=hotswap,
@@ -171,10 +175,11 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         )
         # Another than the one that was asked for only where none was.
         name = str(next(iter(set(self.transformer.peft_config) - before), adapter_name))
-        self._few_steps.pop(name, None)
+        keep(self.transformer, name, few_steps)
         if few_steps is not None:
-            few_steps.introduce(name, self)
-            self._few_steps[name] = few_steps
+            few_steps.introduce(
+                name, is_of_this_model, is_active=self.few_steps is few_steps, scheduler=self.scheduler
+            )
 
     @classmethod
     def load_lora_into_transformer(
@@ -276,30 +281,37 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         scalings = {layer: dict(layer.scaling) for layer in lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
-        self._fused_few_steps = self.few_steps
         super().fuse_lora(components, *args, **kwargs)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
         _check_is_model(self.transformer)
-        self._fused_few_steps = None
         super().unfuse_lora(components, **kwargs)
         for layer, scaling in self.__dict__.pop("_unfused_scalings", {}).items():
             layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters. What was fused stays in the weights."""
+        """Remove all adapters. What was fused stays in the weights, and of few steps in `transformer.config.few_steps`."""
         _check_is_model(self.transformer)
         self.__dict__.pop("_unfused_scalings", None)
+        if any(layer.merged for layer in lora_layers(self.transformer)) and self.few_steps is not None:
+            self.transformer.config.few_steps = self.few_steps.merged()
         super().unload_lora_weights()
-        self._few_steps.clear()
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """See [`~loaders.LoraBaseMixin.set_adapters`]."""
+        super().set_adapters(adapter_names, adapter_weights)
+        first, *others = few_steps_in_effect(self.transformer) or [""]
+        if others:
+            logger.warning(
+                f"The adapters {', '.join(map(repr, (first, *others)))} were each made for few steps: drawings have those of "
+                f"'{first}'."
+            )
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """See [`~loaders.LoraBaseMixin.delete_adapters`]. The last one leaves plain layers."""
         _check_is_model(self.transformer)
         self.transformer.delete_adapter(adapter_names)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._few_steps.pop(name, None)
 
     def enable_lora_hotswap(self, **kwargs: Any) -> None:
         """Prepare for adapters up to a rank of `target_rank` (128), and for a compiled transformer, before the first load.
@@ -388,9 +400,9 @@ def lora_config(
         for name, tensor in weights.items()
         if name.endswith(".lora_A.weight") and tensor.ndim == 2
     }
-    if metadata is not None:
-        check_settings(metadata, label)
-        settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in metadata.items()}
+    if (settings := without_few_steps(metadata)) is not None:
+        check_settings(settings, label)
+        settings = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in settings.items()}
     else:
         settings = (
             {}

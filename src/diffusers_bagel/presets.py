@@ -108,13 +108,15 @@ def with_defaults(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        few_steps = self.few_steps
-        if kwargs.get("preset") is None and few_steps is None:
+        if kwargs.get("preset") is None and self.few_steps is None:
             return method(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         preset = given.pop("preset", None)
+        few_steps = self.few_steps_of(given.get("attention_kwargs"))
         settings = {} if preset is None else find_preset(preset).of_pipeline(self.transformer.config)
-        return method(**merged(settings if few_steps is None else few_steps.over(settings, given), given))
+        return method(
+            **merged(settings if few_steps is None else few_steps.over(settings, given, self.scheduler), given)
+        )
 
     return called
 

@@ -349,8 +349,9 @@ class BagelSession:
             preset = find_preset(name)
             output = preset.output if output == "auto" else output
             settings = preset.of_session(self.pipe.transformer.config)
-        if (few_steps := self.pipe.few_steps) is not None and output != "text":
-            settings = few_steps.over(settings, given)
+        few_steps = self.pipe.few_steps_of(given.get("attention_kwargs"))
+        if few_steps is not None and output != "text":
+            settings = few_steps.over(settings, given, self.pipe.scheduler)
         return output, merged(settings, given)
 
     def _settings(self, given: dict[str, Any]) -> AnswerSettings:

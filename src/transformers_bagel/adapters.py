@@ -322,6 +322,8 @@ def _what_is_not_saved(model: Any, name: str) -> str:
     base = model.peft_config[name].base_model_name_or_path
     lost = [f"the base model, which {f'is to be loaded from {base!r}' if base else 'has no name: save it apart'}"]
     lost += [f"the adapter '{other}'" for other in model.peft_config if other != name]
+    if vars(model.peft_config[name]).get("few_steps"):
+        lost.append("the steps that it was made for, which the pipeline's `save_lora_weights` takes as `few_steps`")
     layers = adapted_layers(model).values()
     if any(layer.disable_adapters for layer in layers):
         lost.append("that adapters are disabled: they will be enabled")

@@ -187,6 +187,9 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
         freeze_und (`bool`, *optional*, defaults to `False`):
             Whether no gradient reaches the understanding expert or passes through its activations.
             [`BagelForConditionalGeneration.freeze`] sets it. Training only; not saved.
+        few_steps (`dict`, *optional*):
+            How an adapter of few steps that was merged into the weights wants to be drawn with, see
+            `diffusers_bagel.few_steps.FewSteps`.
         frequency_embedding_size (`int`, *optional*, defaults to 256): Width of the sinusoids of a timestep.
         connector_act (`str`, *optional*, defaults to `"gelu_pytorch_tanh"`): Activation of the ViT connector.
         image_token_id (`int`, *optional*, defaults to 151655): Placeholder of a ViT token (`<|image_pad|>`).
@@ -225,6 +228,7 @@ class BagelConfig(InstalledCodeMixin, PreTrainedConfig):
     mse_weight: float | int = 1.0
     loss_reduction: str = "token"
     freeze_und: bool = False
+    few_steps: dict | None = None
     frequency_embedding_size: int = 256
     connector_act: str = "gelu_pytorch_tanh"
     image_token_id: int = 151655

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_bagel import BagelPipeline
 from tests.conftest import CHECKPOINT, load_processor, max_error, run_snippets
+from tests.diffusers_bagel.test_few_steps import save_adapter, steps_of
 from tests.diffusers_bagel.test_lora import draw, make_pipe, save_diffusers, save_peft
 from tests.transformers_bagel.test_adapter_checks import SPOILT, WRONG_SETTINGS, changed_lora
 from tests.transformers_bagel.test_adapters import VARIANTS, adapted_model
@@ -91,6 +92,31 @@ def test_coarse_weights_are_summed_in_float32(repository, tmp_path):
     assert merged.dtype == torch.bfloat16
     for name, weight in exact.transformer.state_dict().items():
         assert torch.equal(merged.state_dict()[name], weight.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("layout", ["flat", "in parts"])
+@pytest.mark.parametrize(("scales", "steps"), [(["1", "1"], 3), (["0", "1"], 2), (["1", "0"], 3)], ids=str)
+def test_a_merge_draws_in_the_steps_that_its_first_lora_was_made_for(layout, scales, steps, repository, tmp_path):
+    source = repository
+    if layout == "in parts":
+        source = tmp_path / "repository"
+        pipe_of(repository).save_pretrained(source)
+    loras = [save_adapter(tmp_path / f"of {number}", number) for number in (3, 2)]
+    command = [str(source), str(tmp_path / "merged"), "--loras", *loras, "--scales", *scales]
+    assert merge_lora(command) == 0
+    assert len(steps_of(pipe_of(tmp_path / "merged"))) == steps
+
+
+def test_a_few_step_lora_keeps_its_steps_from_format_to_format(tmp_path):
+    lora = save_adapter(tmp_path / "lora", 3)
+    assert convert_lora([lora, str(tmp_path / "peft"), "--to", "peft", "--base-model", "bagel"]) == 0
+    assert convert_lora([str(tmp_path / "peft"), str(tmp_path / "back"), "--to", "diffusers"]) == 0
+    pipes = [make_pipe() for _ in range(3)]
+    for pipe, folder in zip(pipes, (lora, tmp_path / "peft", tmp_path / "back"), strict=True):
+        pipe.load_lora_weights(folder)
+    assert pipes[0].few_steps == pipes[1].few_steps == pipes[2].few_steps
+    assert len(steps_of(pipes[1])) == 3
+    assert torch.equal(draw(pipes[0]), draw(pipes[1])) and torch.equal(draw(pipes[0]), draw(pipes[2]))
 
 
 @pytest.mark.parametrize("layout", ["flat", "in parts"])

@@ -16,6 +16,7 @@ from bagel_demo.choices import LIKE_THE_LAST, NO_PRESET, Choices, sizes
 from bagel_demo.events import Events
 from bagel_demo.talk import FORGOTTEN, STOPPED, Drawing, Picture, Talk, Turn, Words
 from diffusers_bagel import PRESETS, SessionEvent
+from diffusers_bagel.few_steps import FewSteps
 
 
 CIRCLE = "a large red circle in the middle on a white background"
@@ -74,6 +75,22 @@ def test_a_preset_fits_into_the_page(name, engine):
 
 def test_no_preset_is_what_the_page_begins_with():
     assert Choices.of_preset(NO_PRESET) == Choices()
+
+
+@pytest.mark.parametrize("name", [NO_PRESET, *PRESETS])
+def test_a_model_of_few_steps_keeps_them_on_the_page(name):
+    few_steps = FewSteps(3, [1.0, 0.6, 0.3], 1.0, 1.0, 3.0)
+    chosen = Choices.of_preset(name, few_steps)
+    assert (chosen.steps, chosen.guidance_scale, chosen.image_guidance_scale) == (3, 1.0, 1.0)
+    assert chosen.max_new_tokens == Choices.of_preset(name).max_new_tokens
+
+
+def test_the_page_begins_with_a_models_few_steps(engine, monkeypatch):
+    monkeypatch.setattr(
+        engine.pipe.transformer.config, "few_steps", FewSteps(3, [1.0, 0.6, 0.3], 1.0, 1.0, 3.0).merged()
+    )
+    sliders = {block.label: block for block in create_page(engine).blocks.values() if isinstance(block, gr.Slider)}
+    assert (sliders["Steps of a picture"].value, sliders["Weight of the text"].value) == (3, 1.0)
 
 
 def test_sizes_are_whole_numbers_of_tokens_and_named_once():

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 
+import accelerate
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_bagel import BagelPipeline, BagelSession
 from diffusers_bagel.few_steps import FewSteps
-from tests.conftest import load_model
+from diffusers_bagel.inferencer import InterleaveInferencer
+from tests.conftest import load_model, load_processor
 from tests.diffusers_bagel.test_lora import make_pipe, save_peft
 from tests.transformers_bagel.test_adapters import randomise
 
@@ -21,16 +24,26 @@ from tests.transformers_bagel.test_adapters import randomise
 PROMPT = "a red circle"
 SIZE = {"height": 32, "width": 32}
 NAME = "pytorch_lora_weights.safetensors"
+LORA = LoraConfig(r=2)
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> str:
     """Of three steps."""
-    folder = tmp_path_factory.mktemp("adapter")
+    return save_adapter(tmp_path_factory.mktemp("adapter"), 3)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> str:
+    """Another one, of two steps."""
+    return save_adapter(tmp_path_factory.mktemp("adapter"), 2)
+
+
+def save_adapter(folder, num_steps: int) -> str:
     pipe = make_pipe()
-    few_steps = FewSteps.of(pipe, 3)
+    few_steps = FewSteps.of(pipe, num_steps)
     pipe.transformer.add_adapter(LoraConfig(r=4))
-    randomise(pipe.transformer, 0)
+    randomise(pipe.transformer, num_steps)
     BagelPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
@@ -94,6 +107,8 @@ def test_a_right_adapter_says_nothing_more(adapter, said):
     [
         ({"num_inference_steps": 5}, 5, "made for 3 steps, and this call has 5"),
         ({"sigmas": [1.0, 0.5]}, 2, "made for 3 steps, and this call has 2"),
+        ({"sigmas": [1.0, 0.6, 0.3]}, 3, "`sigmas` are [1.0, 0.6, 0.3], and the adapter was made for [1.0, 0.66"),
+        ({"timestep_shift": 7.0}, 3, "shift of the noise levels is 7.0, and the adapter was made with 3"),
         ({"guidance_scale": 4.0}, 3, "`guidance_scale` is 4, and guidance is in the adapter's weights"),
         ({"image_guidance_scale": 2.0}, 3, "`image_guidance_scale` is 2, and guidance is in the adapter's weights"),
     ],
@@ -155,12 +170,128 @@ def test_a_swapped_one_has_its_own_steps(quick, tmp_path):
     assert quick.few_steps is None
 
 
-def test_fused_into_the_weights_it_keeps_its_steps(quick):
+def test_fused_into_the_weights_it_keeps_its_steps_and_in_files_too(quick, tmp_path):
     expected = drawn(quick)
     quick.fuse_lora()
     quick.unload_lora_weights()
     assert (drawn(quick) - expected).abs().max() < 1e-4
-    assert quick.few_steps.num_inference_steps == 3
+    quick.save_pretrained(tmp_path)
+    read = BagelPipeline.from_pretrained(tmp_path, processor=load_processor())
+    read.set_progress_bar_config(disable=True)
+    assert steps_of(read) == steps_of(quick)
+    assert (drawn(read) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"),
+    [
+        (lambda pipe: (pipe.fuse_lora(), pipe.disable_lora()), 49),
+        (lambda pipe: (pipe.fuse_lora(), pipe.disable_lora(), pipe.enable_lora()), 3),
+        (lambda pipe: (pipe.fuse_lora(), pipe.unfuse_lora(), pipe.unload_lora_weights()), 49),
+        (lambda pipe: (pipe.fuse_lora(adapter_names=["two"]), pipe.unload_lora_weights()), 2),
+        (lambda pipe: pipe.fuse_lora(lora_scale=0.0), 49),
+        (lambda pipe: (pipe.fuse_lora(lora_scale=0.0), pipe.unload_lora_weights()), 49),
+        (lambda pipe: pipe.set_adapters("three", 0.0), 49),
+        (lambda pipe: pipe.set_adapters(["two", "three"], [0.0, 1.0]), 3),
+        (lambda pipe: pipe.set_adapters(["two", "three"]), 2),
+        (lambda pipe: (pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.load_lora_weights(pipe.others)), 2),
+        (
+            lambda pipe: (
+                *(pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.load_lora_weights(pipe.others)),
+                *(pipe.fuse_lora(), pipe.unfuse_lora(), pipe.unload_lora_weights()),
+            ),
+            3,
+        ),
+        (lambda pipe: (pipe.transformer.delete_adapter("three"), pipe.transformer.add_adapter(LORA, "three")), 49),
+    ],
+    ids=[
+        "fused and disabled",
+        "enabled again",
+        "unfused",
+        "another one fused",
+        "fused by nothing",
+        "and unloaded",
+        "of weight 0",
+        "beside one of weight 0",
+        "two at once",
+        "another one behind what was fused",
+        "fused and unfused there",
+        "another one of its name",
+    ],
+)
+def test_what_is_drawn_with_decides(change, steps, adapter, of_two):
+    pipe = make_pipe()
+    pipe.others = of_two
+    pipe.load_lora_weights(of_two, adapter_name="two")
+    pipe.load_lora_weights(adapter, adapter_name="three")
+    change(pipe)
+    assert len(steps_of(pipe)) == steps
+
+
+def test_a_scale_of_0_in_a_call_leaves_the_plain_model(quick):
+    plain = steps_of(make_pipe())
+    assert steps_of(quick, attention_kwargs={"scale": 0.0}) == plain
+    assert len(steps_of(quick, attention_kwargs={"scale": 0.5})) == 3
+    session = BagelSession(quick)
+    settings = {"attention_kwargs": {"scale": 0.0}, "preview_every": 1, **SIZE}
+    assert sum(event.type == "preview" for event in session.stream(PROMPT, output="image", **settings)) == 48
+
+
+def test_a_fuse_that_fails_changes_nothing(quick):
+    with pytest.raises(ValueError, match="vae"):
+        quick.fuse_lora(components=["vae"])
+    quick.disable_lora()
+    assert quick.few_steps is None
+
+
+def test_two_at_once_are_said(quick, of_two, said):
+    quick.load_lora_weights(of_two, adapter_name="two")
+    said.clear()
+    quick.set_adapters(["two", "default_0"])
+    assert "'two', 'default_0' were each made for few steps: drawings have those of 'two'" in said.text
+
+
+def test_one_that_is_swapped_in_without_being_active_says_so(quick, of_two, said):
+    quick.load_lora_weights(of_two, adapter_name="two")
+    quick.load_lora_weights(of_two, adapter_name="default_0", hotswap=True)
+    assert "'default_0' draws in 2 steps" in said.text and "are the defaults where it is active" in said.text
+
+
+def test_other_pipelines_of_the_model_and_its_generate_draw_alike(quick):
+    expected = drawn(quick)
+    for pipe in (BagelPipeline(**quick.components), BagelPipeline.from_pipe(quick)):
+        assert torch.equal(drawn(pipe), expected)
+    messages = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+    inputs = quick.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    pictures = [
+        quick.transformer.generate(
+            **inputs, generation_mode="image", generator=torch.Generator().manual_seed(0), **SIZE, **settings
+        )
+        for settings in ({}, {"num_inference_steps": 3, "guidance_scale": 1.0})
+    ]
+    assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_timesteps": 4, "cfg_text_scale": 1.0}, []),
+        ({"num_timesteps": 6, "cfg_text_scale": 1.0}, ["for 3 steps, and this call has 5"]),
+        ({"num_timesteps": 4, "cfg_text_scale": 4.0, "cfg_img_scale": 1.0}, ["`guidance_scale` is 4"]),
+    ],
+    ids=["as it was made", "steps", "guidance"],
+)
+def test_the_published_interface_keeps_its_own_settings_and_warns(settings, words, quick, said):
+    said.clear()
+    InterleaveInferencer(quick)(text=PROMPT, image_shapes=(32, 32), **settings)
+    messages = [record.getMessage() for record in said.records]
+    assert len(messages) == len(words) and all(map(str.__contains__, messages, words)), messages
+
+
+def test_saved_by_the_model_itself_it_says_that_its_steps_are_lost(quick, tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    quick.transformer.save_pretrained(tmp_path)
+    assert "Not saved: " in caplog.text and "the steps that it was made for" in caplog.text
 
 
 def test_of_another_model_is_said(adapter, said):
@@ -176,11 +307,65 @@ def test_the_same_model_in_bfloat16_is_the_same(adapter, said):
     assert "other weights" not in said.text
 
 
-def test_of_another_shift_is_said(adapter, said):
+def test_of_another_shift_is_said_and_its_own_is_drawn_with(quick, adapter, said):
     pipe = make_pipe()
-    pipe.scheduler.register_to_config(shift=7.0)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=7.0)
     pipe.load_lora_weights(adapter)
-    assert "made with a scheduler of shift=3; this one has 7" in said.text
+    assert "made with a scheduler of shift=3; this one has 7.0: drawings get the adapter's" in said.text
+    assert steps_of(pipe) == steps_of(quick)
+
+
+def test_another_scheduler_keeps_what_it_can_and_says_what_not(quick, said):
+    expected = steps_of(quick)
+    quick.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    assert steps_of(quick) == expected
+    quick.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    said.clear()
+    assert {scale for _, scale in steps_of(quick)} == {1.0}
+    assert [record.getMessage().split(", and")[0] for record in said.records] == [
+        "FlowMatchHeunDiscreteScheduler makes its own `sigmas`"
+    ]
+
+
+@pytest.mark.parametrize("layer", ["layers.1.mlp_moe_gen.down_proj", "layers.0.self_attn.q_proj"])
+def test_of_a_model_of_which_one_layer_differs_is_said(layer, adapter, said):
+    """As where a LoRA of few layers was merged."""
+    model = load_model()
+    with torch.no_grad():
+        model.get_submodule(f"model.language_model.{layer}").weight *= 1.1
+    make_pipe(model).load_lora_weights(adapter)
+    assert "made for a model with other weights" in said.text
+
+
+def test_beside_another_adapter_the_model_is_the_same(quick, adapter, said):
+    said.clear()
+    quick.load_lora_weights(adapter, adapter_name="again")
+    assert "other weights" not in said.text
+
+
+@pytest.mark.parametrize(
+    "enable",
+    [
+        lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload("cpu", num_blocks_per_group=2),
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    ],
+    ids=["layers", "groups", "model"],
+)
+def test_offloaded_it_loads_and_knows_its_model(enable, adapter, said, monkeypatch):
+    # accelerate 1.15 cannot offload any model to "cpu:0", the name that diffusers gives this stand-in for a GPU.
+    offload = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **kw: offload(model, "cpu", **kw))
+    models = load_model(), load_model()
+    with torch.no_grad():
+        models[1].model.language_model.layers[1].self_attn.k_proj_moe_gen.weight += 0.1
+    for model, is_other in zip(models, (False, True), strict=True):
+        pipe = make_pipe(model)
+        enable(pipe)
+        said.clear()
+        pipe.load_lora_weights(adapter)
+        assert len(steps_of(pipe)) == 3
+        assert ("other weights" in said.text) == is_other
 
 
 @pytest.mark.parametrize(
@@ -190,7 +375,14 @@ def test_of_another_shift_is_said(adapter, said):
         {"num_inference_steps": "3"},
         {"sigmas": "three"},
         {"guidance_scale": None},
+        {"num_inference_steps": 3.0},
+        {"sigmas": [0.2, 0.5, 0.9]},
+        {"sigmas": [3.0, 2.0, 1.0]},
+        {"guidance_scale": -3.0},
+        {"image_guidance_scale": float("nan")},
+        {"timestep_shift": 0},
         {"base": [True]},
+        {"base": {"llm2vae": ["a"]}},
         {"colour": "red"},
     ],
     ids=str,
