@@ -122,6 +122,14 @@ class BagelGenerationMixin(GenerationMixin):
     ) -> TextAssistant:
         vocab_size = self.config.get_text_config().vocab_size
         if model_kwargs.get("assistant_tokenizer") is not None:
+            for name, size in (
+                ("tokenizer", vocab_size),
+                ("assistant_tokenizer", assistant.config.get_text_config().vocab_size),
+            ):
+                if (tokenizer := model_kwargs.get(name)) is not None and len(tokenizer) > size:
+                    raise ValueError(
+                        f"`{name}` has {len(tokenizer)} tokens and its model {size}: pass the model's own one."
+                    )
             return TextAssistant(assistant, vocab_size, None)
         types = self._full_token_types(input_ids, model_kwargs.get("mm_token_type_ids"))
         if input_ids is None or types is None:
