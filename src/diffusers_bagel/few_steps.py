@@ -18,7 +18,7 @@ from torch import nn
 from transformers_bagel.errors import shown
 
 from .adapter_scale import lora_layers
-from .inputs import MAX_STEPS, check_number, check_sigmas, check_whole_number, takes_sigmas
+from .inputs import MAX_STEPS, check_number, check_sigmas, check_timestep_shift, check_whole_number, takes_sigmas
 
 
 logger = logging.get_logger(__name__)
@@ -51,7 +51,7 @@ class FewSteps:
     guidance_scale: float
     image_guidance_scale: float
     timestep_shift: float
-    base: dict[str, list[float]] = field(default_factory=dict)
+    base: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_whole_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
@@ -61,6 +61,8 @@ class FewSteps:
         for name in _SCALES:
             check_number(name, getattr(self, name), 0)
         check_number("timestep_shift", self.timestep_shift, 1e-6)
+        if not isinstance(self.base, dict):
+            raise TypeError(f"`base` must be values by the name of their layer, got {shown(self.base)}.")
         for values in self.base.values():
             for value in values:
                 check_number("base", value, -1e9)
@@ -82,7 +84,7 @@ class FewSteps:
         """
         try:
             return cls(**settings)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: the settings of a few-step adapter are broken: {error}") from error
 
     @classmethod
@@ -150,6 +152,7 @@ class FewSteps:
         given = {name: value for name, value in given.items() if value is not None}
         own = self.defaults(scheduler)
         check_sigmas(given.get("sigmas"))
+        check_timestep_shift(given.get("timestep_shift"), scheduler)
         for name in _SCALES:
             check_number(name, given.get(name, 1.0), 0)
             if given.get(name, 1.0) > 1:
@@ -161,11 +164,11 @@ class FewSteps:
             own.pop("sigmas", None)
         elif not _is_close(given.get("sigmas", self.sigmas), self.sigmas):
             logger.warning(
-                f"`sigmas` are {shown(given['sigmas'])}, and the adapter was made for {shown(self.sigmas)}."
+                f"`sigmas` are {_listed(given['sigmas'])}, and the adapter was made for {_listed(self.sigmas)}."
             )
         elif "sigmas" not in own:
             logger.warning(
-                f"{type(scheduler).__name__} makes its own `sigmas`, and the adapter was made for {shown(self.sigmas)}."
+                f"{type(scheduler).__name__} makes its own `sigmas`, and the adapter was made for {_listed(self.sigmas)}."
             )
         shift = given.get("timestep_shift", own.get("timestep_shift", scheduler.config.get("shift")))
         if shift != self.timestep_shift:
@@ -235,3 +238,7 @@ def _in_effect(layer: Any, is_off: bool) -> list[str]:
 
 def _is_close(values: Any, others: list[float]) -> bool:
     return all(math.isclose(value, other, abs_tol=1e-6) for value, other in zip(values, others, strict=True))
+
+
+def _listed(levels: Any) -> str:
+    return ", ".join(f"{level:.3g}" for level in levels)

@@ -107,7 +107,7 @@ def test_a_right_adapter_says_nothing_more(adapter, said):
     [
         ({"num_inference_steps": 5}, 5, "made for 3 steps, and this call has 5"),
         ({"sigmas": [1.0, 0.5]}, 2, "made for 3 steps, and this call has 2"),
-        ({"sigmas": [1.0, 0.6, 0.3]}, 3, "`sigmas` are [1.0, 0.6, 0.3], and the adapter was made for [1.0, 0.66"),
+        ({"sigmas": [1.0, 0.6, 0.3]}, 3, "`sigmas` are 1, 0.6, 0.3, and the adapter was made for 1, 0.667, 0.333"),
         ({"timestep_shift": 7.0}, 3, "shift of the noise levels is 7.0, and the adapter was made with 3"),
         ({"guidance_scale": 4.0}, 3, "`guidance_scale` is 4, and guidance is in the adapter's weights"),
         ({"image_guidance_scale": 2.0}, 3, "`image_guidance_scale` is 2, and guidance is in the adapter's weights"),
@@ -123,7 +123,13 @@ def test_what_is_given_by_hand_wins_and_is_warned_of(quick, said, settings, coun
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("guidance_scale", "4"), ("image_guidance_scale", [1]), ("sigmas", 3), ("num_inference_steps", "5")],
+    [
+        ("guidance_scale", "4"),
+        ("image_guidance_scale", [1]),
+        ("sigmas", 3),
+        ("num_inference_steps", "5"),
+        ("timestep_shift", "3"),
+    ],
 )
 def test_what_cannot_work_is_refused_as_without_the_adapter(quick, name, value):
     with pytest.raises(TypeError, match=f"^`{name}` must be"):
@@ -382,6 +388,7 @@ def test_offloaded_it_loads_and_knows_its_model(enable, adapter, said, monkeypat
         {"image_guidance_scale": float("nan")},
         {"timestep_shift": 0},
         {"base": [True]},
+        {"base": {"llm2vae": 1.0}},
         {"base": {"llm2vae": ["a"]}},
         {"colour": "red"},
     ],

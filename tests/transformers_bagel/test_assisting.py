@@ -209,7 +209,9 @@ def test_an_assistant_of_another_tokenizer_is_translated(model, processor, encod
 
 def test_a_tokenizer_that_is_not_its_models_is_refused(model, processor, encode):
     tokenizers = {"tokenizer": processor.tokenizer, "assistant_tokenizer": processor.tokenizer}
-    with pytest.raises(ValueError, match=r"^`assistant_tokenizer` has \d+ tokens and its model 17: pass the model's own"):
+    with pytest.raises(
+        ValueError, match=r"^`assistant_tokenizer` has \d+ tokens and its model 17: pass the model's own"
+    ):
         model.generate(**encode(PROMPTS["one_image"]), assistant_model=text_model(model, 17), **tokenizers)
 
 
