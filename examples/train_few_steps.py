@@ -29,7 +29,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_shared_arguments(parser, learning_rate=1e-4)
     add_lora_arguments(parser)
     group = parser.add_argument_group("distillation")
-    group.add_argument("--prompt_file", help="a text file with a prompt on each line, to be drawn at --resolution")
+    group.add_argument(
+        "--prompt_file",
+        help="prompts alone, to be drawn at --resolution: the lines of a text, or the --caption_column of a table",
+    )
     group.add_argument("--num_inference_steps", type=int, default=6, help="that the adapter is made for")
     group.add_argument("--teacher_steps", type=int, default=6, help="of the model without it, for each of these")
     group.add_argument("--teacher_guidance_scale", type=float, default=4.0)
@@ -39,9 +42,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     # Validation pictures are the adapter's own.
     parser.set_defaults(guidance_scale=1.0, validation_inference_steps=None, lora_targets="gen")
     args = parser.parse_args(arguments)
-    args.validation_inference_steps = args.validation_inference_steps or args.num_inference_steps
+    if args.validation_inference_steps is None:
+        args.validation_inference_steps = args.num_inference_steps
     try:
-        check_shared_arguments(args)
+        check_shared_arguments(parser, args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from bagel_training.arguments import add_shared_arguments, check_shared_arguments
+from bagel_training.arguments import add_sample_arguments, add_shared_arguments, check_shared_arguments
 from bagel_training.data import TrainingSamples, load_samples
 from bagel_training.ema import ShardedEma
 from bagel_training.loop import Training, end_training, make_accelerator, make_collator, make_loader, make_optimizer
@@ -41,6 +41,7 @@ logger = get_logger(__name__)
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_arguments(parser, learning_rate=2e-5)
+    add_sample_arguments(parser)
     group = parser.add_argument_group("weights")
     group.add_argument(
         "--freeze", nargs="+", choices=tuple(FREEZABLE_PARTS), default=[], help="parts that stay as they are"
@@ -53,7 +54,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     try:
-        check_shared_arguments(args)
+        check_shared_arguments(parser, args)
         if set(args.freeze) == set(FREEZABLE_PARTS):
             raise ValueError("--freeze leaves nothing to train.")
         if args.fsdp and args.mixed_precision == "fp16":

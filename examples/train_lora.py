@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from bagel_training.arguments import add_shared_arguments, check_shared_arguments
+from bagel_training.arguments import add_sample_arguments, add_shared_arguments, check_shared_arguments
 from bagel_training.data import load_samples
 from bagel_training.loop import end_training, make_accelerator, make_collator
 from bagel_training.lora import add_lora_arguments, train_lora
@@ -21,10 +21,11 @@ from bagel_training.lora import add_lora_arguments, train_lora
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shared_arguments(parser, learning_rate=1e-4)
+    add_sample_arguments(parser)
     add_lora_arguments(parser)
     args = parser.parse_args(arguments)
     try:
-        check_shared_arguments(args)
+        check_shared_arguments(parser, args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args

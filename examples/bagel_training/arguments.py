@@ -11,6 +11,7 @@ from transformers_bagel.image_processing_bagel import to_rgb
 from transformers_bagel.training.collator import CHOICES
 from transformers_bagel.training.losses import LOSS_REDUCTIONS
 
+from .data import SOURCES, is_table
 from .output import check_output_dir
 
 
@@ -25,11 +26,13 @@ COUNTS = (
     "train_batch_size",
     "max_train_samples",
     "repeats",
+    "lr_num_cycles",
     "max_tokens",
     "resolution",
     "noised_copies",
     "validation_inference_steps",
     "num_validation_images",
+    "validation_size",
     "rank",
     "num_inference_steps",
     "teacher_steps",
@@ -67,6 +70,58 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "max_grad_norm": (lambda value: value > 0, "above 0 (inf for no clipping)"),
 }
+# What changes nothing in some company, how an error says so, and when that is.
+WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace], bool]], ...] = (
+    (("dataset_config_name", "dataset_split"), "without --dataset_name", lambda args: not args.dataset_name),
+    (
+        (
+            "instance_prompt",
+            "image_column",
+            "cond_image_column",
+            "messages_column",
+            "cache_latents",
+            "teacher_image_guidance_scale",
+        ),
+        "with --prompt_file",
+        lambda args: bool(getattr(args, "prompt_file", None)),
+    ),
+    (
+        ("caption_column",),
+        "with a --prompt_file of lines",
+        lambda args: bool(getattr(args, "prompt_file", None)) and not is_table(args.prompt_file),
+    ),
+    (
+        ("instance_prompt", "caption_column", "cond_image_column"),
+        "with --question_column",
+        lambda args: bool(getattr(args, "question_column", None)),
+    ),
+    (("answer_column",), "without --question_column", lambda args: not args.question_column),
+    (
+        ("logit_mean", "logit_std"),
+        "with --weighting_scheme none",
+        lambda args: args.weighting_scheme == "none",
+    ),
+    (("num_train_epochs",), "with --max_train_steps", lambda args: args.max_train_steps is not None),
+    (("lr_warmup_steps",), "with --lr_scheduler constant", lambda args: args.lr_scheduler == "constant"),
+    (
+        ("lr_decay_steps",),
+        "without --lr_scheduler warmup_stable_decay",
+        lambda args: args.lr_scheduler != "warmup_stable_decay",
+    ),
+    (
+        ("lr_num_cycles",),
+        "without --lr_scheduler cosine_with_restarts",
+        lambda args: args.lr_scheduler != "cosine_with_restarts",
+    ),
+    (("lr_power",), "without --lr_scheduler polynomial", lambda args: args.lr_scheduler != "polynomial"),
+    (("lora_targets",), "with --lora_layers", lambda args: bool(args.lora_layers)),
+    (("ema_decay", "ema_device"), "without --ema", lambda args: not args.ema),
+    (
+        ("validation_image",),
+        "without --validation_prompt or --validation_question",
+        lambda args: not (args.validation_prompt or args.validation_question),
+    ),
+)
 SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -80,10 +135,12 @@ SDPA_BACKENDS = ("math", "flash_attention", "efficient_attention", "cudnn_attent
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
-    """Everything but what is trained."""
+    """Of every script: everything but what is trained, and what of a sample it learns."""
     _add_model_arguments(parser.add_argument_group("model"))
     _add_data_arguments(parser.add_argument_group("data"))
-    _add_loss_arguments(parser.add_argument_group("loss"))
+    group = parser.add_argument_group("loss")
+    group.add_argument("--mse_weight", type=float, default=1.0, help="weight of the loss of images")
+    group.add_argument("--loss_reduction", choices=tuple(LOSS_REDUCTIONS), default="token")
     _add_training_arguments(parser.add_argument_group("training"), learning_rate)
     _add_output_arguments(parser.add_argument_group("output"))
 
@@ -112,11 +169,9 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max_train_samples", type=int, help="take only so many samples")
     group.add_argument("--repeats", type=int, default=1, help="how often an epoch has each sample")
     group.add_argument("--instance_prompt", help="caption of every image that has none of its own")
-    group.add_argument("--image_column", default="image", help="what is drawn, or, with a question, seen")
+    group.add_argument("--image_column", default="image", help="what is drawn")
     group.add_argument("--caption_column", default="text", help="prompt, or instruction of an edit")
     group.add_argument("--cond_image_column", help="image to start from: makes the task editing")
-    group.add_argument("--question_column", help="makes the task understanding")
-    group.add_argument("--answer_column", default="answer")
     group.add_argument("--messages_column", default="messages", help="conversations, which need no other column")
     group.add_argument("--resolution", type=int, help="longest side of the images in pixels")
     group.add_argument("--max_tokens", type=int, help="pack samples into sequences of so many tokens")
@@ -130,7 +185,11 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the scripts that learn samples as they are, texts and pictures."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--question_column", help="makes the task understanding, of the --image_column if there is one")
+    group.add_argument("--answer_column", default="answer")
     group.add_argument("--text_dropout", type=float, default=0.1, help="rate at which prompts are dropped")
     group.add_argument(
         "--vit_dropout", type=float, default=0.3, help="rate at which conditions' ViT tokens are dropped"
@@ -148,8 +207,6 @@ def _add_loss_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--timestep_shift", type=float, help="by default that of the model's configuration")
     group.add_argument("--noised_copies", type=int, default=1, help="of each drawn image, sharing its context")
     group.add_argument("--ce_weight", type=float, default=1.0, help="weight of the loss of texts")
-    group.add_argument("--mse_weight", type=float, default=1.0, help="weight of the loss of images")
-    group.add_argument("--loss_reduction", choices=tuple(LOSS_REDUCTIONS), default="token")
 
 
 def _add_training_arguments(group: argparse._ArgumentGroup, learning_rate: float) -> None:
@@ -218,14 +275,14 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hub_model_id", help="by default the name of OUTPUT_DIR")
 
 
-def check_shared_arguments(args: argparse.Namespace) -> None:
+def check_shared_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """
-    Refuse arguments of any script that cannot work.
+    Refuse arguments of any script that cannot work, or that would change nothing.
 
     Raises:
-        ValueError, OSError: for arguments that cannot work, before anything is loaded.
+        ValueError, OSError: for such arguments, before anything is loaded.
     """
-    known = [name for name in ("dataset_name", "train_data_file", "instance_data_dir", "prompt_file") if name in args]
+    known = [name for name in SOURCES if name in args]
     sources = [name for name in known if getattr(args, name)]
     if len(sources) != 1:
         choices = ", ".join(f"--{name}" for name in known[:-1])
@@ -235,9 +292,10 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
     if args.max_tokens is not None and args.max_train_steps is None:
         raise ValueError("--max_tokens packs a varying number of samples a step: pass --max_train_steps too.")
     for name in COUNTS:
-        count = getattr(args, name, None)
-        if count is not None and count < 1:
-            raise ValueError(f"--{name} must be at least 1, got {count}.")
+        given = getattr(args, name, None)
+        for count in given if isinstance(given, list) else [given]:
+            if count is not None and count < 1:
+                raise ValueError(f"--{name} must be at least 1, got {count}.")
     for name, (is_right, wanted) in NUMBERS.items():
         number = getattr(args, name, None)
         if number is not None and not is_right(number):
@@ -246,4 +304,8 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--optimizer muon needs whole matrices in float32: leave out --use_8bit_adam and --fsdp.")
     if args.validation_image is not None:
         to_rgb(args.validation_image)
+    for names, company, is_so in WITHOUT_EFFECT:
+        for name in names:
+            if name in args and getattr(args, name) != parser.get_default(name) and is_so(args):
+                raise ValueError(f"--{name} has no effect {company}.")
     check_output_dir(args)

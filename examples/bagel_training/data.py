@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-from datasets import Dataset, Image, List, load_dataset
+from datasets import Dataset, Image, List, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 
@@ -20,6 +20,18 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A model whose tables of positions end before gets smaller pictures.
 LARGEST = 1024
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# The arguments that name data, and those that name columns.
+SOURCES = ("dataset_name", "train_data_file", "instance_data_dir", "prompt_file")
+COLUMNS = (
+    "image_column",
+    "caption_column",
+    "cond_image_column",
+    "question_column",
+    "answer_column",
+    "messages_column",
+)
+# Files of rows, by the builders of `datasets`.
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class TrainingSamples:
@@ -41,26 +53,39 @@ class TrainingSamples:
         self.root = root
         columns = rows.column_names
         self.task = self._task(columns)
-        self.needed = {
-            "messages": [args.messages_column],
-            "understanding": [args.question_column, args.answer_column],
-            "editing": [args.cond_image_column, args.caption_column, args.image_column],
-            "text-to-image": [args.image_column] + ([] if args.instance_prompt else [args.caption_column]),
-        }[self.task]
+        self.needed = self._needed()
         missing = [name for name in self.needed if name not in columns]
         if missing:
             raise ValueError(
                 f"The task is {self.task}, but the data has no column {', '.join(map(repr, missing))}. It has "
-                f"{', '.join(map(repr, columns))}. Name the columns with --image_column, --caption_column, "
-                "--cond_image_column, --question_column, --answer_column or --messages_column."
+                f"{', '.join(map(repr, columns))}. Name the columns with "
+                f"{', '.join(f'--{name}' for name in COLUMNS if name in args)}."
             )
 
     def _task(self, columns: list[str]) -> str:
-        if self.args.messages_column in columns:
+        args = self.args
+        if args.messages_column in columns:
+            for name in ("question_column", "cond_image_column", "instance_prompt"):
+                if getattr(args, name, None):
+                    raise ValueError(
+                        f"--{name} has no effect on conversations, which the data has in its column "
+                        f"{args.messages_column!r}. Leave it out, or those, with another --messages_column."
+                    )
             return "messages"
-        if self.args.question_column:
+        if getattr(args, "question_column", None):
             return "understanding"
-        return "editing" if self.args.cond_image_column else "text-to-image"
+        return "editing" if args.cond_image_column else "text-to-image"
+
+    def _needed(self) -> list[str]:
+        """Columns that every row must fill."""
+        args = self.args
+        if self.task == "messages":
+            return [args.messages_column]
+        if self.task == "understanding":
+            return [args.question_column, args.answer_column]
+        if self.task == "editing":
+            return [args.cond_image_column, args.caption_column, args.image_column]
+        return [args.image_column] + ([] if args.instance_prompt else [args.caption_column])
 
     def __len__(self) -> int:
         return len(self.rows) * self.args.repeats
@@ -121,33 +146,83 @@ class TrainingSamples:
 
 class PromptSamples:
     """
-    Samples of prompts alone, the lines of `--prompt_file`: the picture that each ends in is empty, and gives the size.
+    Samples of prompts alone, those of `--prompt_file`: the picture that each ends in is empty, and gives the size.
+
+    Args:
+        args (`argparse.Namespace`): See `arguments.py`.
 
     Raises:
-        OSError: if there is no such file.
-        ValueError: if it has no line.
+        ValueError, OSError: if there is no such file, or if it holds no prompts.
     """
 
     task = "text-to-image"
 
     def __init__(self, args: argparse.Namespace):
-        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
-        self.prompts = [line.strip() for line in lines if line.strip()]
-        if not self.prompts:
-            raise ValueError(f"--prompt_file: '{args.prompt_file}' holds no prompt.")
-        self.prompts = self.prompts[: args.max_train_samples]
+        self.args = args
+        file = args.prompt_file
+        if Path(file).is_dir():
+            raise IsADirectoryError(f"--prompt_file must be a file, but '{file}' is a folder.")
+        if not Path(file).exists():
+            raise FileNotFoundError(f"--prompt_file: there is no file '{file}'.")
+        prompts = _column_of_texts(file, args.caption_column) if is_table(file) else _lines(file)
+        if not any(prompts):
+            raise ValueError(f"--prompt_file: '{file}' holds no prompt.")
+        self.prompts = prompts[: args.max_train_samples]
         side = args.resolution or LARGEST
         self.picture = PIL.Image.new("RGB", (side, side))
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.prompts) * self.args.repeats
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        prompt = self.prompts[index % len(self.prompts)]
+        if not prompt:
+            raise ValueError(f"The row has nothing in the column {self.args.caption_column!r}.")
         turns = (
-            ("user", [{"type": "text", "text": self.prompts[index]}]),
+            ("user", [{"type": "text", "text": prompt}]),
             ("assistant", [{"type": "image", "image": self.picture}]),
         )
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def is_table(file: str) -> bool:
+    """Whether a file has rows and columns, by its name."""
+    return Path(file).suffix.lower() in TABLES
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a text that hold anything."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds null characters")
+    except ValueError as error:
+        raise ValueError(
+            f"--prompt_file: '{file}' is no UTF-8 text ({error}). Pass one with a prompt on each line, or a "
+            f"table ({', '.join(TABLES)})."
+        ) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _column_of_texts(file: str, column: str) -> list[str]:
+    """What a column of a file of rows holds, empty where a row has nothing."""
+    rows = _load_rows([file], "--prompt_file")
+    if column not in rows.column_names:
+        raise ValueError(
+            f"--prompt_file: '{file}' has no column {column!r}. It has {', '.join(map(repr, rows.column_names))}. Name "
+            "the one of the prompts with --caption_column."
+        )
+    kind = rows.features[column]
+    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string"):
+        raise ValueError(f"--prompt_file: the column {column!r} of '{file}' holds no texts, but {kind}.")
+    return [(text or "").strip() for text in rows[column]]
+
+
+def source_of(args: argparse.Namespace) -> str:
+    """The argument that names the data, as it was given."""
+    name = next(name for name in SOURCES if getattr(args, name, None))
+    value = getattr(args, name)
+    return f"--{name} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def load_samples(args: argparse.Namespace) -> TrainingSamples:
@@ -192,7 +267,7 @@ def _load_rows(files: list[str], argument: str) -> Dataset:
     for name in files:
         if not Path(name).stat().st_size:
             raise ValueError(f"{argument}: '{name}' is empty.")
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}[Path(files[0]).suffix]
+    kind = TABLES[Path(files[0]).suffix.lower()]
     with _named(f"{argument} {', '.join(map(repr, files))}", lambda: _broken_line(files)):
         return load_dataset(kind, data_files=files, split="train")
 
@@ -212,7 +287,7 @@ def _named(source: str, more: Callable[[], str] = str) -> Iterator[None]:
 def _broken_line(files: list[str]) -> str:
     """What is wrong with the first line that is no JSON object, of files that have one a line; empty if nothing is."""
     for name in files:
-        if Path(name).suffix != ".jsonl":
+        if Path(name).suffix.lower() != ".jsonl":
             continue
         with open(name, "rb") as lines:
             for number, line in enumerate(lines, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import math
 import time
@@ -34,6 +35,7 @@ from transformers_bagel.errors import some
 from transformers_bagel.training.losses import loss_totals
 
 from .checkpoints import checkpoint_to_resume, delete_oldest, load_checkpoint, save_checkpoint
+from .data import source_of
 from .ema import ShardedEma
 from .models import training_processor
 from .muon import MuonWithAdamW, split_parameters
@@ -49,7 +51,7 @@ logger = get_logger(__name__)
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """
-    Accelerator with its trackers, after `--seed` has been set.
+    Accelerator, after `--seed` has been set. Nothing is written yet.
 
     Raises:
         ValueError, OSError: if the checkpoint to resume is none, or is of a training with other settings.
@@ -72,12 +74,19 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     set_seed(args.seed)
     if args.allow_tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def begin_output(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Make the output folder and its trackers, and set aside what is to be overwritten."""
+    output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if args.overwrite_output_dir and accelerator.is_main_process:
+        set_aside(output_dir)
     if args.report_to != "none":
         hidden = ("hub_token",)
         settings = {name: str(value) for name, value in vars(args).items() if name not in hidden}
         accelerator.init_trackers("bagel", config=settings)
-    return accelerator
 
 
 def end_training(accelerator: Accelerator) -> None:
@@ -246,10 +255,12 @@ class Training:
         self.scheduler = make_scheduler(args, self.optimizer, num_steps)
         peak = args.peak_tflops * 1e12 if args.peak_tflops else measured_peak(accelerator.device, self._dtype())
         step = start_step = self._resume()
-        if args.overwrite_output_dir and accelerator.is_main_process:
-            set_aside(self.output_dir)
         batches = iter(self.loader)
         self.model.train()
+        if step < num_steps:
+            # A model or data that cannot be used leave nothing behind.
+            batches = itertools.chain([next(batches)], batches)
+        begin_output(args, accelerator)
         logs: dict[str, float] = {}
         is_due, num_updates = False, 0
         progress = tqdm(total=num_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
@@ -426,6 +437,13 @@ class Training:
         groups = [dict(group, params=None) for group in self.optimizer.param_groups]
         own_state = load_checkpoint(self.accelerator, path, self.model, self.optimizer)
         self.training = training_of(path) or self.training
+        saved, count = own_state["loader"]["num_samples"], len(self.loader.dataset)
+        if saved != count:
+            raise ValueError(
+                f"'{path}' was written with {saved} samples, but this training has {count} of "
+                f"{source_of(self.args)}: its place in the data would be another. Pass the same data, "
+                "--max_train_samples and --repeats to go on, or begin a training in another --output_dir."
+            )
         self.loader.load_state_dict(own_state["loader"])
         self.scheduler.load_state_dict(own_state["scheduler"] | {"base_lrs": self.scheduler.base_lrs})
         for group, own in zip(self.optimizer.param_groups, groups, strict=True):

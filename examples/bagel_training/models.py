@@ -65,7 +65,10 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: tor
     implementation = args.attn_implementation or ("flex_attention" if has_flex else "sdpa")
     pipe.transformer.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
     config = pipe.transformer.config
-    config.ce_weight, config.mse_weight, config.loss_reduction = args.ce_weight, args.mse_weight, args.loss_reduction
+    for name in ("ce_weight", "mse_weight", "loss_reduction"):
+        # Where no text is learned, nothing asks for its weight.
+        if name in args:
+            setattr(config, name, getattr(args, name))
     if args.gradient_checkpointing:
         pipe.transformer.activation_checkpointing_enable()
     return pipe

@@ -92,7 +92,7 @@ def write_card(
         widget=widget or None,
         instance_prompt=args.instance_prompt,
     )
-    settings = [(name, getattr(args, name)) for name in SETTINGS if getattr(args, name) is not None]
+    settings = [(name, getattr(args, name)) for name in SETTINGS if getattr(args, name, None) is not None]
     card = ModelCard.from_template(
         data,
         template_str=CARD,

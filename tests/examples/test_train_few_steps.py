@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import train_few_steps
+from bagel_training.data import PromptSamples
 from bagel_training.distillation import Distillation, DistillingCollator
+from datasets import Dataset
 from peft import LoraConfig
 
 from diffusers_bagel import BagelPipeline
@@ -13,8 +18,11 @@ from tests.conftest import golden_image, load_processor, turn
 from tests.diffusers_bagel.test_lora import make_pipe
 from tests.examples.conftest import (
     PROMPT,
+    arguments,
     assert_same,
+    card_text,
     checkpoints,
+    files_of,
     image,
     saved_weights,
     talk,
@@ -217,7 +225,15 @@ def test_bad_arguments_are_refused(prompts, tmp_path, capsys):
     line = ["--pretrained_model_name_or_path", "x", "--output_dir", str(tmp_path / "out")]
     for extra, words in (
         ([], "Pass one of --dataset_name, --train_data_file, --instance_data_dir and --prompt_file, got none"),
+        (
+            ["--prompt_file", prompts, "--train_data_file", prompts],
+            "and --prompt_file, got --train_data_file and --prompt_file",
+        ),
         (["--prompt_file", prompts, "--teacher_steps", "0"], "--teacher_steps must be at least 1"),
+        (
+            ["--prompt_file", prompts, "--validation_inference_steps", "0"],
+            "--validation_inference_steps must be at least 1, got 0",
+        ),
         (["--prompt_file", prompts, "--teacher_guidance_scale", "nan"], "--teacher_guidance_scale must be finite"),
     ):
         with pytest.raises(SystemExit):
@@ -225,9 +241,168 @@ def test_bad_arguments_are_refused(prompts, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_an_empty_file_of_prompts_is_refused(tmp_path):
-    file = tmp_path / "empty.txt"
-    file.write_text("\n\n", encoding="utf-8")
-    line = ["--pretrained_model_name_or_path", "x", "--output_dir", str(tmp_path / "out"), "--prompt_file", str(file)]
-    with pytest.raises(ValueError, match="holds no prompt"):
-        train_few_steps.main(train_few_steps.parse_args(line))
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("timestep_shift", 7),
+        ("noised_copies", 3),
+        ("text_dropout", 0.5),
+        ("vit_dropout", 0.9),
+        ("vae_dropout", 0.9),
+        ("weighting_scheme", "none"),
+        ("logit_mean", 3),
+        ("logit_std", 3),
+        ("next_action", "all"),
+        ("ce_weight", 5),
+        ("question_column", "question"),
+        ("answer_column", "text"),
+    ],
+)
+def test_what_no_distillation_knows_is_not_offered(prompts, tmp_path, capsys, name, value):
+    base = {"pretrained_model_name_or_path": "x", "output_dir": tmp_path / "out", "prompt_file": prompts}
+    with pytest.raises(SystemExit) as stopped:
+        train_few_steps.parse_args(arguments(**base, **{name: value}))
+    assert stopped.value.code == 2
+    assert f"unrecognized arguments: --{name} {value}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, value, company",
+    [
+        ("instance_prompt", "hello", "with --prompt_file"),
+        ("image_column", "picture", "with --prompt_file"),
+        ("cond_image_column", "before", "with --prompt_file"),
+        ("messages_column", "talk", "with --prompt_file"),
+        ("cache_latents", True, "with --prompt_file"),
+        ("teacher_image_guidance_scale", 3, "with --prompt_file"),
+        ("dataset_split", "test", "without --dataset_name"),
+        ("caption_column", "prompt", "with a --prompt_file of lines"),
+    ],
+)
+def test_what_changes_nothing_beside_prompts_is_refused(prompts, tmp_path, capsys, name, value, company):
+    base = {"pretrained_model_name_or_path": "x", "output_dir": tmp_path / "out", "prompt_file": prompts}
+    with pytest.raises(SystemExit) as stopped:
+        train_few_steps.parse_args(arguments(**base, **{name: value}))
+    assert stopped.value.code == 2
+    assert f"--{name} has no effect {company}." in capsys.readouterr().err
+
+
+ROWS = [{"text": PROMPT, "other": "a green star"}, {"text": "a blue square", "other": "a red star"}]
+
+
+def write_prompts(folder, name: str) -> str:
+    file = folder / name
+    if file.suffix.lower() == ".jsonl":
+        return write_lines(file, ROWS)
+    if file.suffix == ".json":
+        file.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif file.suffix == ".csv":
+        Dataset.from_list(ROWS).to_csv(file)
+    elif file.suffix == ".parquet":
+        Dataset.from_list(ROWS).to_parquet(file)
+    else:
+        file.write_text(f"{PROMPT}\r\n\r\n a blue square\r\n", encoding="utf-8-sig", newline="")
+    return str(file)
+
+
+def prompts_of(file: str, folder, **settings) -> list[str]:
+    base = {"pretrained_model_name_or_path": "x", "output_dir": folder / "out", "prompt_file": file}
+    samples = PromptSamples(train_few_steps.parse_args(arguments(**base, **settings)))
+    return [samples[index]["messages"][0]["content"][0]["text"] for index in range(len(samples))]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p", "p.jsonl", "P.JSONL", "p.json", "p.csv", "p.parquet"])
+def test_prompts_are_the_lines_of_a_text_or_a_column_of_a_table(tmp_path, name):
+    file = write_prompts(tmp_path, name)
+    assert prompts_of(file, tmp_path) == [PROMPT, "a blue square"]
+    assert prompts_of(file, tmp_path, max_train_samples=1, repeats=3) == [PROMPT] * 3
+    if "." in name and name != "p.txt":
+        assert prompts_of(file, tmp_path, caption_column="other") == ["a green star", "a red star"]
+
+
+def test_repeats_of_prompts_make_an_epoch_longer(train, tmp_path):
+    settings = SHORT | {"resolution": 32, "max_train_steps": None, "repeats": 3}
+    output_dir = train(train_few_steps, tmp_path / "out", prompt_file=write_prompts(tmp_path, "p.jsonl"), **settings)
+    assert "trained for 3 steps on 6 samples" in card_text(output_dir)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("p.txt", b"\n\n", "p.txt' holds no prompt"),
+        ("p.txt", "un café\n".encode("latin-1"), "p.txt' is no UTF-8 text .*can't decode byte 0xe9"),
+        ("p.txt", "a red circle".encode("utf-16-le"), "p.txt' is no UTF-8 text .*null"),
+        ("p.txt", None, "there is no file '.*p.txt'"),
+        ("p.parquet", None, "there is no file '.*p.parquet'"),
+        ("", None, "must be a file, but '.*' is a folder"),
+        ("p.jsonl", b'{"caption": "a", "n": 1}\n', "p.jsonl' has no column 'text'. It has 'caption', 'n'"),
+        ("p.jsonl", b'{"text": null}\n', "the column 'text' of '.*p.jsonl' holds no texts"),
+        ("p.csv", b"text\n1\n2\n", "the column 'text' of '.*p.csv' holds no texts, but .*int64"),
+        ("p.jsonl", b'{"text": "a"}\nno\n', "line 2 of '.*p.jsonl' is no JSON"),
+        ("p.jsonl", b"", "p.jsonl' is empty"),
+        ("p.jsonl", b'{"text": " "}\n', "p.jsonl' holds no prompt"),
+        ("p.parquet", b"PAR1 no parquet PAR1", "p.parquet' cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_named(train, tmp_path, name, content, message):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    # No model is there either, so that it is told before one is loaded.
+    settings = SHORT | {"prompt_file": file, "pretrained_model_name_or_path": "no/such/model"}
+    with pytest.raises((ValueError, OSError), match=f"--prompt_file.*{message}"):
+        train(train_few_steps, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_without_a_prompt_is_a_bad_sample(train, tmp_path, caplog):
+    settings = SHORT | {"prompt_file": write_lines(tmp_path / "p.jsonl", [*ROWS, {"text": None}]), "resolution": 32}
+    settings |= {"train_batch_size": 3}
+    message = "ample 2: The row has nothing in the column 'text'"
+    with pytest.raises(ValueError, match=message):
+        train(train_few_steps, tmp_path / "raise", **settings)
+    train(train_few_steps, tmp_path / "skip", **settings, on_error="skip")
+    assert f"Left out s{message}" in caplog.text
+
+
+def test_columns_are_asked_for_by_what_is_offered(train, tmp_path):
+    data = write_lines(tmp_path / "rows.jsonl", [{"caption": "a"}])
+    with pytest.raises(ValueError, match="no column 'image', 'text'.* --messages_column") as refused:
+        train(train_few_steps, tmp_path / "out", train_data_file=data, **SHORT)
+    assert "--question_column" not in str(refused.value)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_samples_without_a_picture_to_draw_leave_nothing_behind(train, tmp_path, on_error):
+    data = write_lines(tmp_path / "rows.jsonl", [talk([text("hello")], [text("hi")])])
+    settings = SHORT | {"train_data_file": data, "report_to": "tensorboard", "on_error": on_error}
+    with pytest.raises(ValueError, match="must end in an answer that is a picture|no sample that can be used"):
+        train(train_few_steps, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_without_a_picture_to_draw_replace_nothing(train, prompts, tmp_path):
+    train(train_few_steps, tmp_path / "out", prompt_file=prompts, resolution=32, **SHORT)
+    before = files_of(tmp_path / "out")
+    data = write_lines(tmp_path / "rows.jsonl", [talk([text("hello")], [text("hi")])])
+    with pytest.raises(ValueError, match="must end in an answer that is a picture"):
+        train(train_few_steps, tmp_path / "out", **SHORT, train_data_file=data, overwrite_output_dir=True)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_another_number_of_prompts_is_no_resumed_training(train, prompts, tmp_path):
+    settings = SHORT | {"resolution": 32, "checkpointing_steps": 2}
+    started = train(train_few_steps, tmp_path / "out", prompt_file=prompts, **settings)
+    other = tmp_path / "three.txt"
+    other.write_text("a\nb\nc\n", encoding="utf-8")
+    settings |= {"max_train_steps": 4, "resume_from_checkpoint": started / "checkpoint-2"}
+    with pytest.raises(
+        ValueError, match="checkpoint-2' was written with 2 samples, but .* has 3 of --prompt_file .*three"
+    ):
+        train(train_few_steps, started, prompt_file=other, **settings)
+    # Of a new folder nothing is left, either.
+    shutil.copytree(started / "checkpoint-2", tmp_path / "checkpoint-2")
+    settings["resume_from_checkpoint"] = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match="--max_train_samples and --repeats"):
+        train(train_few_steps, tmp_path / "new", prompt_file=prompts, repeats=2, **settings)
+    assert not (tmp_path / "new").exists()

@@ -373,6 +373,25 @@ def test_missing_columns_are_named(train, tmp_path, settings, missing, task):
 
 
 @pytest.mark.parametrize(
+    "name, value",
+    [("question_column", "question"), ("cond_image_column", "before"), ("instance_prompt", "a shape")],
+)
+def test_what_conversations_do_not_need_is_refused(train, tmp_path, name, value):
+    rows = [talk([text("draw")], [text("no")], question="what?", answer="it", before="a.png")]
+    settings = {"train_data_file": [write_lines(tmp_path / "rows.jsonl", rows)], name: value}
+    with pytest.raises(ValueError, match=f"--{name} has no effect on conversations, .* column 'messages'"):
+        train(train_lora, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_conversations_are_left_out_by_another_name_of_their_column(train, tmp_path):
+    rows = [talk([text("draw")], [text("no")], question="what?", answer="it")]
+    settings = {"train_data_file": [write_lines(tmp_path / "rows.jsonl", rows)], "question_column": "question"}
+    train(train_lora, tmp_path / "out", **settings, **SETTINGS, messages_column="none")
+    assert_trained(tmp_path / "out", "understanding", samples=1)
+
+
+@pytest.mark.parametrize(
     "settings, error, message",
     [
         ({"instance_data_dir": "none"}, FileNotFoundError, "no folder 'none'"),

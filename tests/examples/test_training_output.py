@@ -170,6 +170,19 @@ def test_a_link_to_a_folder_is_a_folder(train, finished, tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_full, train_lora], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("fails", ["the model", "the first batch"])
+def test_what_fails_before_the_first_step_leaves_no_folder(train, script, fails, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "broken.png").write_bytes(b"no picture")
+    settings = {"instance_data_dir": tmp_path / "data"} if fails == "the first batch" else {}
+    settings |= {"pretrained_model_name_or_path": tmp_path} if fails == "the model" else {}
+    message = "no BAGEL pipeline" if fails == "the model" else "broken.png"
+    with pytest.raises((ValueError, OSError), match=message):
+        train(script, tmp_path / "out", report_to="tensorboard", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [train_full, train_lora], ids=lambda script: script.__name__)
 def test_the_base_model_is_never_the_output(script, checkpoint, tmp_path, capsys):
     (tmp_path / "link").symlink_to(checkpoint)
     for folder in (checkpoint, tmp_path / "link"):

@@ -76,6 +76,13 @@ def test_settings_that_would_lose_or_reinterpret_weights_are_refused(
     assert files_of(tmp_path / "run" / "checkpoint-1") == files_of(started[script] / "checkpoint-1")
 
 
+@pytest.mark.parametrize("script", [train_lora, train_full], ids=lambda script: script.__name__)
+def test_another_number_of_samples_is_refused(go_on, script, pictures):
+    message = f"was written with 8 samples, but this training has 3 of --instance_data_dir {pictures}"
+    with pytest.raises(ValueError, match=f"checkpoint-1' {message}: its place in the data would be another"):
+        go_on(script, max_train_samples=3)
+
+
 def test_the_other_script_is_refused(train, started, tmp_path):
     shutil.copytree(started[train_lora] / "checkpoint-1", tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match="--script train_lora, but this training has train_full"):
