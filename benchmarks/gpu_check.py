@@ -11,20 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_check_part import Part
+from gpu_check_part import ROOT, Part, is_of
 from gpu_check_report import checks_of, is_good, table
+from lines import Lines
 from machine import machine
+from refusals import need_output
 from timing import default_device
 
 
-ROOT = Path(__file__).parents[1]
 TESTS = [
     *(f"tests/transformers_bagel/test_golden_{name}.py" for name in ("text", "training")),
     *(f"tests/diffusers_bagel/test_golden_{name}.py" for name in ("images", "bfloat16")),
@@ -57,6 +60,36 @@ def tests(device: torch.device, small: bool, files: list[str]) -> Part:
     paths = [str(ROOT / "src"), str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = {"BAGEL_TEST_DEVICE": device.type, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return Part(lambda items: [sys.executable, "-m", "pytest", *own, *items], files, environment)
+
+
+def unknown_tests(device: torch.device, names: list[str]) -> list[str]:
+    """Of names of tests, files and folders those that name none: beside one of them pytest would run none of the others."""
+    unknown = [name for name in names if not _is_place(ROOT / name.partition("::")[0])]
+    files = list(dict.fromkeys(name.partition("::")[0] for name in names if "::" in name and name not in unknown))
+    if not files:
+        return unknown
+    # Which tests a file has, and with which parameters, pytest alone knows.
+    part = tests(device, False, files)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Lines(Path(folder, "lines"))
+        command = part.command(["--collect-only", "-q", *files, "--lines", str(lines.file)])
+        subprocess.run(command, cwd=ROOT, env=os.environ | part.environment, stdout=sys.stderr)
+        found = [item for line in lines.read() for item in line.get("items", ())]
+    return [
+        name for name in names if name in unknown or ("::" in name and not any(is_of(item, name) for item in found))
+    ]
+
+
+def _is_place(path: Path) -> bool:
+    """Whether it is a file or a folder of this repository that may have tests."""
+    place = Path(os.path.normpath(path))
+    return ROOT in place.parents and (place.is_dir() or (place.is_file() and place.suffix == ".py"))
+
+
+def _own_name(test: str) -> str:
+    """The name that pytest has for what is asked for."""
+    file, mark, name = test.partition("::")
+    return os.path.relpath(ROOT / file, ROOT) + mark + name
 
 
 def figures(device: torch.device, small: bool, sections: list[str]) -> Part:
@@ -108,14 +141,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.device not in ("cpu", default_device().type):
         parser.error(f"--device is {args.device}, and this machine has {default_device().type}.")
-    if not args.output.parent.is_dir():
-        parser.error(f"--output is '{args.output}', and there is no folder '{args.output.parent}'.")
+    need_output(parser, "output", *(Path(f"{args.output}{ending}") for ending in (".json", ".md")))
     if not args.tests and not args.sections:
         parser.error("--tests and --sections name nothing: there is nothing to do.")
+    own = {test: _own_name(test) for test in args.tests}
+    unknown = unknown_tests(torch.device(args.device), list(own.values()))
+    if wrong := [repr(test) for test, name in own.items() if name in unknown]:
+        parser.error(f"--tests names {', '.join(wrong)}, but no test, and no file or folder of tests, is called so.")
     if args.device == "cpu" and not args.small:
         args.small = True
         print("No accelerator: the small form runs, on the CPU.", file=sys.stderr)
-    report = check(torch.device(args.device), args.small, args.tests, args.sections)
+    report = check(torch.device(args.device), args.small, list(dict.fromkeys(own.values())), args.sections)
     Path(f"{args.output}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     Path(f"{args.output}.md").write_text(table(report), encoding="utf-8")
     print(table(report))

@@ -18,8 +18,16 @@ from typing import Any
 from lines import Lines
 
 
+ROOT = Path(__file__).parents[1]
 # What ends a process that does not end by itself.
 NO_TIME, SILENT = "there was no time left", "nothing was heard of it for {:.0f} s"
+# Why an item was not done that no process names.
+NOT_FOUND = "nothing of it was found"
+
+
+def is_of(item: str, asked: str) -> bool:
+    """Whether an item is what was asked for, or one of the items of it: of a folder, a file, a class, a test with parameters."""
+    return item == asked or item.startswith(tuple(asked + mark for mark in ("/", "::", "[")))
 
 
 @dataclass
@@ -75,6 +83,8 @@ class Part:
             # What it prints is for who watches; and it may have processes of its own, which end with it.
             process = subprocess.Popen(
                 [*self.command(self._missing()), "--lines", str(lines.file)],
+                # Items are named from here, wherever this is called.
+                cwd=ROOT,
                 env=os.environ | self.environment,
                 stdout=sys.stderr,
                 start_new_session=True,
@@ -108,6 +118,9 @@ class Part:
 
     def _take(self, line: dict[str, Any]) -> None:
         if "items" in line:
+            # What was asked for and is none of these would vanish, and nothing of it would have failed.
+            unknown = [asked for asked in self._missing() if not any(is_of(item, asked) for item in line["items"])]
+            self._lose(unknown, "failed", NOT_FOUND)
             self.items = [*self.results, *line["items"]]
             self.abouts |= line["abouts"]
         if "row" in line:

@@ -27,15 +27,22 @@ class Telling:
 
     def __init__(self, lines: Lines):
         self.lines = lines
+        self.left_out: list[pytest.Item] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.lines.write(done=report.nodeid, outcome="failed", reason=_last_line(report.longreprtext), seconds=0.0)
 
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        """By `-m "not slow"`, which the small form is asked with."""
+        self.left_out += items
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        items = [item for item in session.items if isinstance(item, pytest.Function)]
+        items = [item for item in session.items + self.left_out if isinstance(item, pytest.Function)]
         abouts = {item.nodeid: _first_line(item.module.__doc__ or "") for item in items}
         self.lines.write(items=list(abouts), abouts=abouts)
+        for item in self.left_out:
+            self.lines.write(done=item.nodeid, outcome="skipped", reason="slow: not in the small form", seconds=0.0)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.lines.write(began=nodeid)

@@ -14,6 +14,7 @@ import torch
 
 
 ROOT = Path(__file__).parents[2]
+WRONG = "tests/benchmarks/failing/wrong.py"
 # A process that does each item, or ends, hangs, or fails with an item of that name.
 WORKER = """
 import os, subprocess, sys, time
@@ -21,6 +22,9 @@ from pathlib import Path
 from lines import Lines
 *items, _, file = sys.argv[1:]
 lines = Lines(Path(file))
+if items[0] == "forgotten":
+    lines.write(items=[], abouts={})
+    sys.exit(4)
 for item in items:
     if item == "unusable":
         sys.exit(2)
@@ -122,21 +126,52 @@ def test_failures_are_told_in_a_line_and_cost_the_exit_status(tmp_path, monkeypa
     assert f"- its process ended with exit code 5: `{files[1]}::test_an_end`" in table
 
 
+def test_what_is_asked_for_and_not_found_is_a_row_that_is_not_good(tmp_path, monkeypatch):
+    """Nor does it take the others with it, from wherever this is called."""
+    from gpu_check import tests
+    from gpu_check_part import Part
+    from gpu_check_report import checks_of, is_good
+
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--noconftest")
+    monkeypatch.chdir(tmp_path)
+    folder = "tests/benchmarks/failing"
+    part = tests(torch.device("cpu"), True, [f"{folder}/empty.py", f"{WRONG}::test_the_rest", f"{folder}/left_out.py"])
+    part.run(time.monotonic() + 60, 60)
+    counts = {check["name"]: (check["passed"], check["failed"], check["skipped"]) for check in checks_of(part)}
+    assert counts == {"empty": (0, 1, 0), "wrong": (1, 0, 0), "left out": (0, 0, 1)}
+    assert part.results[f"{folder}/empty.py"]["reason"] == "nothing of it was found"
+    assert part.results[f"{folder}/left_out.py::test_that_takes_long"]["reason"] == "slow: not in the small form"
+    assert not is_good(part, Part(list, []))
+
+
+def test_items_that_a_later_process_does_not_know_are_no_pass():
+    """Such as tests whose parameters have other names each time."""
+    part = run_part("a", "ends", "forgotten")
+    assert part.results["forgotten"] == {"outcome": "failed", "reason": "nothing of it was found", "seconds": 0.0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--device", "mps"], "--device is mps, and this machine has cpu."),
-        (["--output", "nowhere/found"], "--output is 'nowhere/found', and there is no folder 'nowhere'."),
+        (["--output", "nowhere/found"], "--output: 'nowhere/found.json' cannot be written, for there is no folder '"),
         (["--tests", "--sections"], "--tests and --sections name nothing"),
+        (["--tests", "nope.py"], "--tests names 'nope.py', but no test"),
+        (["--tests", "README.md"], "--tests names 'README.md', but no test"),
+        (["--tests", "/usr"], "--tests names '/usr', but no test"),
+        (["--tests", "tests/gpu/test_two_cards.py", "a/b.py", "c.py"], "--tests names 'a/b.py', 'c.py', but no test"),
+        (["--tests", f"{WRONG}::test_a_sum", f"{WRONG}::nope"], f"--tests names '{WRONG}::nope', but no test"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is(arguments, said, monkeypatch, capsys):
+def test_what_cannot_be_done_is_said_before_anything_is(arguments, said, monkeypatch, capfd):
     import gpu_check
 
     monkeypatch.setattr(gpu_check, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu_check, "check", lambda *args: pytest.fail("something ran"))
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--noconftest")
     with pytest.raises(SystemExit) as error:
         gpu_check.main(arguments)
-    assert error.value.code == 2 and said in capsys.readouterr().err
+    assert error.value.code == 2 and said in capfd.readouterr().err
 
 
 def run_part(*items: str, seconds: float = 60.0, item_limit: float = 6.0):
