@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from cases import INSTRUCTION, picture, prompts_of
 from machine import machine
 from models import make_pipeline
+from refusals import need_at_least, need_output
 from timing import least_processor_seconds
 from torch.nn import functional
 
@@ -31,6 +31,7 @@ SHAPES = Path(__file__).parents[1] / "examples" / "shapes"
 sys.path.insert(0, str(SHAPES))
 
 from asking import BATCH_SIZE, DRAWING, EDITING, MAX_TOKENS  # noqa: E402
+from evaluate import counted_forwards  # noqa: E402
 from judge import draw_cases, edit_cases, is_drawn, is_edited  # noqa: E402
 from world import render  # noqa: E402
 
@@ -91,22 +92,6 @@ def ways() -> Iterator[tuple[str, dict[str, Any], Callable[[], HeldBranches]]]:
         yield f"dropped from a cosine of {similarity} on", {}, partial(Dropped, similarity)
 
 
-@contextmanager
-def counted_branches(pipe: BagelPipeline) -> Iterator[list[int]]:
-    """How many branches each denoising forward computes."""
-    counts: list[int] = []
-
-    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("input_ids") is None and kwargs.get("latents") is not None:
-            counts.append(len(kwargs["latent_grid_hw"]))
-
-    hook = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield counts
-    finally:
-        hook.remove()
-
-
 def drawn(pipe: BagelPipeline, task: str, num: int, settings: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """Latents of the cases of a task, and the share of pictures that are right."""
     cases: Sequence[Any] = edit_cases(num) if task == "edit" else draw_cases(task, num)
@@ -140,7 +125,7 @@ def pictures(num: int, steps: int) -> Iterator[dict[str, Any]]:
             def drawing(grid: Any, guidance: Any, branches: Any, held: Callable[[], HeldBranches] = held) -> Drawing:
                 return Drawing(grid, guidance, branches, held())
 
-            with mock.patch.object(denoising, "Drawing", drawing), counted_branches(pipe) as branches:
+            with mock.patch.object(denoising, "Drawing", drawing), counted_forwards(pipe) as branches:
                 start = time.process_time()
                 latents, score = drawn(pipe, task, num, settings | {"num_inference_steps": steps})
                 seconds = time.process_time() - start
@@ -233,9 +218,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the other two tables")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
-    for name in ("num", "steps", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    need_at_least(1, parser, args, "num", "steps", "repeats")
+    need_output(parser, "json", args.json)
     torch.set_num_threads(1)
     tables = {
         "pictures": print_table(pictures(args.num, args.steps)),

@@ -1,5 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""A picture plain, by every means that takes less, and by several of them: `python benchmarks/pictures.py --num 100`.
+"""A picture plain, by every means that takes less, and by several of them.
+
+    python benchmarks/pictures.py --num 20 --json benchmarks/results/pictures.json
 
 On bagel-shapes, whose drawings and edits are judged, and at the middle width of random weights, whose adapter has learned nothing.
 Pictures are drawn one at a time, in 49 steps where nothing else is said.
@@ -22,14 +24,13 @@ from cases import INSTRUCTION, PROMPT, picture
 from diffusers import FirstBlockCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from machine import machine
 from peft import LoraConfig, get_peft_model_state_dict
-from step_caches import ROOT, TAYLOR, Row, Task, cache, cells, make_middle, shapes_tasks
+from step_caches import ROOT, TAYLOR, Row, Task, cache, cells, check, make_middle, shapes_tasks
 
 from diffusers_bagel import BagelPipeline
 from diffusers_bagel.few_steps import FewSteps
 from transformers_bagel import LORA_TARGETS
 
 
-RESULTS = ROOT / "benchmarks" / "results" / "pictures.json"
 STEPS = 49
 FEW_STEPS = 6
 
@@ -140,14 +141,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=20, help="drawings, and edits, of bagel-shapes; 0 leaves them out")
     parser.add_argument("--side", type=int, default=256, help="pixels at the middle width; 0 leaves it out")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="write the tables here")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     args = parser.parse_args(arguments)
+    check(parser, args)
     tables: dict[str, Any] = machine(torch.get_num_threads()) | {"num": args.num, "side": args.side}
     if args.num:
         tables["shapes"] = measured(*shapes_tasks(args.num, STEPS), ROOT / "examples" / "shapes" / "six_steps")
     if args.side:
         tables["middle"] = middle(args.side)
-    args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 # Copyright 2026 The transformers-bagel authors. Licensed under the Apache License, Version 2.0.
-"""What step caches leave out, and what that costs: `python benchmarks/step_caches.py --num 300`.
+"""What step caches leave out, and what that costs.
+
+    bash scripts/step_caches.sh --num 50 --json benchmarks/results/step_caches.json
 
 On bagel-shapes, whose drawings and edits are judged, and at the middle width of random weights, where a forward takes long enough
 to be timed. cache-dit is measured where it is installed: `scripts/step_caches.sh` sees to that.
@@ -22,12 +24,12 @@ from typing import Any
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig, TaylorSeerCacheConfig
 from models import make_pipeline
+from refusals import need_at_least, need_output
 
 from diffusers_bagel import BagelPipeline
 
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "step_caches.json"
 sys.path.insert(0, str(ROOT / "examples" / "shapes"))
 from asking import DRAWING, EDITING, STEPS  # noqa: E402
 from judge import draw_cases, edit_cases, is_drawn, is_edited  # noqa: E402
@@ -36,6 +38,8 @@ from world import render  # noqa: E402
 
 
 MIDDLE_STEPS = 49
+# Pixels of a latent token.
+SIDE_STEP = 16
 TAYLOR = {"taylor_factors_dtype": torch.float32}
 CONFIGS: dict[str, Any] = {
     "TaylorSeer 5, before 3, order 1": TaylorSeerCacheConfig(**TAYLOR),
@@ -251,20 +255,32 @@ def middle(side: int) -> dict[str, Any]:
     return measured(pipe, {"drawing": Task(pipe, [call])}, MIDDLE_STEPS)
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured; the middle width comes last, behind minutes of bagel-shapes."""
+    need_at_least(0, parser, args, "num", "side")
+    need_output(parser, "json", args.json)
+    if not args.num and not args.side:
+        parser.error("--num and --side are both 0: there is nothing to do.")
+    if args.side % SIDE_STEP:
+        parser.error(f"--side must be a multiple of {SIDE_STEP}, got {args.side}.")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=8, help="drawings, and edits, of bagel-shapes; 0 leaves them out")
     parser.add_argument(
         "--side", type=int, default=256, help="pixels of a picture at the middle width; 0 leaves it out"
     )
-    parser.add_argument("--json", type=Path, default=RESULTS, help="write the tables here")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
     args = parser.parse_args(arguments)
+    check(parser, args)
     tables: dict[str, Any] = {"num": args.num, "side": args.side, "threads": torch.get_num_threads()}
     if args.num:
         tables["shapes"] = shapes(args.num)
     if args.side:
         tables["middle"] = middle(args.side)
-    args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps(tables, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

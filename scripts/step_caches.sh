@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install cache-dit beside the project's environment, drive it, and measure all step caches: `scripts/step_caches.sh [--num 300]`.
+# Install cache-dit beside the project's environment, drive it, and measure all step caches: `scripts/step_caches.sh [--num 50]`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -282,25 +284,56 @@ def rows(evaluation: Evaluation, bf16: Callable[[], BagelPipeline]) -> dict[str,
     return table
 
 
-def few_step_rows(evaluation: Evaluation, adapter: str) -> dict[str, float]:
-    """What a few-step adapter draws in each number of steps, beside the model without it."""
+def few_step_rows(evaluation: Evaluation, adapter: str) -> tuple[dict[str, float], dict[str, float]]:
+    """What a few-step adapter draws in each number of steps, beside the model without it, and the forwards of a picture."""
     pipe, num, seed = evaluation.pipe, evaluation.num, evaluation.seed
     full, ordinary, relations = (evaluation.cases(task) for task in ("draw_full", "draw", "relation"))
     edits = edit_cases(num, seed)
     table: dict[str, float] = {}
+    forwards: dict[str, float] = {}
 
     def add(name: str, **settings: Any) -> None:
-        table[f"draw_full_{name}"] = evaluation.draw(full, **settings)
-        table[f"draw_with_plan_{name}"] = evaluation.draw(ordinary, think=True, **settings)
-        table[f"relation_{name}"] = evaluation.draw(relations, think=True, **settings)
-        table[f"edit_{name}"] = evaluation.edit(edits, **settings)["all"]
+        scores: dict[str, Callable[[], float]] = {
+            "draw_full": lambda: evaluation.draw(full, **settings),
+            "draw_with_plan": lambda: evaluation.draw(ordinary, think=True, **settings),
+            "relation": lambda: evaluation.draw(relations, think=True, **settings),
+            "edit": lambda: evaluation.edit(edits, **settings)["all"],
+        }
+        for task, score in scores.items():
+            with counted_forwards(pipe) as counts:
+                table[f"{task}_{name}"] = round(score(), 4)
+            forwards[f"{task}_{name}"] = sum(counts) / num
 
+    # What cannot be loaded is said now, not behind the pictures of the model without it.
+    pipe.load_lora_weights(adapter)
+    pipe.unload_lora_weights()
     for steps in (STEPS, 49):
         add(f"{steps}_plain_steps", num_inference_steps=steps)
     pipe.load_lora_weights(adapter)
     for steps in FEW_STEPS:
         add(f"{steps}_steps", num_inference_steps=steps, guidance_scale=1.0, image_guidance_scale=1.0)
-    return {name: round(value, 4) for name, value in table.items()}
+    return table, forwards
+
+
+@contextmanager
+def counted_forwards(pipe: BagelPipeline) -> Iterator[list[int]]:
+    """Of each denoising step the forwards of one branch of one picture, several of which may be computed as one."""
+    counts: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("input_ids") is None and kwargs.get("latents") is not None:
+            counts.append(len(kwargs["latent_grid_hw"]))
+
+    hook = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def _can_be_written(file: Path) -> bool:
+    place = file if file.exists() else file.parent
+    return place.is_dir() != file.exists() and os.access(place, os.W_OK)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -315,18 +348,23 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.num < 1:
         parser.error(f"--num must be at least 1, got {args.num}.")
+    if args.json and not _can_be_written(Path(args.json)):
+        parser.error(f"--json must be a file in a folder that is there and can be written to, got '{args.json}'.")
     start = time.perf_counter()
     pipe = BagelPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
     evaluation = Evaluation(pipe, args.num, args.seed)
+    forwards: dict[str, float] = {}
     if args.few_steps:
-        table = few_step_rows(evaluation, args.few_steps)
+        table, forwards = few_step_rows(evaluation, args.few_steps)
     else:
         table = rows(evaluation, lambda: BagelPipeline.from_pretrained(args.checkpoint, dtype=torch.bfloat16))
     for name, value in table.items():
-        print(f"{name:32} {value:8.2%}")
+        print(f"{name:32} {value:8.2%}" + (f" {forwards[name]:6g} forwards" if name in forwards else ""))
     print(f"{args.num} cases a task, {time.perf_counter() - start:.0f} s")
     if args.json:
-        results = {"num": args.num, "seed": args.seed} | table
+        results: dict[str, Any] = {"num": args.num, "seed": args.seed} | table
+        if forwards:
+            results["forwards"] = forwards
         Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

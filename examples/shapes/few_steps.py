@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     shipped = os.path.relpath(CHECKPOINT)
     parser.add_argument("--checkpoint", default=shipped, help="a repository of this world, or the shipped one")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--samples", type=int, default=12_000)
     args = parser.parse_args(arguments)
     data = Path(args.output_dir) / "samples.parquet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import evaluate
 import language
 import pytest
 import torch
@@ -138,6 +139,37 @@ def test_the_command_measures_every_row_and_the_card_takes_them(tmp_path, capsys
     assert shares.keys() == {line.split()[0] for line in capsys.readouterr().out.splitlines() if "%" in line}
     written = card(CHECKPOINT, table)
     assert "{{" not in written.content and len(written.data.eval_results) == len(ROWS)
+
+
+def test_forwards_of_few_steps_are_counted_and_are_those_beside_the_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "FEW_STEPS", (2,))
+    file = tmp_path / "out.json"
+    main(["--few_steps", str(CHECKPOINT.parent / "six_steps"), "--num", "1", "--json", str(file)])
+    table = json.loads(file.read_text())
+    forwards = table.pop("forwards")
+    assert [*forwards] == [name for name in table if name not in ("num", "seed")]
+    assert {forwards[f"{task}_2_steps"] for task in ("draw_full", "draw_with_plan", "relation", "edit")} == {2}
+    assert (forwards["draw_full_25_plain_steps"], forwards["edit_49_plain_steps"]) == (44, 3 * 49)
+    shipped = json.loads((CHECKPOINT.parents[2] / "benchmarks" / "results" / "few_steps.json").read_text())
+    assert forwards.items() <= shipped["forwards"].items()
+    assert "edit_49_plain_steps" in capsys.readouterr().out.partition(" 147 forwards")[0].splitlines()[-1]
+
+
+def test_an_adapter_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(BagelPipeline, "__call__", lambda *args, **kwargs: pytest.fail("something was drawn"))
+    with pytest.raises(OSError, match="no LoRA weights at"):
+        main(["--few_steps", str(tmp_path / "nowhere"), "--num", "1"])
+
+
+@pytest.mark.parametrize("name", ["nowhere/out.json", ""])
+def test_a_table_that_could_not_be_written_is_refused_before_anything_is_read(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(BagelPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model was read"))
+    with pytest.raises(SystemExit) as error:
+        main(["--json", str(tmp_path / name)])
+    assert error.value.code == 2
+    assert f"--json must be a file in a folder that is there and can be written to, got '{tmp_path}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_strip_shows_every_task(shapes_pipe):
