@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from models import make_pipeline
 from PIL import Image
+from refusals import need_at_least, need_output
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from transformers_bagel import BagelForConditionalGeneration, BagelProcessor, ForwardCounter
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a text")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "num", "tokens")
+    need_output(parser, "json", args.json)
     print("| text | candidates | tokens | forwards | tokens a forward | CPU seconds | text as without |")
     print("|---|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from refusals import need_at_least
 from timing import default_device, synchronize
 
 from bagel_bench import Picture
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num", type=int, default=10, help="pictures")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "steps", "num", "repeats")
     device = default_device()
     pipe = TimedPipeline.from_pretrained(args.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)

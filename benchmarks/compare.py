@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine
+from refusals import need_output
 from run import DTYPES, GROUPS, cases
 
 
@@ -83,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=30, help="for each case, behind its first call")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
+    need_output(parser, "json", args.json)
     if not (args.other / "benchmarks" / "cases.py").is_file():
         parser.error(f"{args.other} holds no benchmarks/cases.py.")
     rows = []

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from machine import machine
+from refusals import need_at_least, need_output
 
 from bagel_server import Engine
 from diffusers_bagel import BagelPipeline, BagelSession
@@ -104,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processor-time", action="store_true", help="where others work on the machine, too")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "clients", "drawings", "tokens", "steps", "repeats", "threads")
+    need_output(parser, "json", args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     pipe = BagelPipeline.from_pretrained(args.model)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from refusals import need_output
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from diffusers_bagel import BagelPipeline
@@ -137,6 +138,7 @@ def main() -> None:
     if options.measure:
         print("row:", json.dumps(measure(options.ways[0], options.measure)))
         return
+    need_output(parser, "json", options.json)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_repository(Path(folder))

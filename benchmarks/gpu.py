@@ -25,6 +25,7 @@ from lines import Lines
 from machine import machine
 from models import CHECKPOINT, IMAGE_SIZES, make_pipeline, published_vae, write_tokens
 from peft import LoraConfig, get_peft_model_state_dict
+from refusals import need_output
 from timing import default_device, forget_peak, median_and_spread, peak_bytes, seconds_of, seconds_once
 
 
@@ -297,6 +298,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    need_output(parser, "json", args.json)
     lines, failed = Lines(args.lines), False
     lines.write(began="the model")
     start = time.perf_counter()

@@ -23,6 +23,7 @@ import torch
 from cost import Cost, Rates
 from machine import machine
 from models import WIDTHS, make_config, write_tokens
+from refusals import need_at_least, need_output
 from timing import default_device, seconds_of
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -320,8 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--longest", type=int, default=8192, help="leave out points above this")
     parser.add_argument("--drawn-from", type=Path, metavar="FILE", help="figures to draw instead of measuring")
     args = parser.parse_args(arguments)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}.")
+    need_at_least(1, parser, args, "repeats")
+    need_output(parser, "output", *(args.output.with_suffix(ending) for ending in (".json", ".png")))
     if args.drawn_from:
         figures = json.loads(args.drawn_from.read_text())
     else:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from models import make_config
 from PIL import Image
+from refusals import need_at_least, need_output
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -262,9 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
     parser.add_argument("--steps", type=int, default=9, help="timed denoising steps")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help="one way, in this process")
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "steps")
+    need_output(parser, "json", args.json)
     if args.measure:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]), args.steps)))
         return
@@ -274,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(rows))
     if args.json:
         machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        Path(args.json).write_text(json.dumps(machine | {"rows": rows}, indent=2), encoding="utf-8")
+        args.json.write_text(json.dumps(machine | {"rows": rows}, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from cases import cases
 from models import WIDTHS, make_pipeline
+from refusals import need_at_least
 from timing import least_processor_seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "repeats", "threads")
     torch.set_num_threads(args.threads)
     case = next((case for case in cases() if args.name in case.name), None)
     if case is None:

@@ -30,6 +30,7 @@ import httpx
 import psutil
 from openai import APIConnectionError, APIStatusError, OpenAI
 from PIL import Image
+from refusals import need_at_least, need_output
 
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +181,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="where Ray's own messages go")
     args = parser.parse_args()
+    need_at_least(1, parser, args, "seconds", "clients")
+    need_output(parser, "log", args.log)
     with open(args.log, "wb") as log:
         for replicas in (1, 2):
             with served(log, f"min_replicas={replicas}", f"max_replicas={replicas}") as server:

@@ -17,6 +17,7 @@ import torch
 from cases import Case, cases
 from machine import machine
 from models import WIDTHS, make_pipeline
+from refusals import need_at_least, need_output
 from timing import default_device, median_and_spread, peak_bytes, seconds_of
 
 
@@ -40,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}.")
+    need_at_least(1, parser, args, "repeats", "threads")
+    need_output(parser, "json", args.json)
     chosen = [case for case in cases() if case.group in args.groups and args.only in case.name]
     if not chosen:
         parser.error(f"--only {args.only!r} is in no name of the groups {', '.join(args.groups)}.")

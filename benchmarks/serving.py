@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import torch
 from machine import machine
+from refusals import need_at_least, need_output
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "shapes"))
@@ -262,9 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
-    for name in ("seconds", "clients", "text_clients", "batch", "tokens", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    need_at_least(1, parser, args, "seconds", "clients", "text_clients", "batch", "tokens", "repeats")
+    need_output(parser, "json", args.json)
     pipe = BagelPipeline.from_pretrained(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     figures = asyncio.run(measured(args, pipe))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from machine import machine
 from models import WIDTHS, make_pipeline
+from refusals import need_at_least, need_output
 from run import DTYPES
 from timing import default_device, median_and_spread, seconds_of, synchronize
 
@@ -190,8 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="of the CPU; by default all cores")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(arguments)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}.")
+    need_at_least(1, parser, args, "context", "sessions", "tokens", "repeats", "threads")
+    need_at_least(0, parser, args, "turns")
+    need_output(parser, "json", args.json)
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = []

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from growth import PROMPT, grid_of, random_ids
 from models import WIDTHS, make_config
+from refusals import need_at_least
 from timing import default_device, seconds_of
 from torch import distributed
 from transformers.distributed import DistributedConfig
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--latents", nargs="+", type=int, default=[256, 1024, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "latents", "repeats")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     torch.manual_seed(0)

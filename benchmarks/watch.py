@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from models import WIDTHS, make_pipeline
 from PIL import Image
+from refusals import need_at_least
 from timing import default_device, median_and_spread, synchronize
 
 from diffusers_bagel import BagelPipeline
@@ -100,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--widths", nargs="+", choices=tuple(WIDTHS), default=["golden", "middle"])
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args(arguments)
+    need_at_least(1, parser, args, "repeats")
     device = default_device()
     print("| VAE | decode of 256 px | look at its pixels | share |\n|---|---|---|---|")
     for width in args.widths:

@@ -4,6 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+for name in "$@"; do
+    # Before minutes of installing.
+    [[ -f examples/clients/$name.py ]] || { echo "scripts/clients.sh: there is no examples/clients/$name.py." >&2; exit 2; }
+done
 source scripts/beside.sh
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 
