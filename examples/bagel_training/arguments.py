@@ -70,18 +70,11 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "max_grad_norm": (lambda value: value > 0, "above 0 (inf for no clipping)"),
 }
-# What changes nothing in some company, how an error says so, and when that is.
+# What would say something of the data that is not so, how an error puts it, and when that is. Settings of a schedule that others
+# outdo are taken, as by the libraries' scripts.
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace], bool]], ...] = (
-    (("dataset_config_name", "dataset_split"), "without --dataset_name", lambda args: not args.dataset_name),
     (
-        (
-            "instance_prompt",
-            "image_column",
-            "cond_image_column",
-            "messages_column",
-            "cache_latents",
-            "teacher_image_guidance_scale",
-        ),
+        ("instance_prompt", "image_column", "cond_image_column", "messages_column"),
         "with --prompt_file",
         lambda args: bool(getattr(args, "prompt_file", None)),
     ),
@@ -96,31 +89,6 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], str, Callable[[argparse.Namespace],
         lambda args: bool(getattr(args, "question_column", None)),
     ),
     (("answer_column",), "without --question_column", lambda args: not args.question_column),
-    (
-        ("logit_mean", "logit_std"),
-        "with --weighting_scheme none",
-        lambda args: args.weighting_scheme == "none",
-    ),
-    (("num_train_epochs",), "with --max_train_steps", lambda args: args.max_train_steps is not None),
-    (("lr_warmup_steps",), "with --lr_scheduler constant", lambda args: args.lr_scheduler == "constant"),
-    (
-        ("lr_decay_steps",),
-        "without --lr_scheduler warmup_stable_decay",
-        lambda args: args.lr_scheduler != "warmup_stable_decay",
-    ),
-    (
-        ("lr_num_cycles",),
-        "without --lr_scheduler cosine_with_restarts",
-        lambda args: args.lr_scheduler != "cosine_with_restarts",
-    ),
-    (("lr_power",), "without --lr_scheduler polynomial", lambda args: args.lr_scheduler != "polynomial"),
-    (("lora_targets",), "with --lora_layers", lambda args: bool(args.lora_layers)),
-    (("ema_decay", "ema_device"), "without --ema", lambda args: not args.ema),
-    (
-        ("validation_image",),
-        "without --validation_prompt or --validation_question",
-        lambda args: not (args.validation_prompt or args.validation_question),
-    ),
 )
 SCHEDULERS = (
     "constant",
@@ -277,7 +245,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def check_shared_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """
-    Refuse arguments of any script that cannot work, or that would change nothing.
+    Refuse arguments of any script that cannot work, or that say something of the data that is not so.
 
     Raises:
         ValueError, OSError: for such arguments, before anything is loaded.

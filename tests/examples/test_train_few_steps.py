@@ -273,9 +273,6 @@ def test_what_no_distillation_knows_is_not_offered(prompts, tmp_path, capsys, na
         ("image_column", "picture", "with --prompt_file"),
         ("cond_image_column", "before", "with --prompt_file"),
         ("messages_column", "talk", "with --prompt_file"),
-        ("cache_latents", True, "with --prompt_file"),
-        ("teacher_image_guidance_scale", 3, "with --prompt_file"),
-        ("dataset_split", "test", "without --dataset_name"),
         ("caption_column", "prompt", "with a --prompt_file of lines"),
     ],
 )
