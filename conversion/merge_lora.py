@@ -13,7 +13,7 @@ import argparse
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_bagel import BagelPipeline
-from diffusers_bagel.few_steps import FewSteps
+from diffusers_bagel.few_steps import SAMPLE_SIZE, FewSteps
 from diffusers_bagel.lora import DIFFUSERS_PREFIX, lora_config
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration
 from transformers_bagel.adapter_checks import fitting_adapter
 from transformers_bagel.adapters import lora_parameters
 from transformers_bagel.checkpoints import check_tensors, module_name
+from transformers_bagel.errors import some
 from transformers_bagel.stored_tensors import StoredTensor
 
 
@@ -110,6 +111,7 @@ def merge(
         model = BagelForConditionalGeneration(config)
     check_tensors(model, {tensor.name: tensor for shard in shards for tensor in shard.tensors}, src)
     layers, few_steps = adapted_layers(model, loras, scales, allow_missing_layers)
+    settings = few_step_settings(few_steps, config, tensors)
     num_bytes = sum(shard.num_bytes for shard in shards)
     check_disk_space(dst, num_bytes + sum(file.stat().st_size for file in others) + SPARE_BYTES)
 
@@ -128,9 +130,9 @@ def merge(
             place = unfinished / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
-        if few_steps is not None:
-            settings = unfinished / model_folder / "config.json"
-            write_json(settings, read_json_object(settings) | {"few_steps": few_steps.merged()})
+        if settings != config.few_steps:
+            file = unfinished / model_folder / "config.json"
+            write_json(file, read_json_object(file) | {"few_steps": settings})
         with tqdm(total=num_bytes, desc="Weights", unit="B", unit_scale=True) as progress:
             for shard in shards:
                 write_shard(shard, unfinished / model_folder, progress, compute)
@@ -143,29 +145,31 @@ def merge(
             shards,
             source=parts[0],
             merged=list(zip(parts[1:], scales, strict=True)),
+            num_steps=None if settings is None else settings["num_inference_steps"],
             model_place=model_folder.rstrip("/"),
             processor_place=processor_folder.rstrip("/"),
         )
     print(f"{dst}: {len(layers)} layers with {', '.join(loras)}.")
-    if few_steps is not None:
-        print(f"By default it draws in {few_steps.num_inference_steps} steps.")
+    if settings is not None:
+        print(f"By default it draws in {settings['num_inference_steps']} steps.")
 
 
 def adapted_layers(
     model: BagelForConditionalGeneration, loras: Sequence[str], scales: Sequence[float], allow_missing_layers: bool
-) -> tuple[dict[str, Any], FewSteps | None]:
-    """The layers of peft of a model without weights, by name: they have the LoRAs' weights, and wait for their own. And how the
-    first LoRA wants to be drawn with that was made for few steps.
+) -> tuple[dict[str, Any], dict[str, FewSteps]]:
+    """The layers of peft of a model without weights, by name: they have the LoRAs' weights, and wait for their own. And how those
+    LoRAs want to be drawn with that were made for few steps, by their sources.
 
     Raises:
         OSError, ValueError: if a LoRA is not there, or does not fit the model.
     """
-    few_steps = None
+    few_steps = {}
     for index, (lora, scale) in enumerate(zip(loras, scales, strict=True)):
         state_dict, metadata = BagelPipeline.lora_state_dict(lora, return_lora_metadata=True, use_safetensors=True)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
-        if scale:
-            few_steps = few_steps or FewSteps.from_metadata(metadata, f"'{lora}'")
+        own = FewSteps.from_metadata(metadata, f"'{lora}'")
+        if own is not None and scale:
+            few_steps[lora] = own
         config = lora_config(weights, metadata, None, f"'{lora}'")
         settings, weights = fitting_adapter(model, config, weights, f"'{lora}'", allow_missing_layers)
         weights = {name: tensor.float() for name, tensor in weights.items()}
@@ -177,6 +181,26 @@ def adapted_layers(
             if f"lora_{index}" in layer.scaling:
                 layer.scaling[f"lora_{index}"] *= scale
     return layers, few_steps
+
+
+def few_step_settings(
+    few_steps: Mapping[str, FewSteps], config: BagelConfig, tensors: Mapping[str, StoredTensor]
+) -> dict[str, Any] | None:
+    """What the configuration is to say of few steps: what the first LoRA says, or what it said. What does not fit is told.
+
+    Args:
+        few_steps (`dict[str, FewSteps]`): By the sources of the LoRAs.
+        config ([`BagelConfig`]): Of SRC.
+        tensors (`dict[str, StoredTensor]`): Of SRC, by name in the module tree.
+    """
+    for lora, own in few_steps.items():
+        stored = {name: tensors[f"{name}.weight"] for name in own.base if f"{name}.weight" in tensors}
+        if not own.is_of({name: tensor.read(0, SAMPLE_SIZE).tolist() for name, tensor in stored.items()}):
+            print(f"'{lora}' was made for a model with other weights: its pictures may be worse.", file=sys.stderr)
+    first = next(iter(few_steps), None)
+    if len(few_steps) > 1:
+        print(f"{some(few_steps)} were each made for few steps: those of '{first}' are taken.", file=sys.stderr)
+    return config.few_steps if first is None else few_steps[first].merged()
 
 
 def merged_parameter(layer: Any, module: str, parameter: str, tensors: dict[str, StoredTensor]) -> torch.Tensor:

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from accelerate.logging import get_logger
 
 from diffusers_bagel import BagelPipeline
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.attention import NO_FLEX_BACKWARD
 from transformers_bagel.files import find_file
+
+
+logger = get_logger(__name__)
 
 
 def empty_model(path: str, **hub: Any) -> BagelForConditionalGeneration:
@@ -65,6 +69,12 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator, dtype: tor
     implementation = args.attn_implementation or ("flex_attention" if has_flex else "sdpa")
     pipe.transformer.set_attn_implementation({"text_config": implementation, "vision_config": "sdpa"})
     config = pipe.transformer.config
+    if config.few_steps is not None:
+        logger.warning(
+            f"The model draws in {config.few_steps['num_inference_steps']} steps, of an adapter that is in its weights. "
+            "Trainings know nothing of them: validation draws in usual ones, and what is saved does not say them any more."
+        )
+        config.few_steps = None
     for name in ("ce_weight", "mse_weight", "loss_reduction"):
         # Where no text is learned, nothing asks for its weight.
         if name in args:

@@ -101,7 +101,11 @@ def _common(presets: Sequence[str]) -> _Parser:
         metavar="NAME",
         help=f"published settings for all that is not asked for: {', '.join(presets)}",
     )
-    common.add_argument("--steps", type=_number(int, 1, math.inf), help="denoising steps of a drawing (default: 49)")
+    common.add_argument(
+        "--steps",
+        type=_number(int, 1, math.inf),
+        help="denoising steps of a drawing (default: 49, or the model's own)",
+    )
     common.add_argument(
         "--think", action=argparse.BooleanOptionalAction, help="let the model think first, and show what it thought"
     )

@@ -25,6 +25,7 @@ from bagel_bench import BENCHMARKS
 from bagel_bench.folder import REPORT, RunFolder
 from bagel_bench.running import Run, checkpoint_hash, summary, versions
 from diffusers_bagel import PRESETS, BagelPipeline, BagelSession
+from diffusers_bagel.few_steps import FewSteps
 from transformers_bagel import BagelConfig, BagelForConditionalGeneration, BagelProcessor
 from transformers_bagel.threads import in_own_thread
 
@@ -130,9 +131,15 @@ def bench(options: argparse.Namespace) -> None:
     given = _drawing_settings(options) | {"preset": preset}
     with _told(options):
         checkpoint = _checkpoint(options)
+        name, subfolder = _place(options, "transformer")
+        few_steps = BagelConfig.from_pretrained(name, **subfolder).few_steps
+        drawing = dict(PRESETS[preset].settings)
+        if few_steps is not None:
+            few_steps = FewSteps.from_settings(few_steps, "`few_steps` in config.json")
+            drawing = few_steps.over(drawing, given, FlowMatchEulerDiscreteScheduler())
     settings = {
         "benchmark": options.benchmark,
-        "settings": dict(PRESETS[preset].settings) | given,
+        "settings": drawing | given,
         "samples": options.samples or BENCHMARKS[options.benchmark].samples,
         "seed": options.seed,
         "checkpoint": checkpoint,

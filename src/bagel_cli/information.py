@@ -74,6 +74,8 @@ def _about(config: BagelConfig) -> Iterator[str]:
     count = sum(parameter.numel() for parameter in model.state_dict().values())
     parts = " and ".join(word for word, has in (("sees", config.visual_und), ("draws", config.visual_gen)) if has)
     yield f"  {count:,} weights; it {parts or 'only talks'}"
+    if config.few_steps is not None:
+        yield f"  by default it draws in {config.few_steps.get('num_inference_steps')} steps, of an adapter that is in the weights"
     text, vision = config.get_text_config(), model.config.vision_config
     yield f"  {text.num_hidden_layers} layers of {text.hidden_size}, vision tower: {vision.num_hidden_layers} of {vision.hidden_size}"
     if (quantization := getattr(config, "quantization_config", None)) is not None:

@@ -64,7 +64,7 @@ class AdapterScale:
         if not self._layers and not getattr(self._model, "peft_config", None):
             yield
             return
-        with _lock_of(self._model):
+        with lock_of(self._model):
             # Merged layers do not read their scaling, except to be unmerged.
             before = [(layer, dict(layer.scaling)) for layer in self._layers if not layer.merged]
             try:
@@ -83,6 +83,7 @@ def lora_layers(model: torch.nn.Module) -> list[Any]:
     return [layer for layer in adapted_layers(model).values() if hasattr(layer, "scaling")]
 
 
-def _lock_of(model: torch.nn.Module) -> Lock:
+def lock_of(model: torch.nn.Module) -> Lock:
+    """What is held while the layers of a model have the numbers of one call."""
     with _locks_lock:
         return _locks.setdefault(getattr(model, "_orig_mod", model), Lock())

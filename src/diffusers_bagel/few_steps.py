@@ -17,7 +17,7 @@ from torch import nn
 
 from transformers_bagel.errors import shown
 
-from .adapter_scale import lora_layers
+from .adapter_scale import lock_of, lora_layers
 from .inputs import MAX_STEPS, check_number, check_sigmas, check_timestep_shift, check_whole_number, takes_sigmas
 
 
@@ -138,8 +138,7 @@ class FewSteps:
 
     def over(self, settings: dict[str, Any], given: Mapping[str, Any], scheduler: Any) -> dict[str, Any]:
         """
-        Defaults of a drawing, with the adapter's in the place of others. What the caller gave against them is warned of, and so is
-        what the scheduler cannot be given.
+        Defaults of a drawing, with the adapter's in the place of others.
 
         Args:
             settings (`dict`): Other defaults, by the names of the pipeline's `__call__`.
@@ -150,18 +149,32 @@ class FewSteps:
             TypeError, ValueError: naming what the caller passes, if it cannot work.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        own = self.defaults(scheduler)
         check_sigmas(given.get("sigmas"))
+        check_whole_number("num_inference_steps", given.get("num_inference_steps", 1), 1, MAX_STEPS)
+        own = self.defaults(scheduler)
+        if self._steps_of(given) != self.num_inference_steps:
+            own.pop("sigmas", None)
+        return settings | own
+
+    def warn_of(self, given: Mapping[str, Any], scheduler: Any) -> None:
+        """
+        Say what the caller gave against the adapter, and what the scheduler cannot be given.
+
+        Args:
+            given (`Mapping`), scheduler (`SchedulerMixin`): As in [`FewSteps.over`].
+
+        Raises:
+            TypeError, ValueError: naming what the caller passes, if it cannot work.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
         check_timestep_shift(given.get("timestep_shift"), scheduler)
         for name in _SCALES:
             check_number(name, given.get(name, 1.0), 0)
             if given.get(name, 1.0) > 1:
                 logger.warning(f"`{name}` is {given[name]:g}, and guidance is in the adapter's weights: leave it out.")
-        check_whole_number("num_inference_steps", given.get("num_inference_steps", 1), 1, MAX_STEPS)
-        steps = len(given["sigmas"]) if "sigmas" in given else given.get("num_inference_steps", len(self.sigmas))
-        if steps != self.num_inference_steps:
+        own = self.defaults(scheduler)
+        if (steps := self._steps_of(given)) != self.num_inference_steps:
             logger.warning(f"The adapter was made for {self.num_inference_steps} steps, and this call has {steps}.")
-            own.pop("sigmas", None)
         elif not _is_close(given.get("sigmas", self.sigmas), self.sigmas):
             logger.warning(
                 f"`sigmas` are {_listed(given['sigmas'])}, and the adapter was made for {_listed(self.sigmas)}."
@@ -175,7 +188,11 @@ class FewSteps:
             logger.warning(
                 f"The shift of the noise levels is {shown(shift)}, and the adapter was made with {self.timestep_shift:g}."
             )
-        return settings | own
+
+    def _steps_of(self, given: Mapping[str, Any]) -> int:
+        return (
+            len(given["sigmas"]) if "sigmas" in given else given.get("num_inference_steps", self.num_inference_steps)
+        )
 
 
 def few_steps_in_effect(transformer: Any, attention_kwargs: Any = None) -> dict[str, FewSteps]:
@@ -187,12 +204,16 @@ def few_steps_in_effect(transformer: Any, attention_kwargs: Any = None) -> dict[
         transformer ([`BagelForConditionalGeneration`])
         attention_kwargs (`dict`, *optional*): Of a call, whose `scale` of 0 leaves adapters out that are not fused.
     """
-    known = {name: of for name, config in _configs(transformer).items() if (of := vars(config).get("few_steps"))}
+    known = {name: vars(config) for name, config in _configs(transformer).items() if vars(config).get("few_steps")}
     if known:
         is_off = isinstance(attention_kwargs, dict) and attention_kwargs.get("scale") == 0
-        names = dict.fromkeys(name for layer in lora_layers(transformer) for name in _in_effect(layer, is_off))
-        if found := {name: known[name] for name in names if name in known}:
-            return found
+        # In the forward of another call the layers have its `scale`.
+        with lock_of(transformer):
+            names = dict.fromkeys(
+                name for layer in lora_layers(transformer) for name in _in_effect(layer, is_off, known)
+            )
+        if names:
+            return {name: known[name]["few_steps"] for name in names}
     settings = getattr(getattr(transformer, "config", None), "few_steps", None)
     return {} if settings is None else {"": FewSteps.from_settings(settings, "`config.few_steps`")}
 
@@ -200,6 +221,14 @@ def few_steps_in_effect(transformer: Any, attention_kwargs: Any = None) -> dict[
 def keep(transformer: Any, name: str, few_steps: FewSteps | None) -> None:
     """Let the settings of a loaded adapter, with which it goes, say what its file said."""
     vars(_configs(transformer)[name])["few_steps"] = few_steps
+
+
+def note_strength_of_merged(transformer: Any) -> None:
+    """Write down how strong adapters were when they were merged: weights that are set later change nothing of them."""
+    for name, config in _configs(transformer).items():
+        strengths = [abs(layer.scaling[name]) for layer in lora_layers(transformer) if name in layer.merged_adapters]
+        if strengths:
+            vars(config)["merged_strength"] = max(strengths)
 
 
 def without_few_steps(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -217,7 +246,8 @@ def values_of(transformer: Any) -> dict[str, list[float]]:
             # Where they wait for their forward: nothing has to be moved.
             with align_module_device(module, "cpu"):
                 weight = module.weight.data
-                if type(weight) is torch.Tensor and weight.is_floating_point():
+                # Types of one byte are quantised, too, and torch's own.
+                if type(weight) is torch.Tensor and weight.is_floating_point() and weight.element_size() > 1:
                     first = weight.flatten()[:SAMPLE_SIZE]
                     values[name.removesuffix(".base_layer")] = first.bfloat16().float().tolist()
     return values
@@ -227,17 +257,19 @@ def _configs(transformer: Any) -> dict[str, Any]:
     return getattr(transformer, "peft_config", {})
 
 
-def _in_effect(layer: Any, is_off: bool) -> list[str]:
-    """Names of the adapters that a layer of peft computes with. Where some are merged, it computes with no others."""
-    if layer.disable_adapters or (is_off and not layer.merged):
+def _in_effect(layer: Any, is_off: bool, known: Mapping[str, Any]) -> list[str]:
+    """Names of the adapters that a layer of peft computes with, of those that are known. Where some are merged, it computes with
+    no others."""
+    if layer.disable_adapters:
         return []
-    return [
-        name for name in (layer.merged_adapters if layer.merged else layer.active_adapters) if layer.scaling.get(name)
-    ]
+    if layer.merged:
+        return [name for name in layer.merged_adapters if name in known and known[name].get("merged_strength", 1.0)]
+    return [name for name in layer.active_adapters if name in known and layer.scaling.get(name) and not is_off]
 
 
 def _is_close(values: Any, others: list[float]) -> bool:
-    return all(math.isclose(value, other, abs_tol=1e-6) for value, other in zip(values, others, strict=True))
+    """Whether noise levels are equal in the digits that [`_listed`] shows."""
+    return all(math.isclose(value, other, abs_tol=1e-3) for value, other in zip(values, others, strict=True))
 
 
 def _listed(levels: Any) -> str:

@@ -208,8 +208,8 @@ class InterleaveInferencer:
             chosen |= {"guidance_scale": cfg_text_scale}
             if cfg_text_scale > 1:
                 chosen["image_guidance_scale"] = cfg_img_scale
-            # For its warnings alone: the published defaults stay what they are.
-            few_steps.over({}, chosen, self.pipe.scheduler)
+            # The published defaults stay what they are.
+            few_steps.warn_of(chosen, self.pipe.scheduler)
         low, high = cfg_interval
         guidance = BagelGuidance(cfg_text_scale, cfg_img_scale, (low, high), cfg_renorm_type, cfg_renorm_min)
         contexts = {"full": gen_context["past_key_values"]}

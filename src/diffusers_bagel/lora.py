@@ -19,7 +19,7 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, other_tensors
-from transformers_bagel.adapters import adapted_layers, strength_settings
+from transformers_bagel.adapters import adapted_layers, keep_few_steps_of_merged, strength_settings
 from transformers_bagel.checkpoints import module_name, read_json
 from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
@@ -27,7 +27,14 @@ from transformers_bagel.files import HUB_ARGUMENTS
 from transformers_bagel.weights import check_no_model
 
 from .adapter_scale import lora_layers
-from .few_steps import FewSteps, few_steps_in_effect, keep, values_of, without_few_steps
+from .few_steps import (
+    FewSteps,
+    few_steps_in_effect,
+    keep,
+    note_strength_of_merged,
+    values_of,
+    without_few_steps,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -156,11 +163,12 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """
         if not is_peft_available():
             raise ValueError("`load_lora_weights` needs peft: `pip install peft`.")
+        _check_is_model(getattr(self.transformer, "_orig_mod", self.transformer))
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
         few_steps = FewSteps.from_metadata(metadata, SOURCE)
-        # Before the layers are changed, and before anything is said.
+        # Before its layers are others.
         is_of_this_model = few_steps is None or few_steps.is_of(values_of(self.transformer))
         before = set(getattr(self.transformer, "peft_config", {}))
         self.load_lora_into_transformer(
@@ -175,11 +183,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         )
         # Another than the one that was asked for only where none was.
         name = str(next(iter(set(self.transformer.peft_config) - before), adapter_name))
-        keep(self.transformer, name, few_steps)
         if few_steps is not None:
-            few_steps.introduce(
-                name, is_of_this_model, is_active=self.few_steps is few_steps, scheduler=self.scheduler
-            )
+            is_active = name in few_steps_in_effect(self.transformer)
+            few_steps.introduce(name, is_of_this_model, is_active, self.scheduler)
 
     @classmethod
     def load_lora_into_transformer(
@@ -198,6 +204,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         _check_is_model(transformer)
         weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in state_dict.items()}
         config = lora_config(weights, metadata, transformer.name_or_path)
+        few_steps = FewSteps.from_metadata(metadata, SOURCE)
         adapters = getattr(transformer, "peft_config", {})
         if adapter_name is None and not hotswap:
             names = (f"default_{index}" for index in itertools.count(len(adapters)))
@@ -220,6 +227,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 )
             except ValueError as error:
                 raise ValueError(f"{SOURCE}: {error} Nothing was loaded.") from error
+        keep(transformer, str(adapter_name), few_steps)
 
     @classmethod
     def save_lora_weights(
@@ -282,6 +290,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
         super().fuse_lora(components, *args, **kwargs)
+        note_strength_of_merged(self.transformer)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
@@ -294,8 +303,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         """Remove all adapters. What was fused stays in the weights, and of few steps in `transformer.config.few_steps`."""
         _check_is_model(self.transformer)
         self.__dict__.pop("_unfused_scalings", None)
-        if any(layer.merged for layer in lora_layers(self.transformer)) and self.few_steps is not None:
-            self.transformer.config.few_steps = self.few_steps.merged()
+        keep_few_steps_of_merged(self.transformer, list(getattr(self.transformer, "peft_config", {})))
         super().unload_lora_weights()
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:

@@ -28,6 +28,7 @@ from .adapter_scale import check_adapter_scale
 from .compiling import CompileMixin
 from .contexts import BagelContext, ContextReader
 from .denoising import Denoiser, DenoisingLoop
+from .few_steps import FewSteps
 from .guidance import EDITING, TEXT_TO_IMAGE, BagelGuidance
 from .inputs import (
     MAX_IMAGES_PER_PROMPT,
@@ -246,6 +247,8 @@ class BagelPipeline(CheckedDownloadMixin, DiffusionPipeline, BagelLoraLoaderMixi
         config = getattr(getattr(self, "transformer", None), "config", None)
         if config is not None and not config.visual_gen:
             raise ValueError("`transformer` cannot draw: it was loaded without `visual_gen=True`.")
+        if (few_steps := getattr(config, "few_steps", None)) is not None:
+            FewSteps.from_settings(few_steps, "`config.few_steps` of the transformer")
 
     def check_inputs(
         self,

@@ -114,9 +114,10 @@ def with_defaults(method: Callable) -> Callable:
         preset = given.pop("preset", None)
         few_steps = self.few_steps_of(given.get("attention_kwargs"))
         settings = {} if preset is None else find_preset(preset).of_pipeline(self.transformer.config)
-        return method(
-            **merged(settings if few_steps is None else few_steps.over(settings, given, self.scheduler), given)
-        )
+        if few_steps is not None:
+            settings = few_steps.over(settings, given, self.scheduler)
+            few_steps.warn_of(given, self.scheduler)
+        return method(**merged(settings, given))
 
     return called
 

@@ -21,6 +21,7 @@ from transformers_bagel.segments import check_conversation
 from .answering import CONTEXTS, Answer, AnswerSettings, Interrupted, SessionEvent, Steps
 from .contexts import BagelContext, ContextReader
 from .conversation import Conversation
+from .few_steps import FewSteps
 from .inputs import check_flag, check_guidance, check_guidance_tolerance, check_whole_number, with_residual_dtype
 from .presets import find_preset, merged
 from .protocols import PROTOCOLS, InterleaveProtocol, protocol_of
@@ -329,7 +330,9 @@ class BagelSession:
         self._began_at = time.monotonic()
         if output not in OUTPUTS:
             raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
-        output, settings = self._with_defaults(output, settings)
+        given, (output, settings) = settings, self._with_defaults(output, settings)
+        if (few_steps := self._few_steps(output, given)) is not None:
+            few_steps.warn_of(given, self.pipe.scheduler)
         if output != "text" and not self.pipe.transformer.config.visual_gen:
             raise ValueError('`output` must be "text": the transformer was loaded without `visual_gen=True`.')
         message = {"role": "user", "content": _parts(content)}
@@ -349,10 +352,12 @@ class BagelSession:
             preset = find_preset(name)
             output = preset.output if output == "auto" else output
             settings = preset.of_session(self.pipe.transformer.config)
-        few_steps = self.pipe.few_steps_of(given.get("attention_kwargs"))
-        if few_steps is not None and output != "text":
+        if (few_steps := self._few_steps(output, given)) is not None:
             settings = few_steps.over(settings, given, self.pipe.scheduler)
         return output, merged(settings, given)
+
+    def _few_steps(self, output: str, given: dict[str, Any]) -> FewSteps | None:
+        return None if output == "text" else self.pipe.few_steps_of(given.get("attention_kwargs"))
 
     def _settings(self, given: dict[str, Any]) -> AnswerSettings:
         """Settings of an answer: the caller's, else the protocol's, else those of every session."""

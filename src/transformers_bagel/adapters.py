@@ -201,6 +201,7 @@ class BagelAdapterMixin(PeftAdapterMixin):
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """See [`transformers.integrations.PeftAdapterMixin.delete_adapter`]. The last one leaves plain layers."""
+        keep_few_steps_of_merged(self, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().delete_adapter(adapter_names)
         remove_empty_layers(self)
 
@@ -246,6 +247,19 @@ def _swap_adapter(model: Any, adapter_name: str, config: Any, weights: dict[str,
 
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
     hotswap_adapter_from_state_dict(model, lora_parameters(weights, adapter_name), adapter_name, config)
+    # They were the other one's.
+    vars(model.peft_config[adapter_name]).pop("few_steps", None)
+
+
+def keep_few_steps_of_merged(model: Any, adapter_names: Iterable[str]) -> None:
+    """Write into the configuration how the first of these adapters wants to be drawn with that is in the weights and was made for few
+    steps: the adapters go, and what was merged of them stays."""
+    merged = {name for layer in adapted_layers(model).values() for name in getattr(layer, "merged_adapters", [])}
+    for name in adapter_names:
+        own = vars(model.peft_config[name]) if name in merged else {}
+        if own.get("few_steps") is not None and own.get("merged_strength", 1.0):
+            model.config.few_steps = own["few_steps"].merged()
+            return
 
 
 def settle_adapter(model: nn.Module, adapter_name: str) -> None:

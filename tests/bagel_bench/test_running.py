@@ -14,7 +14,9 @@ from PIL import Image
 
 from bagel_bench import read_pictures, running
 from bagel_bench.folder import RunFolder
+from bagel_cli import main
 from diffusers_bagel import PRESETS, BagelPipeline
+from diffusers_bagel.few_steps import FewSteps
 from tests.bagel_bench.conftest import (
     GENEVAL,
     pictures_of,
@@ -190,6 +192,32 @@ def test_the_report_holds_settings_versions_and_times(finished):
     assert report["versions"] == running.versions() and report["device"] == "cpu" and report["dtype"] == "float32"
     assert 0 < report["time"]["pipeline_seconds"] <= report["time"]["seconds"]
     assert report["pictures"] == 10 and report["skipped"] == {}
+
+
+@pytest.mark.parametrize(("asked", "steps"), [([], 3), (["--steps", "2"], 2)], ids=["its own", "asked for"])
+def test_the_report_says_in_which_few_steps_a_model_drew(asked, steps, saved, tmp_path, capsys):
+    pipe = BagelPipeline.from_pretrained(saved)
+    pipe.transformer.config.few_steps = FewSteps(3, [1.0, 0.6, 0.3], 1.0, 1.0, 5.0).merged()
+    pipe.save_pretrained(tmp_path / "model")
+    prompts = write_lines(tmp_path / "prompts.jsonl", GENEVAL[:1])
+    place = ["--prompts", str(prompts), "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model")]
+    assert main(["bench", "geneval", *place, "--samples", "1", "--dtype", "float32", *asked]) == 0
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert (settings["num_inference_steps"], settings["guidance_scale"], settings["timestep_shift"]) == (
+        steps,
+        1.0,
+        5.0,
+    )
+    assert settings.get("sigmas") == ([1.0, 0.6, 0.3] if steps == 3 else None)
+    record = records_of(tmp_path / "out")[0]
+    generator = torch.Generator().manual_seed(record["seeds"][0])
+    drawn = BagelPipeline.from_pretrained(tmp_path / "model")(
+        record["prompt"], generator=generator, **settings
+    ).images[0]
+    difference = np.asarray(drawn, dtype=int) - np.asarray(
+        Image.open(tmp_path / "out" / "images" / record["file"]), dtype=int
+    )
+    assert abs(difference).max() <= 1
 
 
 def test_checkpoints_differ_by_their_weights_and_not_by_their_place(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bagel_cli import fitting, main
 from bagel_cli.files import CommandError, save_picture
+from diffusers_bagel.few_steps import FewSteps
 from tests.conftest import CHECKPOINT, golden_image, load_model
 from tests.quantization import torchao_int8
 from transformers_bagel import BagelConfig
@@ -229,6 +230,17 @@ def test_info_tells_what_a_repository_holds_and_what_would_fit(layout, saved, me
     assert ("corrected: max_latent_size is 4, and 8 by the files" in said) == (layout == "original")
     assert "sees and draws" in said and "with 1.0 MB free" in said
     assert "bfloat16: 1.4 MB to draw, too much; 0.9 MB to answer, fits" in said
+
+
+def test_info_tells_in_which_few_steps_a_model_draws(tmp_path, capsys):
+    for file in CHECKPOINT.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = BagelConfig.from_pretrained(CHECKPOINT)
+    config.few_steps = FewSteps(3, [1.0, 0.6, 0.3], 1.0, 1.0, 3.0).merged()
+    (tmp_path / "config.json").unlink()
+    config.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "by default it draws in 3 steps, of an adapter that is in the weights" in capsys.readouterr().out
 
 
 def test_info_of_rounded_weights_offers_no_other_rounding(tmp_path, memory, capsys):

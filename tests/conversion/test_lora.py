@@ -96,7 +96,9 @@ def test_coarse_weights_are_summed_in_float32(repository, tmp_path):
 
 @pytest.mark.parametrize("layout", ["flat", "in parts"])
 @pytest.mark.parametrize(("scales", "steps"), [(["1", "1"], 3), (["0", "1"], 2), (["1", "0"], 3)], ids=str)
-def test_a_merge_draws_in_the_steps_that_its_first_lora_was_made_for(layout, scales, steps, repository, tmp_path):
+def test_a_merge_draws_in_the_steps_that_its_first_lora_was_made_for(
+    layout, scales, steps, repository, tmp_path, capsys
+):
     source = repository
     if layout == "in parts":
         source = tmp_path / "repository"
@@ -105,6 +107,20 @@ def test_a_merge_draws_in_the_steps_that_its_first_lora_was_made_for(layout, sca
     command = [str(source), str(tmp_path / "merged"), "--loras", *loras, "--scales", *scales]
     assert merge_lora(command) == 0
     assert len(steps_of(pipe_of(tmp_path / "merged"))) == steps
+    told = capsys.readouterr()
+    assert f"By default it draws in {steps} steps." in told.out and "other weights" not in told.err
+    assert ("were each made for few steps" in told.err) == (scales == ["1", "1"])
+    assert f"draw in {steps} steps, guidance included" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_merge_of_a_merge_keeps_the_steps_and_tells_what_is_of_another_model(repository, tmp_path, capsys):
+    lora, plain = save_adapter(tmp_path / "lora", 3), save_peft(tmp_path / "plain")
+    assert merge_lora([str(repository), str(tmp_path / "once"), "--loras", lora]) == 0
+    assert merge_lora([str(tmp_path / "once"), str(tmp_path / "twice"), "--loras", plain]) == 0
+    assert capsys.readouterr().out.count("By default it draws in 3 steps.") == 2
+    assert len(steps_of(pipe_of(tmp_path / "twice"))) == 3
+    assert merge_lora([str(tmp_path / "once"), str(tmp_path / "thrice"), "--loras", lora]) == 0
+    assert "was made for a model with other weights" in capsys.readouterr().err
 
 
 def test_a_few_step_lora_keeps_its_steps_from_format_to_format(tmp_path):

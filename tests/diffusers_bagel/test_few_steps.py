@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import accelerate
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from diffusers_bagel import BagelPipeline, BagelSession
 from diffusers_bagel.few_steps import FewSteps
 from diffusers_bagel.inferencer import InterleaveInferencer
-from tests.conftest import load_model, load_processor
+from diffusers_bagel.lora import lora_config
+from tests.conftest import load_model, load_processor, max_error
 from tests.diffusers_bagel.test_lora import make_pipe, save_peft
 from tests.transformers_bagel.test_adapters import randomise
 
@@ -243,6 +245,90 @@ def test_a_scale_of_0_in_a_call_leaves_the_plain_model(quick):
     assert sum(event.type == "preview" for event in session.stream(PROMPT, output="image", **settings)) == 48
 
 
+def test_a_scale_of_0_leaves_what_is_fused(quick):
+    quick.fuse_lora()
+    assert len(steps_of(quick, attention_kwargs={"scale": 0.0})) == 3
+
+
+def test_a_scale_of_0_is_of_one_call_alone(quick):
+    """peft has one number a layer, which is that of a call while it is in its forwards."""
+    found = []
+
+    def ask(*_) -> None:
+        found.append(pool.submit(lambda: quick.few_steps))
+        wait(found, timeout=0.05)
+
+    with ThreadPoolExecutor() as pool:
+        quick.transformer.register_forward_pre_hook(ask)
+        drawn(quick, attention_kwargs={"scale": 0.0}, num_inference_steps=2)
+        assert found and all(asked.result() is not None for asked in found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: (pipe.fuse_lora(), pipe.set_adapters("x", 0.0)),
+        lambda pipe: (pipe.fuse_lora(lora_scale=0.0), pipe.set_adapters("x", 1.0)),
+        lambda pipe: (pipe.fuse_lora(), pipe.delete_adapters("x")),
+        lambda pipe: (pipe.fuse_lora(lora_scale=0.0), pipe.delete_adapters("x")),
+        lambda pipe: (pipe.fuse_lora(), pipe.transformer.delete_adapter("x")),
+        lambda pipe: (pipe.set_adapters("x", 0.0), pipe.fuse_lora(), pipe.unload_lora_weights()),
+        lambda pipe: pipe.delete_adapters("x"),
+    ],
+    ids=["weight 0 later", "weight 1 later", "deleted", "nothing fused, deleted", "by the model", "weight 0", "off"],
+)
+@pytest.mark.parametrize("is_unloaded", [False, True], ids=["", "unloaded"])
+def test_the_steps_are_those_of_what_is_in_the_weights(change, is_unloaded, adapter):
+    by_hand = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    pipe = make_pipe()
+    plain = drawn(pipe, **by_hand)
+    pipe.load_lora_weights(adapter, adapter_name="x")
+    change(pipe)
+    if is_unloaded:
+        pipe.unload_lora_weights()
+    is_adapted = max_error(drawn(pipe, **by_hand), plain) > 1e-2
+    assert len(steps_of(pipe)) == (3 if is_adapted else 49)
+
+
+def test_what_goes_unfused_beside_a_fused_one_leaves_nothing(adapter, tmp_path):
+    plain = save_peft(tmp_path, target_modules=r".*mlp\.down_proj")
+    pipe = make_pipe()
+    pipe.load_lora_weights(plain, adapter_name="plain")
+    pipe.load_lora_weights(adapter, adapter_name="three")
+    pipe.set_adapters(["plain", "three"])
+    pipe.fuse_lora(adapter_names=["plain"])
+    pipe.unload_lora_weights()
+    assert pipe.transformer.config.few_steps is None and len(steps_of(pipe)) == 49
+
+
+def test_the_models_own_swap_takes_the_steps_away(quick, tmp_path):
+    weights, metadata = BagelPipeline.lora_state_dict(
+        save_peft(tmp_path, r=4, lora_alpha=4), return_lora_metadata=True
+    )
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    config = lora_config(weights, metadata, None)
+    quick.transformer.load_adapter(
+        adapter_name="default_0", adapter_state_dict=weights, peft_config=config, hotswap=True
+    )
+    assert quick.few_steps is None
+
+
+def test_loaded_into_a_transformer_it_has_its_steps(adapter):
+    pipe = make_pipe()
+    weights, metadata = BagelPipeline.lora_state_dict(adapter, return_lora_metadata=True)
+    BagelPipeline.load_lora_into_transformer(weights, pipe.transformer, metadata=metadata)
+    assert len(steps_of(pipe)) == 3
+
+
+@pytest.mark.parametrize("settings", [{}, {"colour": 1}, {"sigmas": [1.0]}, {"timestep_shift": "3"}], ids=str)
+def test_a_model_with_broken_settings_makes_no_pipeline(settings, quick):
+    right = quick.few_steps.merged()
+    model = load_model()
+    model.config.few_steps = right | settings if settings else settings
+    with pytest.raises(ValueError, match="`config.few_steps` of the transformer: the settings of a few-step adapter"):
+        make_pipe(model)
+
+
 def test_a_fuse_that_fails_changes_nothing(quick):
     with pytest.raises(ValueError, match="vae"):
         quick.fuse_lora(components=["vae"])
@@ -343,10 +429,27 @@ def test_of_a_model_of_which_one_layer_differs_is_said(layer, adapter, said):
     assert "made for a model with other weights" in said.text
 
 
-def test_beside_another_adapter_the_model_is_the_same(quick, adapter, said):
-    said.clear()
-    quick.load_lora_weights(adapter, adapter_name="again")
-    assert "other weights" not in said.text
+@pytest.mark.parametrize("change", [1.0, 1.05])
+@pytest.mark.parametrize("kind", ["plain", "beside another adapter", "compiled", "float16"])
+def test_the_model_is_compared_as_it_is_without_adapters_in_any_form(kind, change, adapter, said):
+    model = load_model(dtype=torch.float16 if kind == "float16" else torch.float32)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight *= change
+    pipe = make_pipe(model)
+    if kind == "beside another adapter":
+        pipe.load_lora_weights(adapter, adapter_name="another")
+        said.clear()
+    if kind == "compiled":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    pipe.load_lora_weights(adapter)
+    assert ("other weights" in said.text) == (change != 1)
+
+
+def test_weights_of_one_byte_tell_nothing_of_their_model(adapter, said):
+    pipe = make_pipe()
+    pipe.enable_layerwise_casting()
+    pipe.load_lora_weights(adapter)
+    assert "draws in 3 steps" in said.text and "other weights" not in said.text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_bagel import BagelPipeline
+from diffusers_bagel.few_steps import FewSteps
 from tests.conftest import run_snippets
 from tests.examples.conftest import (
     PROMPT,
@@ -28,7 +29,7 @@ from tests.examples.conftest import (
     saved_weights,
     validation_picture,
 )
-from transformers_bagel import BagelProcessor
+from transformers_bagel import BagelConfig, BagelProcessor
 from transformers_bagel.training.freezing import FREEZABLE_PARTS
 
 
@@ -323,6 +324,16 @@ def test_accumulation_is_the_same_batch_in_parts(train, conversations, tmp_path)
     apart, together = map(last_metrics, runs)
     for name in ("loss", "ce_loss", "mse_loss", "grad_norm"):
         assert apart[name] == pytest.approx(together[name], rel=1e-4)
+
+
+def test_few_steps_of_the_base_are_left_out_aloud(train, checkpoint, tmp_path, caplog):
+    """A training that knows nothing of them would not keep them right."""
+    pipe = BagelPipeline.from_pretrained(checkpoint)
+    pipe.transformer.config.few_steps = FewSteps(3, [1.0, 0.6, 0.3], 1.0, 1.0, 3.0).merged()
+    pipe.save_pretrained(tmp_path / "base")
+    train(train_full, tmp_path / "out", pretrained_model_name_or_path=tmp_path / "base", max_train_steps=1)
+    assert "The model draws in 3 steps, of an adapter that is in its weights" in caplog.text
+    assert BagelConfig.from_pretrained(tmp_path / "out" / "transformer").few_steps is None
 
 
 def test_epochs_instead_of_steps(train, tmp_path):

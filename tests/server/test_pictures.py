@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import openai
 import pytest
@@ -96,7 +98,7 @@ def test_partial_images_are_streamed_before_the_picture(kind, client):
 
 
 def test_partial_images_are_as_many_of_an_adapter_of_few_steps(client, pipe, monkeypatch):
-    monkeypatch.setattr(type(pipe), "few_steps", FewSteps.of(pipe, 3))
+    monkeypatch.setattr(pipe.transformer.config, "few_steps", FewSteps.of(pipe, 3).merged())
     events = list(client.images.generate(prompt="x", partial_images=2, size="64x48", stream=True))
     kinds = [event.type.rpartition(".")[2] for event in events]
     assert kinds == ["progress", "partial_image"] * 2 + ["progress", "completed"]
@@ -104,6 +106,17 @@ def test_partial_images_are_as_many_of_an_adapter_of_few_steps(client, pipe, mon
     asked = {"input": "x", "tools": [tool], "tool_choice": "required", "stream": True}
     kinds = [event.type.rpartition(".")[2] for event in client.responses.create(**asked)]
     assert kinds.count("partial_image") == 1
+
+
+def test_what_is_asked_for_against_few_steps_is_told_once(client, pipe, monkeypatch, caplog):
+    monkeypatch.setattr(pipe.transformer.config, "few_steps", FewSteps.of(pipe, 3).merged())
+    logging.getLogger("diffusers").propagate = logging.getLogger("diffusers_bagel.few_steps").propagate = True
+    client.images.generate(prompt="x", size="64x48", extra_body={"num_inference_steps": 2, "guidance_scale": 3.0})
+    told = [record.getMessage() for record in caplog.records if record.name == "diffusers_bagel.few_steps"]
+    assert [message.split(", and")[0] for message in told] == [
+        "`guidance_scale` is 3",
+        "The adapter was made for 3 steps",
+    ]
 
 
 @pytest.mark.parametrize(
