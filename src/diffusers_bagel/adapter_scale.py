@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,8 +17,8 @@ from .inputs import check_number
 
 logger = logging.get_logger(__name__)
 
-# Of each model.
-_locks: WeakKeyDictionary[torch.nn.Module, Lock] = WeakKeyDictionary()
+# Of each model. What a forward calls back may ask for the adapters.
+_locks: WeakKeyDictionary[torch.nn.Module, RLock] = WeakKeyDictionary()
 _locks_lock = Lock()
 
 
@@ -83,7 +83,7 @@ def lora_layers(model: torch.nn.Module) -> list[Any]:
     return [layer for layer in adapted_layers(model).values() if hasattr(layer, "scaling")]
 
 
-def lock_of(model: torch.nn.Module) -> Lock:
+def lock_of(model: torch.nn.Module) -> RLock:
     """What is held while the layers of a model have the numbers of one call."""
     with _locks_lock:
-        return _locks.setdefault(getattr(model, "_orig_mod", model), Lock())
+        return _locks.setdefault(getattr(model, "_orig_mod", model), RLock())

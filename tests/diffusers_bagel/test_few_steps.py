@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import accelerate
@@ -262,6 +263,15 @@ def test_a_scale_of_0_is_of_one_call_alone(quick):
         quick.transformer.register_forward_pre_hook(ask)
         drawn(quick, attention_kwargs={"scale": 0.0}, num_inference_steps=2)
         assert found and all(asked.result() is not None for asked in found)
+
+
+def test_what_a_forward_calls_back_may_ask_for_them(quick):
+    quick.transformer.register_forward_pre_hook(lambda *_: asked.append(quick.few_steps))
+    asked: list[FewSteps | None] = []
+    thread = threading.Thread(target=drawn, args=(quick,), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive() and asked[-1] == quick.few_steps
 
 
 @pytest.mark.parametrize(
