@@ -250,10 +250,14 @@ def test_the_same_seed_draws_the_same_and_a_new_one_another(visit):
 
 def test_a_preset_fills_the_settings_and_is_written_into_the_picture(visit):
     visitor = visit()
+    visitor.choose()
     visitor.page.get_by_label("Preset").click()
     visitor.page.get_by_role("option", name="dpg").click()
     weight = visitor.page.get_by_label("number input for Weight of the text")
+    steps = visitor.page.get_by_label("number input for Steps of a picture")
+    # The page takes one setting after the other: what is typed before the last one would be written over.
     sync_api.expect(weight).to_have_value("3")
+    sync_api.expect(steps).to_have_value("49")
     sync_api.expect(visitor.page.locator("#preset")).to_contain_text("DPG-Bench")
     visitor.choose()
     visitor.ask(CIRCLE)
