@@ -306,10 +306,10 @@ def few_step_rows(evaluation: Evaluation, adapter: str) -> tuple[dict[str, float
 
     # What cannot be loaded is said now, not behind the pictures of the model without it.
     pipe.load_lora_weights(adapter)
-    pipe.unload_lora_weights()
+    pipe.disable_lora()
     for steps in (STEPS, 49):
         add(f"{steps}_plain_steps", num_inference_steps=steps)
-    pipe.load_lora_weights(adapter)
+    pipe.enable_lora()
     for steps in FEW_STEPS:
         add(f"{steps}_steps", num_inference_steps=steps, guidance_scale=1.0, image_guidance_scale=1.0)
     return table, forwards
@@ -344,11 +344,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--few_steps", metavar="ADAPTER", help="a folder: of its drawings alone, in each number of steps"
     )
-    parser.add_argument("--json", help="write the table here")
+    parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args(arguments)
     if args.num < 1:
         parser.error(f"--num must be at least 1, got {args.num}.")
-    if args.json and not _can_be_written(Path(args.json)):
+    if args.json and not _can_be_written(args.json):
         parser.error(f"--json must be a file in a folder that is there and can be written to, got '{args.json}'.")
     start = time.perf_counter()
     pipe = BagelPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
         results: dict[str, Any] = {"num": args.num, "seed": args.seed} | table
         if forwards:
             results["forwards"] = forwards
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

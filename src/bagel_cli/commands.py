@@ -131,12 +131,7 @@ def bench(options: argparse.Namespace) -> None:
     given = _drawing_settings(options) | {"preset": preset}
     with _told(options):
         checkpoint = _checkpoint(options)
-        name, subfolder = _place(options, "transformer")
-        few_steps = BagelConfig.from_pretrained(name, **subfolder).few_steps
-        drawing = dict(PRESETS[preset].settings)
-        if few_steps is not None:
-            few_steps = FewSteps.from_settings(few_steps, "`few_steps` in config.json")
-            drawing = few_steps.over(drawing, given, FlowMatchEulerDiscreteScheduler())
+        drawing = dict(PRESETS[preset].settings) | _few_steps(options, given)
     settings = {
         "benchmark": options.benchmark,
         "settings": drawing | given,
@@ -170,6 +165,17 @@ def _drawing_settings(options: argparse.Namespace) -> dict[str, Any]:
     names = ("height", "width", "guidance_scale", "image_guidance_scale", "guidance_tolerance", "preset", "think")
     settings = {name: getattr(options, name) for name in names} | {"num_inference_steps": options.steps}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _few_steps(options: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
+    """What a model of few steps draws with beside what was asked for; nothing of others."""
+    name, subfolder = _place(options, "transformer")
+    settings = BagelConfig.from_pretrained(name, **subfolder).few_steps
+    if settings is None:
+        return {}
+    return FewSteps.from_settings(settings, "`few_steps` in config.json").over(
+        {}, given, FlowMatchEulerDiscreteScheduler()
+    )
 
 
 def _checkpoint(options: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device
 from diffusers.utils import logging
 from torch import nn
 
+from transformers_bagel.adapters import adapter_notes, merged_adapters
 from transformers_bagel.errors import shown
 
 from .adapter_scale import lock_of, lora_layers
@@ -195,40 +196,40 @@ class FewSteps:
         )
 
 
-def few_steps_in_effect(transformer: Any, attention_kwargs: Any = None) -> dict[str, FewSteps]:
+def few_steps_of(transformer: Any, attention_kwargs: Any = None) -> FewSteps | None:
     """
-    How the adapters that a model draws with want it, by their names, of those that want something; else what the model's
-    configuration says, of an adapter that was merged into its weights.
+    How a model wants to be drawn with: as the first adapter of few steps that it draws with; else as its configuration says, of one
+    that was merged into its weights.
 
     Args:
         transformer ([`BagelForConditionalGeneration`])
         attention_kwargs (`dict`, *optional*): Of a call, whose `scale` of 0 leaves adapters out that are not fused.
     """
-    known = {name: vars(config) for name, config in _configs(transformer).items() if vars(config).get("few_steps")}
-    if known:
-        is_off = isinstance(attention_kwargs, dict) and attention_kwargs.get("scale") == 0
-        # In the forward of another call the layers have its `scale`.
-        with lock_of(transformer):
-            names = dict.fromkeys(
-                name for layer in lora_layers(transformer) for name in _in_effect(layer, is_off, known)
-            )
-        if names:
-            return {name: known[name]["few_steps"] for name in names}
     settings = getattr(getattr(transformer, "config", None), "few_steps", None)
-    return {} if settings is None else {"": FewSteps.from_settings(settings, "`config.few_steps`")}
+    own = None if settings is None else FewSteps.from_settings(settings, "`config.few_steps`")
+    return next(iter(few_steps_in_effect(transformer, attention_kwargs).values()), own)
 
 
-def keep(transformer: Any, name: str, few_steps: FewSteps | None) -> None:
-    """Let the settings of a loaded adapter, with which it goes, say what its file said."""
-    vars(_configs(transformer)[name])["few_steps"] = few_steps
+def few_steps_in_effect(transformer: Any, attention_kwargs: Any = None) -> dict[str, FewSteps]:
+    """How the adapters that a model draws with want it, by their names, of those that were made for few steps; see
+    [`few_steps_of`]."""
+    names = getattr(transformer, "peft_config", {})
+    known = {name: notes for name in names if (notes := adapter_notes(transformer, name)).get("few_steps")}
+    if not known:
+        return {}
+    is_off = isinstance(attention_kwargs, dict) and attention_kwargs.get("scale") == 0
+    # In the forward of another call the layers have its `scale`.
+    with lock_of(transformer):
+        found = dict.fromkeys(name for layer in lora_layers(transformer) for name in _in_effect(layer, is_off, known))
+    return {name: known[name]["few_steps"] for name in found}
 
 
-def note_strength_of_merged(transformer: Any) -> None:
-    """Write down how strong adapters were when they were merged: weights that are set later change nothing of them."""
-    for name, config in _configs(transformer).items():
+def note_strength_of_merged(transformer: Any, but: set[str]) -> None:
+    """Write down how strong the adapters are that were merged just now, behind others: weights that are set later change nothing of
+    them."""
+    for name in merged_adapters(transformer) - but:
         strengths = [abs(layer.scaling[name]) for layer in lora_layers(transformer) if name in layer.merged_adapters]
-        if strengths:
-            vars(config)["merged_strength"] = max(strengths)
+        adapter_notes(transformer, name)["merged_strength"] = max(strengths)
 
 
 def without_few_steps(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -251,10 +252,6 @@ def values_of(transformer: Any) -> dict[str, list[float]]:
                     first = weight.flatten()[:SAMPLE_SIZE]
                     values[name.removesuffix(".base_layer")] = first.bfloat16().float().tolist()
     return values
-
-
-def _configs(transformer: Any) -> dict[str, Any]:
-    return getattr(transformer, "peft_config", {})
 
 
 def _in_effect(layer: Any, is_off: bool, known: Mapping[str, Any]) -> list[str]:

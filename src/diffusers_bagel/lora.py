@@ -19,7 +19,13 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from transformers_bagel.adapter_checks import PEFT_PREFIX, adapter_config, check_settings, other_tensors
-from transformers_bagel.adapters import adapted_layers, keep_few_steps_of_merged, strength_settings
+from transformers_bagel.adapters import (
+    adapted_layers,
+    adapter_notes,
+    keep_few_steps_of_merged,
+    merged_adapters,
+    strength_settings,
+)
 from transformers_bagel.checkpoints import module_name, read_json
 from transformers_bagel.destinations import destination
 from transformers_bagel.errors import shown
@@ -30,7 +36,7 @@ from .adapter_scale import lora_layers
 from .few_steps import (
     FewSteps,
     few_steps_in_effect,
-    keep,
+    few_steps_of,
     note_strength_of_merged,
     values_of,
     without_few_steps,
@@ -65,7 +71,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
 
     def few_steps_of(self, attention_kwargs: dict[str, Any] | None) -> FewSteps | None:
         """`few_steps` of a call, whose `scale` of 0 leaves out adapters that are not fused."""
-        return next(iter(few_steps_in_effect(self.transformer, attention_kwargs).values()), None)
+        return few_steps_of(self.transformer, attention_kwargs)
 
     @classmethod
     def lora_state_dict(
@@ -227,7 +233,7 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
                 )
             except ValueError as error:
                 raise ValueError(f"{SOURCE}: {error} Nothing was loaded.") from error
-        keep(transformer, str(adapter_name), few_steps)
+        adapter_notes(transformer, str(adapter_name))["few_steps"] = few_steps
 
     @classmethod
     def save_lora_weights(
@@ -289,8 +295,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
         scalings = {layer: dict(layer.scaling) for layer in lora_layers(self.transformer)}
         # A second fuse must not take the scale of the first one for the adapters' own.
         self._unfused_scalings = scalings | getattr(self, "_unfused_scalings", {})
+        before = merged_adapters(self.transformer)
         super().fuse_lora(components, *args, **kwargs)
-        note_strength_of_merged(self.transformer)
+        note_strength_of_merged(self.transformer, but=before)
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """See [`~loaders.LoraBaseMixin.unfuse_lora`]. The `lora_scale` of the fuse is forgotten, too."""
@@ -309,11 +316,9 @@ class BagelLoraLoaderMixin(LoraBaseMixin):
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """See [`~loaders.LoraBaseMixin.set_adapters`]."""
         super().set_adapters(adapter_names, adapter_weights)
-        first, *others = few_steps_in_effect(self.transformer) or [""]
-        if others:
+        if len(found := list(few_steps_in_effect(self.transformer))) > 1:
             logger.warning(
-                f"The adapters {', '.join(map(repr, (first, *others)))} were each made for few steps: drawings have those of "
-                f"'{first}'."
+                f"The adapters {', '.join(map(repr, found))} were each made for few steps: drawings have those of '{found[0]}'."
             )
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:

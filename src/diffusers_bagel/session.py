@@ -330,7 +330,8 @@ class BagelSession:
         self._began_at = time.monotonic()
         if output not in OUTPUTS:
             raise ValueError(f"`output` must be one of {', '.join(OUTPUTS)}, got {shown(output)}.")
-        given, (output, settings) = settings, self._with_defaults(output, settings)
+        given = settings
+        output, settings = self._with_defaults(output, given)
         if (few_steps := self._few_steps(output, given)) is not None:
             few_steps.warn_of(given, self.pipe.scheduler)
         if output != "text" and not self.pipe.transformer.config.visual_gen:

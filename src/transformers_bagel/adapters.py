@@ -247,18 +247,29 @@ def _swap_adapter(model: Any, adapter_name: str, config: Any, weights: dict[str,
 
     check_hotswap_configs_compatible(model.peft_config[adapter_name], config)
     hotswap_adapter_from_state_dict(model, lora_parameters(weights, adapter_name), adapter_name, config)
-    # They were the other one's.
-    vars(model.peft_config[adapter_name]).pop("few_steps", None)
+    # They were of the other one.
+    adapter_notes(model, adapter_name).clear()
+
+
+def adapter_notes(model: Any, adapter_name: str) -> dict[str, Any]:
+    """What is known of an adapter beside the settings that peft has: `few_steps`, how it wants to be drawn with, and
+    `merged_strength`. The notes lie with the settings, and go with them."""
+    return vars(model.peft_config[adapter_name]).setdefault("notes", {})
+
+
+def merged_adapters(model: nn.Module) -> set[str]:
+    """Names of the adapters that are in the weights of some layer."""
+    return {name for layer in adapted_layers(model).values() for name in getattr(layer, "merged_adapters", [])}
 
 
 def keep_few_steps_of_merged(model: Any, adapter_names: Iterable[str]) -> None:
     """Write into the configuration how the first of these adapters wants to be drawn with that is in the weights and was made for few
     steps: the adapters go, and what was merged of them stays."""
-    merged = {name for layer in adapted_layers(model).values() for name in getattr(layer, "merged_adapters", [])}
+    merged = merged_adapters(model)
     for name in adapter_names:
-        own = vars(model.peft_config[name]) if name in merged else {}
-        if own.get("few_steps") is not None and own.get("merged_strength", 1.0):
-            model.config.few_steps = own["few_steps"].merged()
+        notes = adapter_notes(model, name) if name in merged else {}
+        if notes.get("few_steps") is not None and notes.get("merged_strength", 1.0):
+            model.config.few_steps = notes["few_steps"].merged()
             return
 
 
@@ -336,13 +347,12 @@ def _what_is_not_saved(model: Any, name: str) -> str:
     base = model.peft_config[name].base_model_name_or_path
     lost = [f"the base model, which {f'is to be loaded from {base!r}' if base else 'has no name: save it apart'}"]
     lost += [f"the adapter '{other}'" for other in model.peft_config if other != name]
-    if vars(model.peft_config[name]).get("few_steps"):
+    if adapter_notes(model, name).get("few_steps"):
         lost.append("the steps that it was made for, which the pipeline's `save_lora_weights` takes as `few_steps`")
     layers = adapted_layers(model).values()
     if any(layer.disable_adapters for layer in layers):
         lost.append("that adapters are disabled: they will be enabled")
-    merged = {other for layer in layers for other in getattr(layer, "merged_adapters", [])} - {name}
-    if merged:
+    if merged := merged_adapters(model) - {name}:
         lost.append(f"the merged weights of {', '.join(sorted(merged))}")
     return f"Only the adapter '{name}' is saved, as the library does. Not saved: {'; '.join(lost)}."
 

@@ -279,13 +279,25 @@ def test_what_a_forward_calls_back_may_ask_for_them(quick):
     [
         lambda pipe: (pipe.fuse_lora(), pipe.set_adapters("x", 0.0)),
         lambda pipe: (pipe.fuse_lora(lora_scale=0.0), pipe.set_adapters("x", 1.0)),
+        lambda pipe: (pipe.fuse_lora(), pipe.set_adapters("x", 0.0), pipe.fuse_lora()),
+        lambda pipe: (pipe.fuse_lora(lora_scale=0.0), pipe.unfuse_lora(), pipe.fuse_lora()),
         lambda pipe: (pipe.fuse_lora(), pipe.delete_adapters("x")),
         lambda pipe: (pipe.fuse_lora(lora_scale=0.0), pipe.delete_adapters("x")),
         lambda pipe: (pipe.fuse_lora(), pipe.transformer.delete_adapter("x")),
         lambda pipe: (pipe.set_adapters("x", 0.0), pipe.fuse_lora(), pipe.unload_lora_weights()),
         lambda pipe: pipe.delete_adapters("x"),
     ],
-    ids=["weight 0 later", "weight 1 later", "deleted", "nothing fused, deleted", "by the model", "weight 0", "off"],
+    ids=[
+        "weight 0 later",
+        "weight 1 later",
+        "fused again",
+        "fused by 0 before",
+        "deleted",
+        "nothing fused, deleted",
+        "by the model",
+        "weight 0",
+        "off",
+    ],
 )
 @pytest.mark.parametrize("is_unloaded", [False, True], ids=["", "unloaded"])
 def test_the_steps_are_those_of_what_is_in_the_weights(change, is_unloaded, adapter):
