@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from tests.examples.conftest import (
     write_lines,
 )
 from tests.transformers_bagel.test_adapters import randomise
+from transformers_bagel import BagelForConditionalGeneration
 from transformers_bagel.segments import GENERATION_THINK_PROMPT
 
 
@@ -174,6 +177,25 @@ def test_prompts_alone_train_an_adapter_that_says_its_steps(train, defaults, pro
     assert pipe.few_steps.num_inference_steps == 2
     # What writes is as it was.
     assert all("_moe_gen" in name for name in saved_weights(output_dir))
+
+
+def test_teacher_and_student_are_one_model(train, prompts, tmp_path, monkeypatch):
+    """A training takes the memory of one, and of the adapter."""
+    made: weakref.WeakSet[BagelForConditionalGeneration] = weakref.WeakSet()
+    make, places = BagelForConditionalGeneration.__init__, Distillation.places
+    counts = []
+
+    def count(*args):
+        gc.collect()
+        counts.append(len(made))
+        return places(*args)
+
+    monkeypatch.setattr(
+        BagelForConditionalGeneration, "__init__", lambda self, *args: (make(self, *args), made.add(self))[0]
+    )
+    monkeypatch.setattr(Distillation, "places", count)
+    train(train_few_steps, tmp_path / "out", prompt_file=prompts, resolution=32, **SHORT)
+    assert set(counts) == {1}
 
 
 def test_a_dataset_of_drawings_edits_and_plans_trains(train, pictures, tmp_path):
