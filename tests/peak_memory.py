@@ -46,8 +46,6 @@ for loader in {loader for loader, *_ in json.loads(sys.argv[1]).values()}:
 peaks = {}
 for name, (loader, folder, arguments, limit) in json.loads(sys.argv[1]).items():
     gc.collect()
-    # Otherwise what the load before freed is counted as had before, and this one takes it again.
-    ctypes.CDLL(None).malloc_trim(0)
     addresses = -1 if limit is None else memory("VmSize:") + limit
     resource.setrlimit(resource.RLIMIT_AS, (addresses, -1))
     Path("/proc/self/clear_refs").write_text("5")
