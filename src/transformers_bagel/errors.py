@@ -22,3 +22,9 @@ def shown(value: Any) -> str:
     """A value as code, or the beginning of it: no message is filled with somebody's data."""
     text = _repr.repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def plain_error(error: Exception, message: str) -> Exception:
+    """A message as the built-in kind of another error, which any process can read."""
+    kinds = (TypeError, ValueError, OSError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)(message)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import threading
+
 import datasets
 import pytest
 import torch
+from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from tests.conftest import load_model, training_samples
+from tests.conftest import load_model, training_samples, turn
 from transformers_bagel import BagelDataLoader
 from transformers_bagel.training.trainer import BagelTrainer
 
@@ -61,6 +65,52 @@ def test_batches_of_a_stream_do_not_depend_on_workers_and_go_on_from_a_state(wor
     second.load_state_dict(first.state_dict())
     for given, wanted in zip([*begun, *ids(second, 2)], expected, strict=True):
         assert torch.equal(given, wanted)
+
+
+def broken_image() -> Image.Image:
+    """As `datasets` gives images: opened, and not yet read."""
+    content = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(content, "PNG")
+    return Image.open(io.BytesIO(content.getvalue()[:200]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_a_stream_that_cannot_be_read_are_those_of_their_sample(workers, collate):
+    def loader(**settings) -> BagelDataLoader:
+        broken = {"id": "seven", "messages": [turn("user", broken_image(), "what?"), turn("assistant", "nothing")]}
+        stream = Stream([*training_samples("talk", "look"), broken])
+        return BagelDataLoader(stream, collate(**settings), batch_size=1, num_workers=workers)
+
+    left_out = loader(on_error="skip")
+    given, expected = ids(left_out, 2), ids(BagelDataLoader(Stream(training_samples("talk", "look")), collate(), 1), 2)
+    assert all(torch.equal(*pair) for pair in zip(given, expected, strict=True))
+    (skipped,) = left_out.collator.skipped
+    assert skipped.name.startswith("sample 2") and "truncated" in skipped.reason
+    batches = iter(loader())
+    next(batches)
+    with pytest.raises(OSError, match="Sample 2.*truncated"):
+        next(batches)
+
+
+def test_a_sample_of_a_stream_that_no_worker_can_take_is_told(collate):
+    samples = [*training_samples("talk"), training_samples("talk")[0] | {"note": lambda: None}]
+    batches = iter(BagelDataLoader(Stream(samples), collate(), batch_size=1, num_workers=1))
+    with pytest.raises(RuntimeError, match="Sample 1: It cannot be handed to a worker.*lambda"):
+        next(batches)
+
+
+def test_images_of_a_stream_are_packed_for_workers_one_after_the_other(collate):
+    """Two threads at once would read an image that two samples share, which fails in one of them."""
+    threads = []
+
+    class Told(dict):
+        def __reduce__(self):
+            threads.append(threading.current_thread())
+            return dict, (dict(self),)
+
+    stream = Stream([Told(sample) for sample in training_samples(*NAMES)])
+    ids(BagelDataLoader(stream, collate(), batch_size=2, num_workers=2), 3)
+    assert len(threads) > 5 and set(threads) == {threading.current_thread()}
 
 
 def test_ranks_share_a_stream(collate):

@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from ..errors import shown
+from ..errors import plain_error, shown
 from ..latents import VAE_SAMPLE_MODES
 from ..processing_bagel import BagelProcessor
 from ..scalars import plain_numbers
@@ -241,9 +241,7 @@ class BagelDataCollator:
         """The note about a sample that cannot be used, or its error with the sample's name."""
         if self.on_error == "skip":
             return SkippedSample(name, str(error))
-        kinds = (TypeError, ValueError, OSError)
-        kind = next((base for base in kinds if isinstance(error, base)), RuntimeError)
-        raise kind(f"{name[0].upper()}{name[1:]}: {error}") from error
+        raise plain_error(error, f"{name[0].upper()}{name[1:]}: {error}") from error
 
     def report(self, skipped: SkippedSample) -> None:
         """Note a sample that was left out, once."""

@@ -6,15 +6,16 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import BatchFeature
 
-from ..errors import shown
+from ..errors import plain_error, shown
 from ..scalars import plain_numbers
 from .collator import BagelDataCollator
 from .samples import EncodedSample, SkippedSample, mixed_seed
@@ -171,7 +172,7 @@ class BagelDataLoader:
             order = torch.randperm(len(order), generator=generator).tolist()
         return order[self.rank :: self.world_size]
 
-    def _places(self) -> Iterator[tuple[Place, Any]]:
+    def _places(self) -> Iterator[tuple[Place, None]]:
         """Every place from the saved one on, without end; its sample is read in a worker."""
         epoch, start = self._place
         while True:
@@ -180,8 +181,8 @@ class BagelDataLoader:
                 yield (epoch, offset, order[offset]), None
             epoch, start = epoch + 1, 0
 
-    def _stream(self) -> Iterator[tuple[Place, Any]]:
-        """Every place of a stream from the saved one on, and its sample, without end."""
+    def _stream(self) -> Iterator[tuple[Place, Callable[[], Any]]]:
+        """Every place of a stream from the saved one on, and what gives its sample, without end."""
         epoch, start = self._place
         while True:
             if hasattr(self.dataset, "set_epoch"):
@@ -191,7 +192,7 @@ class BagelDataLoader:
                 itertools.islice(enumerate(self.dataset), self.rank, None, self.world_size)
             ):
                 if offset >= start:
-                    yield (epoch, offset, index), sample
+                    yield (epoch, offset, index), partial(_same, sample) if self.num_workers == 0 else _Packed(sample)
             if offset < 0:
                 raise ValueError(
                     f"`dataset` gave rank {self.rank} of {self.world_size} no sample in epoch {epoch}. Pass a stream with "
@@ -208,16 +209,38 @@ class _Tasks(Dataset):
     collator: BagelDataCollator
     seed: int
 
-    def __getitem__(self, task: tuple[Place, Any]) -> tuple[Place, EncodedSample | SkippedSample] | bytes:
-        place, sample = task
+    def __getitem__(
+        self, task: tuple[Place, Callable[[], Any] | None]
+    ) -> tuple[Place, EncodedSample | SkippedSample] | bytes:
+        place, read = task
         epoch, _, index = place
         seed = mixed_seed(self.seed, epoch, index)
-
-        def read() -> Any:
-            return sample if self.dataset is None else self.dataset[index]
-
-        result = place, self.collator.encode_or_skip(read, seed, f"sample {index}")
+        result = place, self.collator.encode_or_skip(read or (lambda: self.dataset[index]), seed, f"sample {index}")
         return result if get_worker_info() is None else _as_bytes(result)
+
+
+def _same(sample: Any) -> Any:
+    return sample
+
+
+class _Packed:
+    """A sample on its way to a worker, which unpacks it by a call.
+
+    The queue of a worker would pack it in a thread: beside that of another worker, and images load in one thread at a time. What
+    cannot be packed it drops, and the batch would be waited for without end. Here it is an error of its sample.
+    """
+
+    def __init__(self, sample: Any):
+        self.content: bytes | Exception
+        try:
+            self.content = pickle.dumps(sample, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            self.content = plain_error(error, f"It cannot be handed to a worker: {error}")
+
+    def __call__(self) -> Any:
+        if isinstance(self.content, Exception):
+            raise self.content
+        return pickle.loads(self.content)
 
 
 class _Pickler(pickle.Pickler):
